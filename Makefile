@@ -1,0 +1,25 @@
+# Everything runs in .venv, made on first use. PYTHON may name another interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test lint
+
+.venv/base: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/base
+	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+train: .venv/base
+	$(BIN)/python train.py
+
+test: .venv/dev
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python

@@ -1,0 +1,78 @@
+"""The mesh, and the one table from logical to mesh axes.
+
+Every parameter's name ends in its logical axes, one letter each: `down_EFD` is [experts, ffn,
+hidden]. Letters: V vocabulary, D hidden, C half of it (LFA), H heads, K head size, E experts,
+F ffn, G twice that (gate and up side by side). A stack of layers has one more dimension in front.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from laep_jax.config import BATCH_AXES, MeshConfig
+
+RULES = {"E": "expert", "H": "expert", "V": "expert", "D": "fsdp"}
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh of axes ("data", "fsdp", "expert"), all Auto, from a resolved `MeshConfig`."""
+    assert config.fsdp is not None
+    assert config.expert is not None
+    sizes = (config.data, config.fsdp, config.expert)
+    return jax.make_mesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def leaf_name(path: tuple) -> str:
+    """The last string key on a pytree path: the parameter's name, also inside optimizer state."""
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return str(names[-1]) if names else ""
+
+
+def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
+    """The letters of `name`'s suffix, with None for a leading layer dimension.
+
+    >>> logical_axes("down_EFD", 4)
+    (None, 'E', 'F', 'D')
+    """
+    letters = name.rpartition("_")[2]
+    if not letters.isupper():
+        return (None,) * ndim
+    assert ndim - len(letters) in (0, 1), (name, ndim)
+    return (None,) * (ndim - len(letters)) + tuple(letters)
+
+
+def expert_axis(name: str, ndim: int) -> int | None:
+    """Index of the expert dimension of a leaf, None where it has none."""
+    axes = logical_axes(name, ndim)
+    return axes.index("E") if "E" in axes else None
+
+
+def leaf_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Where a leaf lives. A dimension that its mesh axis does not divide stays whole."""
+    if len(shape) == 0:
+        return PartitionSpec()
+    spec = []
+    for letter, size in zip(logical_axes(name, len(shape)), shape, strict=True):
+        axis = RULES.get(letter or "")
+        spec.append(axis if axis and size % mesh.shape[axis] == 0 else None)
+    used = [axis for axis in spec if axis]
+    assert len(used) == len(set(used)), f"{name}: two dimensions on one mesh axis: {spec}"
+    return PartitionSpec(*spec)
+
+
+def tree_shardings(tree, mesh: Mesh):
+    """A `NamedSharding` for every leaf of a tree of arrays or abstract arrays."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, leaf_spec(leaf_name(path), leaf.shape, mesh)), tree
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch, split over every mesh axis."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch [rows, ...] as global arrays."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

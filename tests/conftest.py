@@ -1,0 +1,10 @@
+"""Eight emulated CPU devices, strict rank promotion; warnings are errors (pyproject.toml)."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,78 @@
+import json
+import re
+
+import pytest
+
+from laep_jax.config import AuxLossConfig, Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig
+from laep_jax.errors import UserError
+
+
+def test_dictionary_form_round_trips_through_json():
+    config = Config(model=ModelConfig(num_experts=(16, 8, 12, 16)), laep=LaepConfig(alpha=(0.1, 0.2, 0.3, 0.4)))
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_one_number_of_experts_serves_every_layer():
+    assert ModelConfig(num_layers=3, num_experts=8).num_experts == (8, 8, 8)
+
+
+def test_runs_join_equal_neighbours_only():
+    model = ModelConfig(num_layers=5, num_experts=(8, 8, 4, 8, 8))
+    assert model.runs == ((2, 8), (1, 4), (2, 8))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LaepConfig(alpha="abc"), "LaepConfig.alpha='abc' must be one of inf, hybrid"),
+        (lambda: LaepConfig(alpha=-0.1), "LaepConfig.alpha=-0.1 must not be negative"),
+        (lambda: LaepConfig(beta=1.5), "LaepConfig.beta=1.5 must lie between 0 and 1"),
+        (lambda: LaepConfig(beta=float("nan")), "LaepConfig.beta=nan must be a number"),
+        (lambda: ModelConfig(num_experts="eight"), "ModelConfig.num_experts='eight' must be of type"),
+        (lambda: ModelConfig(num_layers=True), "ModelConfig.num_layers=True must be of type int"),
+        (lambda: ModelConfig(num_layers=2, num_experts=(8,)), "needs one entry for each of num_layers=2"),
+        (lambda: ModelConfig(num_experts=4, top_k=8), "ModelConfig.num_experts[0]=4 is below top_k=8"),
+        (lambda: DataConfig(source="text"), "DataConfig.path='' does not go with source='text'"),
+        (lambda: OptimizerConfig(learning_rate=0.0), "OptimizerConfig.learning_rate=0.0 must be positive"),
+        (lambda: AuxLossConfig(mixtral=-1.0), "AuxLossConfig.mixtral=-1.0 must be at least 0"),
+        (lambda: Config(laep=LaepConfig(alpha=(0.1,))), "needs one entry for each of num_layers=4"),
+        (lambda: Config.from_dict({"modle": {}}), "config has unknown parts: modle"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_rule(make, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "experts", "sizes"),
+    [
+        (MeshConfig(), 8, (16, 16), (1, 1, 8)),
+        (MeshConfig(), 8, (12, 16), (1, 2, 4)),
+        (MeshConfig(data=2), 8, (16,), (2, 1, 4)),
+        (MeshConfig(fsdp=4), 8, (16,), (1, 4, 2)),
+        (MeshConfig(expert=2), 8, (16,), (1, 4, 2)),
+        (MeshConfig(), 1, (3,), (1, 1, 1)),
+    ],
+)
+def test_open_mesh_sizes_come_from_the_devices(mesh, devices, experts, sizes):
+    resolved = mesh.resolve(devices, experts)
+    assert (resolved.data, resolved.fsdp, resolved.expert) == sizes
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "message"),
+    [
+        (MeshConfig(expert=3), 8, "does not divide 8 devices"),
+        (MeshConfig(fsdp=2, expert=2), 8, "makes 4 places, but there are 8 devices"),
+        (MeshConfig(expert=8), 8, "ModelConfig.num_experts[1]=12 is not divisible by MeshConfig.expert=8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh, devices, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        mesh.resolve(devices, (16, 12))
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match=re.escape("DataConfig.batch_size=12 is not divisible by 8 devices")):
+        Config(data=DataConfig(batch_size=12)).resolve(8)
