@@ -102,12 +102,12 @@ class ModelConfig:
         if isinstance(self.num_experts, int):
             object.__setattr__(self, "num_experts", (self.num_experts,) * self.num_layers)
         require(
-            len(self.num_experts) == self.num_layers,
+            len(self.experts_per_layer) == self.num_layers,
             "ModelConfig.num_experts",
             self.num_experts,
             f"needs one entry for each of num_layers={self.num_layers}",
         )
-        for layer, count in enumerate(self.num_experts):
+        for layer, count in enumerate(self.experts_per_layer):
             require(
                 count >= self.top_k,
                 f"ModelConfig.num_experts[{layer}]",
