@@ -1,0 +1,226 @@
+"""Bringing tokens to the devices that hold their experts, and the results back (paper 3.4.1).
+
+Both ways have one interface, run inside `jax.shard_map`, drop no token, and give the same result:
+
+* `all_gather_dispatch`: every device of an expert-parallel group sees all tokens of the group, runs
+  its own experts on those routed to it, and a reduce-scatter adds the shares. Runs everywhere.
+* `ragged_dispatch`: each row travels to its expert's device only (`jax.lax.ragged_all_to_all`; XLA
+  has none for CPU, where an all-gather and the same index arithmetic stand in for it).
+
+Letters: T tokens of a device, K top-k slots, E experts, R rows sorted by expert, D hidden, P devices
+of the expert axis.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+AXIS = "expert"
+BLOCK = 128  # rows an expert's matrices are applied to at once on CPU
+DISPATCH_NAMES = ("moe_routes", "moe_dispatched", "moe_expert_output")
+
+
+class Routes(NamedTuple):
+    """Which row of a buffer sorted by expert holds which (token, slot) pair; integers only.
+
+    `slot_of_row_R`: index into the flattened [T, K] slots. Rows past `sum(group_sizes_E)` belong to
+    nobody; there are at least `BLOCK` of them, so that a block of rows never ends past the buffer.
+    `row_of_slot_TK`: the inverse, -1 where the slot's expert is not here.
+    """
+
+    slot_of_row_R: jax.Array
+    row_of_slot_TK: jax.Array
+    group_sizes_E: jax.Array
+
+
+Experts = Callable[[jax.Array, Routes], jax.Array]
+
+
+def make_routes(ids_TK: jax.Array, num_experts: int) -> Routes:
+    """Sorts the slots by expert id, stably; ids outside [0, num_experts) go nowhere.
+
+    A token's K experts differ, so at most min(K, num_experts) of its slots are here.
+    """
+    num_tokens, top_k = ids_TK.shape
+    ids_N = ids_TK.reshape(-1)
+    here_N = (ids_N >= 0) & (ids_N < num_experts)
+    order_N = jnp.argsort(jnp.where(here_N, ids_N, num_experts), stable=True).astype(jnp.int32)
+    rank_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(ids_N.size, dtype=jnp.int32), unique_indices=True)
+    group_sizes_E = jnp.sum(jax.nn.one_hot(ids_N, num_experts, dtype=jnp.int32), axis=0, dtype=jnp.int32)
+    num_rows = num_tokens * min(top_k, num_experts)
+    return checkpoint_name(
+        Routes(
+            jnp.pad(order_N[:num_rows], (0, BLOCK)),
+            jnp.where(here_N, rank_N, -1).reshape(num_tokens, top_k),
+            group_sizes_E,
+        ),
+        DISPATCH_NAMES[0],
+    )
+
+
+def _in_use(routes: Routes) -> jax.Array:
+    return jnp.arange(routes.slot_of_row_R.size)[:, None] < jnp.sum(routes.group_sizes_E)
+
+
+def _rows_of_slots(rows_RD: jax.Array, routes: Routes) -> jax.Array:
+    """[R, D] -> [T, K, D], zero where the slot's expert is not here."""
+    row_TK = routes.row_of_slot_TK
+    return jnp.where((row_TK >= 0)[..., None], rows_RD[jnp.maximum(row_TK, 0)], 0)
+
+
+def sum_over_slots(rows_RD: jax.Array, routes: Routes) -> jax.Array:
+    """[R, D] -> [T, D], the transpose of `permute`, as a gather: no scatter-add."""
+    return jnp.sum(_rows_of_slots(rows_RD, routes), axis=1, dtype=jnp.float32).astype(rows_RD.dtype)
+
+
+@jax.custom_vjp
+def permute(x_TD: jax.Array, routes: Routes) -> jax.Array:
+    """[T, D] -> [R, D]: each token once for each of its experts here, sorted by expert, then zeros."""
+    top_k = routes.row_of_slot_TK.shape[1]
+    return jnp.where(_in_use(routes), x_TD[routes.slot_of_row_R // top_k], 0)
+
+
+permute.defvjp(
+    lambda x_TD, routes: (permute(x_TD, routes), routes),
+    lambda routes, dy_RD: (sum_over_slots(dy_RD, routes), None),
+)
+
+
+@jax.custom_vjp
+def combine(rows_RD: jax.Array, weights_TK: jax.Array, routes: Routes) -> jax.Array:
+    """[R, D] -> [T, D]: the weighted sum of each token's rows, added in float32."""
+    weighted_TKD = _rows_of_slots(rows_RD, routes) * weights_TK[..., None]
+    return jnp.sum(weighted_TKD, axis=1).astype(rows_RD.dtype)
+
+
+def _combine_backward(residuals, dy_TD: jax.Array):
+    rows_RD, weights_TK, routes = residuals
+    slot_R = routes.slot_of_row_R
+    drows_RD = dy_TD[slot_R // weights_TK.shape[1]] * weights_TK.reshape(-1)[slot_R][:, None]
+    dweights_TK = jnp.einsum(
+        "tkd,td->tk", _rows_of_slots(rows_RD, routes), dy_TD, preferred_element_type=weights_TK.dtype
+    )
+    return jnp.where(_in_use(routes), drows_RD, 0).astype(rows_RD.dtype), dweights_TK, None
+
+
+combine.defvjp(
+    lambda rows, weights, routes: (combine(rows, weights, routes), (rows, weights, routes)), _combine_backward
+)
+
+
+def all_gather_dispatch(
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, experts: Experts, num_experts: int, on_cpu: bool
+) -> jax.Array:
+    """Applies each token's experts.
+
+    Args:
+      x_TD: this device's tokens. ids_TK: their experts, `num_experts` for none. weights_TK: float32.
+      experts: applies this device's experts to a buffer of tokens, giving rows by expert.
+      num_experts: of the layer, over all devices of the expert axis.
+      on_cpu: whether XLA compiles for CPU.
+
+    Returns:
+      y_TD, the weighted sum over each token's experts.
+    """
+    del on_cpu  # all_gather and psum_scatter are the same everywhere
+    local_experts = num_experts // jax.lax.axis_size(AXIS)
+    first = jax.lax.axis_index(AXIS) * local_experts
+    gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
+    routes = make_routes(gather(ids_TK) - first, local_experts)
+    rows_RD = experts(checkpoint_name(gather(x_TD), DISPATCH_NAMES[1]), routes)
+    y_TD = combine(checkpoint_name(rows_RD, DISPATCH_NAMES[2]), gather(weights_TK), routes)
+    return jax.lax.psum_scatter(y_TD, AXIS, scatter_dimension=0, tiled=True)
+
+
+def ragged_dispatch(
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, experts: Experts, num_experts: int, on_cpu: bool
+) -> jax.Array:
+    """As `all_gather_dispatch`; the receive buffer holds the worst case, all rows of the group."""
+    devices = jax.lax.axis_size(AXIS)
+    local_experts = num_experts // devices
+    num_tokens, top_k = ids_TK.shape
+    routes = make_routes(ids_TK, num_experts)  # by expert is by device
+    counts_PPe = jax.lax.all_gather(routes.group_sizes_E, AXIS).reshape(devices, devices, local_experts)
+    sizes_PP = jnp.sum(counts_PPe, axis=2)  # [sender, receiver]
+    num_rows = devices * num_tokens * min(top_k, local_experts)
+    received_RD = exchange(permute(x_TD, routes), sizes_PP, num_rows, on_cpu)
+    received_RD = checkpoint_name(received_RD, DISPATCH_NAMES[1])
+
+    # Rows arrive by sender, then by expert.
+    ends_N = jnp.cumsum(counts_PPe[:, jax.lax.axis_index(AXIS)].reshape(-1))
+    arrival_R = jnp.searchsorted(ends_N, jnp.arange(num_rows), side="right")
+    ids_R = jnp.where(arrival_R < ends_N.size, arrival_R % local_experts, local_experts)
+    local_routes = make_routes(ids_R[:, None], local_experts)
+    rows_RD = sum_over_slots_of(experts(received_RD, local_routes), local_routes)
+    returned_RD = exchange(rows_RD, sizes_PP.T, routes.slot_of_row_R.size, on_cpu)
+    return combine(checkpoint_name(returned_RD, DISPATCH_NAMES[2]), weights_TK, routes)
+
+
+@jax.custom_vjp
+def sum_over_slots_of(rows_RD: jax.Array, routes: Routes) -> jax.Array:
+    """`sum_over_slots` with `permute` as its backward pass."""
+    return sum_over_slots(rows_RD, routes)
+
+
+sum_over_slots_of.defvjp(
+    lambda rows_RD, routes: (sum_over_slots(rows_RD, routes), routes),
+    lambda routes, dy_TD: (permute(dy_TD, routes), None),
+)
+
+
+def _exclusive_cumsum(sizes: jax.Array, axis: int) -> jax.Array:
+    return jnp.cumsum(sizes, axis=axis) - sizes
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def exchange(x_ND: jax.Array, sizes_PP: jax.Array, num_rows: int, on_cpu: bool) -> jax.Array:
+    """Sends consecutive pieces of rows to the devices of the expert axis.
+
+    Args:
+      x_ND: rows in the order of their receivers. sizes_PP: rows by [sender, receiver].
+      num_rows: of the result, at least what any device receives. on_cpu: use the stand-in.
+
+    Returns:
+      [num_rows, D], the received rows in the order of their senders, then zeros. The backward pass
+      is the way back: the same exchange with the transposed sizes.
+    """
+    if on_cpu:
+        return _exchange_by_all_gather(x_ND, sizes_PP, num_rows)
+    me = jax.lax.axis_index(AXIS)
+    return jax.lax.ragged_all_to_all(
+        x_ND,
+        jnp.zeros((num_rows, x_ND.shape[1]), x_ND.dtype),
+        input_offsets=_exclusive_cumsum(sizes_PP, axis=1)[me],
+        send_sizes=sizes_PP[me],
+        output_offsets=_exclusive_cumsum(sizes_PP, axis=0)[me],
+        recv_sizes=sizes_PP[:, me],
+        axis_name=AXIS,
+    )
+
+
+def _exchange_by_all_gather(x_ND: jax.Array, sizes_PP: jax.Array, num_rows: int) -> jax.Array:
+    me = jax.lax.axis_index(AXIS)
+    x_PND = jax.lax.all_gather(x_ND, AXIS)
+    ends_P = jnp.cumsum(sizes_PP[:, me])
+    row_R = jnp.arange(num_rows)
+    sender_R = jnp.minimum(jnp.searchsorted(ends_P, row_R, side="right"), ends_P.size - 1)
+    piece_R = row_R - (ends_P - sizes_PP[:, me])[sender_R]
+    source_R = _exclusive_cumsum(sizes_PP, axis=1)[sender_R, me] + piece_R
+    return jnp.where((row_R < ends_P[-1])[:, None], x_PND[sender_R, source_R], 0)
+
+
+def _exchange_forward(x_ND, sizes_PP, num_rows, on_cpu):
+    return exchange(x_ND, sizes_PP, num_rows, on_cpu), (sizes_PP, np.zeros(x_ND.shape[0]))
+
+
+def _exchange_backward(num_rows, on_cpu, residuals, dy_RD):
+    sizes_PP, rows_N = residuals
+    return exchange(dy_RD, sizes_PP.T, rows_N.shape[0], on_cpu), None
+
+
+exchange.defvjp(_exchange_forward, _exchange_backward)

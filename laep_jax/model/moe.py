@@ -1,0 +1,121 @@
+"""The mixture-of-experts layer: router, dispatch, experts, under one `jax.shard_map` (paper 3.4.1).
+
+Token counts are outputs, summed over every device, padding left out; nothing is a side effect.
+Letters: B rows, S sequence, T = B S tokens of a device, D hidden, E experts, F ffn, G = 2F, K top-k slots.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from laep_jax.config import BATCH_AXES, AuxLossConfig, ModelConfig
+from laep_jax.model.dispatch import all_gather_dispatch, ragged_dispatch
+from laep_jax.model.experts import experts_by_blocks, experts_by_ragged_dot
+from laep_jax.model.router import balance_losses, balance_sums, count_tokens, route
+from laep_jax.sharding import leaf_spec
+
+
+class MoEAux(NamedTuple):
+    """`tokens_per_expert_E`: int32, of the global batch. `losses`: float32 by name, unweighted."""
+
+    tokens_per_expert_E: jax.Array
+    losses: dict[str, jax.Array]
+
+
+class MoE(nnx.Module):
+    """Dropless top-k mixture of SwiGLU experts; E may differ from layer to layer."""
+
+    def __init__(self, config: ModelConfig, num_experts: int, aux_losses: AuxLossConfig, *, rngs: nnx.Rngs):
+        hidden, ffn = config.hidden_size, config.ffn_size
+        init = nnx.initializers.normal(0.02)
+        residual_init = nnx.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
+        self.router_DE = nnx.Param(nnx.initializers.normal(config.router_init)(rngs.params(), (hidden, num_experts)))
+        self.gate_up_EDG = nnx.Param(init(rngs.params(), (num_experts, hidden, 2 * ffn)))
+        self.down_EFD = nnx.Param(residual_init(rngs.params(), (num_experts, ffn, hidden)))
+        self.config = config
+        self.aux_losses = aux_losses
+
+    def __call__(
+        self, x_BSD: jax.Array, valid_BS: jax.Array, bias_E: jax.Array, mesh: Mesh
+    ) -> tuple[jax.Array, MoEAux]:
+        """Applies the layer.
+
+        Args:
+          x_BSD: activations, rows split over every mesh axis. valid_BS: False for padding, which is
+            neither routed nor counted. bias_E: added to the logits when experts are chosen.
+
+        Returns:
+          y_BSD like x_BSD, zero for padding, and the layer's `MoEAux`.
+        """
+        gate_up_EDG, down_EFD = self.gate_up_EDG[...], self.down_EFD[...]
+        rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+        gate_up_spec = leaf_spec("gate_up_EDG", gate_up_EDG.shape, mesh)
+        down_spec = leaf_spec("down_EFD", down_EFD.shape, mesh)
+        on_device = functools.partial(
+            _moe_on_device,
+            self.config,
+            self.aux_losses,
+            gate_up_spec,
+            down_spec,
+            mesh.devices.flat[0].platform == "cpu",
+        )
+        y_BSD, sums = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(rows, rows, whole, whole, gate_up_spec, down_spec),
+            out_specs=(rows, rows),
+            check_vma=False,  # the loops with custom_vjp inside mix values that vary over different axes
+        )(x_BSD, valid_BS, self.router_DE[...], bias_E, gate_up_EDG, down_EFD)
+        totals = {name: jnp.sum(part, axis=0) for name, part in sums.items()}
+        tokens_per_expert_E = totals.pop("tokens_per_expert_E")
+        losses = balance_losses(totals, tokens_per_expert_E, self.config.top_k, self.aux_losses)
+        return y_BSD, MoEAux(tokens_per_expert_E, losses)
+
+
+def _gather_fsdp(weight: jax.Array, spec: PartitionSpec, dtype) -> jax.Array:
+    """This device's experts, whole along fsdp, in the compute dtype (cast first: fewer bytes travel)."""
+    weight = weight.astype(dtype)
+    for axis, name in enumerate(spec):
+        if name == "fsdp":
+            weight = jax.lax.all_gather(weight, "fsdp", axis=axis, tiled=True)
+    return weight
+
+
+def _moe_on_device(
+    config: ModelConfig,
+    aux_losses: AuxLossConfig,
+    gate_up_spec: PartitionSpec,
+    down_spec: PartitionSpec,
+    on_cpu: bool,
+    x_BSD: jax.Array,
+    valid_BS: jax.Array,
+    router_DE: jax.Array,
+    bias_E: jax.Array,
+    gate_up_EDG: jax.Array,
+    down_EFD: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One device's rows and its shard of the experts; sums come back with one row for this device."""
+    num_experts = router_DE.shape[1]
+    logits_BSE = jnp.einsum("bsd,de->bse", x_BSD.astype(jnp.float32), router_DE, precision="highest")
+    ids_BSK, weights_BSK = route(logits_BSE, bias_E, valid_BS, config.top_k)
+    sums = balance_sums(logits_BSE, ids_BSK, valid_BS, aux_losses)
+    sums["tokens_per_expert_E"] = count_tokens(ids_BSK, num_experts).sum(0, dtype=jnp.int32)
+
+    by_blocks = config.grouped_matmul == "blocks" or (config.grouped_matmul == "auto" and on_cpu)
+    grouped = experts_by_blocks if by_blocks else experts_by_ragged_dot
+    gate_up_EDG = _gather_fsdp(gate_up_EDG, gate_up_spec, x_BSD.dtype)
+    down_EFD = _gather_fsdp(down_EFD, down_spec, x_BSD.dtype)
+    dispatch = all_gather_dispatch if config.dispatch == "all_gather" else ragged_dispatch
+    y_TD = dispatch(
+        x_BSD.reshape(-1, x_BSD.shape[-1]),
+        ids_BSK.reshape(-1, config.top_k),
+        weights_BSK.reshape(-1, config.top_k),
+        lambda x_TD, routes: grouped(x_TD, routes, gate_up_EDG, down_EFD),
+        num_experts,
+        on_cpu,
+    )
+    return y_TD.reshape(x_BSD.shape), {name: total[None] for name, total in sums.items()}

@@ -1,0 +1,89 @@
+"""The router: which experts a token goes to, how much each counts, and what balances them.
+
+All arithmetic is float32. Choosing looks at logits + bias, weighting at the logits alone, so that a
+bias of minus infinity masks an expert exactly as cutting it out would (notes sections 1 and 5).
+Letters: B rows, S sequence, T tokens, E experts, K top-k slots.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from laep_jax.config import AuxLossConfig
+
+
+def route(logits_E: jax.Array, bias_E: jax.Array, valid: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """Top-k on logits + bias, then softmax over the k chosen logits.
+
+    Args:
+      logits_E: float32 [..., E]. bias_E: [E]. valid: bool [...], False for padding.
+
+    Returns:
+      ids int32 [..., K] (E, one past the last expert, for padding) and weights float32 [..., K].
+    """
+    num_experts = logits_E.shape[-1]
+    biased = jax.lax.stop_gradient(logits_E) + bias_E.reshape((1,) * (logits_E.ndim - 1) + (-1,))
+    ids_K = jax.lax.top_k(biased, top_k)[1]
+    weights_K = jax.nn.softmax(jnp.take_along_axis(logits_E, ids_K, axis=-1), axis=-1)
+    return jnp.where(valid[..., None], ids_K, num_experts), jnp.where(valid[..., None], weights_K, 0.0)
+
+
+def count_tokens(ids_TK: jax.Array, num_experts: int) -> jax.Array:
+    """Tokens per expert, int32 [..., E], from ids [..., T, K]; padding's id E counts nowhere."""
+    return jnp.sum(jax.nn.one_hot(ids_TK, num_experts, dtype=jnp.int32), axis=(-3, -2), dtype=jnp.int32)
+
+
+def balance_sums(
+    logits_BSE: jax.Array, ids_BSK: jax.Array, valid_BS: jax.Array, aux_losses: AuxLossConfig
+) -> dict[str, jax.Array]:
+    """Sums over this batch from which `balance_losses` makes the losses that are switched on.
+
+    Sums over parts of a batch add up, but for `deepseek_v3`, which is a mean within each row.
+    """
+    num_experts, top_k = logits_BSE.shape[-1], ids_BSK.shape[-1]
+    valid_BS1 = valid_BS[..., None]
+    tokens_B = jnp.sum(valid_BS, axis=1)
+    sums = {"tokens": jnp.sum(tokens_B)}
+    probabilities_BSE = jax.nn.softmax(logits_BSE, axis=-1)
+    if aux_losses.mixtral or aux_losses.mixtral_hf:
+        sums["probability_E"] = jnp.sum(probabilities_BSE * valid_BS1, axis=(0, 1))
+    if aux_losses.deepseek_v3:
+        count_BE = count_tokens(ids_BSK, num_experts)
+        at_least_one_B1 = jnp.maximum(tokens_B, 1)[:, None]
+        share_BE = num_experts * count_BE / (top_k * at_least_one_B1)
+        mean_BE = jnp.sum(probabilities_BSE * valid_BS1, axis=1) / at_least_one_B1
+        sums["deepseek_v3"] = jnp.sum(share_BE * mean_BE)
+        sums["rows"] = jnp.sum(tokens_B > 0)
+    if aux_losses.router_z:
+        sums["squared_logsumexp"] = jnp.sum(jax.nn.logsumexp(logits_BSE, axis=-1) ** 2 * valid_BS)
+    return sums
+
+
+def balance_losses(
+    sums: dict[str, jax.Array], tokens_per_expert_E: jax.Array, top_k: int, aux_losses: AuxLossConfig
+) -> dict[str, jax.Array]:
+    """The losses of one layer by name, unweighted: only those with a coefficient.
+
+    mixtral:     E sum_i c_i / (k T) mean_t p_i(t), balanced value 1 (Switch, arXiv 2101.03961, eq. 4)
+    mixtral_hf:  the same without 1/k, balanced value k (Hugging Face transformers)
+    deepseek_v3: sum_i E c_i / (k T) mean_t p_i(t) within each sequence (arXiv 2412.19437, eq. 17-20)
+    router_z:    mean_t logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5)
+    """
+    tokens = jnp.maximum(sums["tokens"], 1)
+    losses = {}
+    if aux_losses.mixtral or aux_losses.mixtral_hf:
+        switch = tokens_per_expert_E.size * jnp.sum(tokens_per_expert_E / tokens * sums["probability_E"] / tokens)
+        if aux_losses.mixtral:
+            losses["mixtral"] = switch / top_k
+        if aux_losses.mixtral_hf:
+            losses["mixtral_hf"] = switch
+    if aux_losses.deepseek_v3:
+        losses["deepseek_v3"] = sums["deepseek_v3"] / jnp.maximum(sums["rows"], 1)
+    if aux_losses.router_z:
+        losses["router_z"] = sums["squared_logsumexp"] / tokens
+    return losses
+
+
+def update_bias(bias_E: jax.Array, tokens_per_expert_E: jax.Array, step_size: float) -> jax.Array:
+    """Loss-free balancing, after each global batch: b_i += u sign(mean(c) - c_i) (arXiv 2408.15664, Algorithm 1)."""
+    mean = jnp.mean(tokens_per_expert_E, axis=-1, keepdims=True)
+    return bias_E + step_size * jnp.sign(mean - tokens_per_expert_E)

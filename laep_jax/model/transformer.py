@@ -1,0 +1,129 @@
+"""The decoder: pre-norm blocks of attention and mixture of experts, as scans over equal layers.
+
+Runs of neighbouring layers with the same expert count are one `lax.scan` over stacked parameters
+(JAX has no ragged axes), so compile time follows the number of runs, not of layers. Parameters are
+plain dictionaries; NNX modules hold the code of one layer and are merged with them inside the trace.
+Letters: B batch rows, S sequence, D hidden, V vocabulary, E experts, N layers of a run.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from laep_jax.config import AuxLossConfig, ModelConfig
+from laep_jax.model.attention import Attention
+from laep_jax.model.dispatch import DISPATCH_NAMES
+from laep_jax.model.layers import RMSNorm, rms_norm
+from laep_jax.model.moe import MoE, MoEAux
+from laep_jax.sharding import batch_sharding
+
+
+class Block(nnx.Module):
+    """One layer: x + attention(norm(x)), then x + moe(norm(x))."""
+
+    def __init__(self, config: ModelConfig, num_experts: int, aux_losses: AuxLossConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, rngs=rngs)
+        self.moe_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.moe = MoE(config, num_experts, aux_losses, rngs=rngs)
+
+    def __call__(self, x_BSD: jax.Array, batch: dict, bias_E: jax.Array, mesh: Mesh) -> tuple[jax.Array, MoEAux]:
+        segments_BS = batch["segments_BS"]
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), segments_BS, batch["positions_BS"])
+        y_BSD, aux = self.moe(self.moe_norm(x_BSD), segments_BS > 0, bias_E, mesh)
+        return x_BSD + y_BSD, aux
+
+
+def _new_block(config: ModelConfig, num_experts: int, aux_losses: AuxLossConfig, key: jax.Array):
+    return nnx.split(Block(config, num_experts, aux_losses, rngs=nnx.Rngs(params=key)))
+
+
+@functools.lru_cache(maxsize=128)
+def _block_graph(config: ModelConfig, num_experts: int, aux_losses: AuxLossConfig) -> nnx.GraphDef:
+    make = functools.partial(Block, config, num_experts, aux_losses)
+    return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(params=0))))[0]
+
+
+def init_params(config: ModelConfig, aux_losses: AuxLossConfig, key: jax.Array) -> dict:
+    """Fresh float32 parameters; a layer's values depend on the key, its index and its expert count only."""
+    embedding_key, unembedding_key, layers_key = jax.random.split(key, 3)
+    init = nnx.initializers.normal(0.02)
+    vocab, hidden = config.vocab_size, config.hidden_size
+    runs, first = [], 0
+    for layers, experts in config.runs:
+        keys = jax.vmap(functools.partial(jax.random.fold_in, layers_key))(first + jnp.arange(layers))
+        runs.append(
+            jax.vmap(lambda k, experts=experts: nnx.to_pure_dict(_new_block(config, experts, aux_losses, k)[1]))(keys)
+        )
+        first += layers
+    return {
+        "embedding_VD": init(embedding_key, (vocab, hidden)),
+        "runs": runs,
+        "final_norm": {"scale_D": jnp.ones((hidden,))},
+        "unembedding_DV": init(unembedding_key, (hidden, vocab)),
+    }
+
+
+def _gathered(tree, dtype, mesh: Mesh):
+    """Matrices in the compute dtype, whole on every device; vectors (norm scales) stay float32."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    cast = jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, tree)
+    return jax.lax.with_sharding_constraint(cast, whole)
+
+
+def _remat(body, policy: str):
+    if policy == "none":
+        return body
+    names = DISPATCH_NAMES if policy == "save_dispatch" else ()
+    return jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*names))
+
+
+def _run_layers(x_BSD, params, bias_NE, batch, config: ModelConfig, graph: nnx.GraphDef, mesh: Mesh):
+    """One run of equal layers; `MoEAux` comes back stacked over them."""
+
+    def body(x_BSD, layer):
+        weights, bias_E = layer
+        dense = {name: _gathered(part, x_BSD.dtype, mesh) for name, part in weights.items() if name != "moe"}
+        block = nnx.merge(graph, dense | {"moe": weights["moe"]})
+        x_BSD, aux = block(x_BSD, batch, bias_E, mesh)
+        return jax.lax.with_sharding_constraint(x_BSD, batch_sharding(mesh)), aux
+
+    return jax.lax.scan(_remat(body, config.remat), x_BSD, (params, bias_NE), unroll=config.layers == "unrolled")
+
+
+def token_losses(
+    params: dict,
+    router_bias: dict,
+    batch: dict[str, jax.Array],
+    config: ModelConfig,
+    aux_losses: AuxLossConfig,
+    mesh: Mesh,
+) -> tuple[jax.Array, list[MoEAux]]:
+    """Cross-entropy of every target, in nats.
+
+    Args:
+      params, router_bias: as `init_params` and `TrainState.router_bias`.
+      batch: int32 arrays [B, S]: tokens_BS, targets_BS (-1: none), segments_BS (0: padding),
+        positions_BS.
+
+    Returns:
+      loss_BS float32 [B, S], zero where there is no target, and each run's `MoEAux`, stacked over
+      its layers.
+    """
+    dtype = jnp.dtype(config.dtype)
+    table_VD = _gathered(params["embedding_VD"], dtype, mesh)
+    x_BSD = jax.lax.with_sharding_constraint(table_VD[batch["tokens_BS"]], batch_sharding(mesh))
+    run_aux = []
+    for (_, experts), run, bias in zip(config.runs, params["runs"], router_bias["runs"], strict=True):
+        graph = _block_graph(config, experts, aux_losses)
+        x_BSD, aux = _run_layers(x_BSD, run, bias["bias_E"], batch, config, graph, mesh)
+        run_aux.append(aux)
+    x_BSD = rms_norm(x_BSD, params["final_norm"]["scale_D"], config.norm_eps)
+    logits_BSV = (x_BSD @ _gathered(params["unembedding_DV"], dtype, mesh)).astype(jnp.float32)
+    targets_BS = batch["targets_BS"]
+    chosen_BS = jnp.take_along_axis(logits_BSV, jnp.maximum(targets_BS, 0)[..., None], axis=-1)[..., 0]
+    loss_BS = jax.nn.logsumexp(logits_BSV, axis=-1) - chosen_BS
+    return jnp.where(targets_BS >= 0, loss_BS, 0.0), run_aux

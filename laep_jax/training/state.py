@@ -1,0 +1,59 @@
+"""What a training run carries from step to step.
+
+Letters as in `laep_jax.sharding`. Every leaf that belongs to layers lives under the key "runs", in
+the list entry of its run, stacked over the run's layers; optimizer moments repeat those paths.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from laep_jax.config import Config
+from laep_jax.model.transformer import init_params
+from laep_jax.sharding import Mesh, tree_shardings
+from laep_jax.training.optimizer import make_optimizer
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "params", "opt_state", "router_bias"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """`step`: optimizer steps done (int32). `router_bias`: {"runs": [{"bias_E": [layers, E]}, ...]}.
+
+    The bias is added to the router's logits when experts are chosen, not when they are weighted: zero
+    by default, moved by the loss-free balancing, minus infinity to mask an expert.
+    """
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    router_bias: dict
+
+
+def new_state(config: Config) -> TrainState:
+    """A fresh state; a pure function of the config, to be traced or jitted."""
+    params = init_params(config.model, config.aux_loss, jax.random.key(config.train.seed))
+    bias = {"runs": [{"bias_E": jnp.zeros((layers, experts))} for layers, experts in config.model.runs]}
+    return TrainState(jnp.int32(0), params, make_optimizer(config).init(params), bias)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; allocates nothing."""
+    shapes = jax.eval_shape(functools.partial(new_state, config))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        tree_shardings(shapes, mesh),
+    )
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+    """A fresh state, made shard by shard on its devices."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(functools.partial(new_state, config), out_shardings=shardings)()

@@ -1,0 +1,148 @@
+"""The MoE layer against every expert applied to every token, on meshes of one and eight devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from laep_jax.config import AuxLossConfig, MeshConfig, ModelConfig
+from laep_jax.model.moe import MoE
+from laep_jax.sharding import make_mesh, put_batch, tree_shardings
+
+NUM_EXPERTS, TOP_K, ROWS, LENGTH, HIDDEN = 8, 2, 8, 24, 16
+NAMES = ("router_DE", "gate_up_EDG", "down_EFD")
+NO_LOSSES = AuxLossConfig()
+BIASES = {
+    "as the router says": np.zeros(NUM_EXPERTS),
+    "one expert has every token, one none": np.array([0, 0, 0, 1e4, 0, -np.inf, 0, 0]),
+    "two experts have every token": np.array([1e4, 0, 0, 0, 0, 0, 0, 1e4]),
+    "half of the experts masked": np.array([0, -np.inf] * 4),
+}
+
+
+@functools.cache
+def _inputs():
+    keys = jax.random.split(jax.random.key(0), 6)
+    params = {
+        "router_DE": jax.random.normal(keys[0], (HIDDEN, NUM_EXPERTS)),
+        "gate_up_EDG": jax.random.normal(keys[1], (NUM_EXPERTS, HIDDEN, 24)) * 0.3,
+        "down_EFD": jax.random.normal(keys[2], (NUM_EXPERTS, 12, HIDDEN)) * 0.3,
+    }
+    x_BSD = jax.random.normal(keys[3], (ROWS, LENGTH, HIDDEN))
+    direction_BSD = jax.random.normal(keys[4], x_BSD.shape)  # makes a scalar of the output
+    valid_BS = np.array(jax.random.bernoulli(keys[5], 0.8, (ROWS, LENGTH)))
+    valid_BS[3] = False
+    return params, np.asarray(x_BSD), np.asarray(direction_BSD), valid_BS
+
+
+def _dense(params, x_BSD, valid_BS, bias_E):
+    """Every expert on every token; weights are zero for those not chosen."""
+    logits_BSE = jnp.einsum("bsd,de->bse", x_BSD, params["router_DE"], precision="highest")
+    ids_BSK = jax.lax.top_k(logits_BSE + bias_E[None, None], TOP_K)[1]
+    chosen_BSE = jax.nn.one_hot(ids_BSK, NUM_EXPERTS).sum(2) * valid_BS[..., None]
+    weights_BSE = jax.nn.softmax(jnp.where(chosen_BSE > 0, logits_BSE, -1e30), axis=-1) * chosen_BSE
+    gate, up = jnp.split(jnp.einsum("bsd,edg->bseg", x_BSD, params["gate_up_EDG"]), 2, axis=-1)
+    y_BSED = jnp.einsum("bsef,efd->bsed", jax.nn.silu(gate) * up, params["down_EFD"])
+    return jnp.einsum("bsed,bse->bsd", y_BSED, weights_BSE), chosen_BSE.sum((0, 1)).astype(jnp.int32)
+
+
+def _scalar(apply, params, x_BSD, direction_BSD, valid_BS, bias_E):
+    y_BSD, counts_E = apply(params, x_BSD, valid_BS, bias_E)
+    return jnp.sum(y_BSD * direction_BSD), (y_BSD, counts_E)
+
+
+def _value_and_grad(apply):
+    return jax.jit(jax.value_and_grad(functools.partial(_scalar, apply), argnums=(0, 1), has_aux=True))
+
+
+@functools.cache
+def _expected(case):
+    params, x_BSD, direction_BSD, valid_BS = _inputs()
+    outputs = _value_and_grad(_dense)(params, x_BSD, direction_BSD, valid_BS, jnp.float32(BIASES[case]))
+    return jax.tree.map(np.asarray, outputs)
+
+
+def _layer(mesh, aux_losses=NO_LOSSES, **settings):
+    config = ModelConfig(hidden_size=HIDDEN, ffn_size=12, num_experts=NUM_EXPERTS, top_k=TOP_K, **settings)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: MoE(config, NUM_EXPERTS, aux_losses, rngs=nnx.Rngs(0))))
+
+    def apply(params, x_BSD, valid_BS, bias_E):
+        y_BSD, aux = nnx.merge(graph, params)(x_BSD, valid_BS, bias_E, mesh)
+        return y_BSD, aux.tokens_per_expert_E if aux_losses is NO_LOSSES else aux
+
+    return apply
+
+
+MESHES = {"1": (1, 1, 1), "EP2": (2, 2, 2), "EP4": (1, 2, 4), "EP8": (1, 1, 8)}
+
+
+@pytest.mark.parametrize(
+    ("mesh_sizes", "dispatch", "grouped_matmul"),
+    [(sizes, dispatch, "blocks") for sizes in MESHES for dispatch in ("all_gather", "ragged_all_to_all")]
+    + [("EP4", "all_gather", "ragged_dot"), ("EP2", "ragged_all_to_all", "ragged_dot")],
+)
+def test_sharded_equals_dense_in_value_gradient_and_counts(mesh_sizes, dispatch, grouped_matmul):
+    data, fsdp, expert = MESHES[mesh_sizes]
+    if data * fsdp * expert == 1:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "expert"))
+    else:
+        mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, expert=expert))
+    params, x_BSD, direction_BSD, valid_BS = _inputs()
+    params = jax.device_put(params, tree_shardings(params, mesh))
+    batch = put_batch({"x": x_BSD, "direction": direction_BSD, "valid": valid_BS}, mesh)
+    apply = _value_and_grad(_layer(mesh, dispatch=dispatch, grouped_matmul=grouped_matmul))
+    for case, bias_E in BIASES.items():
+        (_, (y_BSD, counts_E)), gradients = apply(
+            params, batch["x"], batch["direction"], batch["valid"], jnp.float32(bias_E)
+        )
+        (_, (dense_BSD, dense_counts_E)), dense_gradients = _expected(case)
+        np.testing.assert_array_equal(counts_E, dense_counts_E, err_msg=case)
+        # float32 sums of at most a few hundred terms in another order
+        np.testing.assert_allclose(y_BSD, dense_BSD, rtol=1e-4, atol=1e-5, err_msg=case)
+        for name in NAMES:
+            np.testing.assert_allclose(
+                gradients[0][name], dense_gradients[0][name], rtol=1e-4, atol=1e-4, err_msg=f"{case}: {name}"
+            )
+        np.testing.assert_allclose(gradients[1], dense_gradients[1], rtol=1e-4, atol=1e-4, err_msg=case)
+
+
+def test_counts_leave_padding_out_and_add_up_over_devices():
+    _, (_, counts_E) = _expected("as the router says")[0]
+    assert counts_E.sum() == TOP_K * _inputs()[3].sum()
+
+
+@pytest.mark.parametrize("expert_parallel", [1, 4])
+def test_slicing_equals_masking_with_minus_infinity(expert_parallel):
+    """Experts 0, 2, 4, 6 kept: the small layer gives what the masked one gives, bit for bit in the routing."""
+    mesh = make_mesh(MeshConfig(fsdp=8 // expert_parallel, expert=expert_parallel))
+    params, x_BSD, _, valid_BS = _inputs()
+    masked_BSD, masked_counts_E = jax.jit(_layer(mesh))(params, x_BSD, valid_BS, jnp.float32([0, -np.inf] * 4))
+    config = ModelConfig(hidden_size=HIDDEN, ffn_size=12, num_experts=4, top_k=TOP_K)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: MoE(config, 4, AuxLossConfig(), rngs=nnx.Rngs(0))))
+    sliced = {
+        "router_DE": params["router_DE"][:, ::2],
+        "gate_up_EDG": params["gate_up_EDG"][::2],
+        "down_EFD": params["down_EFD"][::2],
+    }
+    y_BSD, aux = jax.jit(lambda p: nnx.merge(graph, p)(x_BSD, valid_BS, jnp.zeros(4), mesh))(sliced)
+    np.testing.assert_array_equal(aux.tokens_per_expert_E, masked_counts_E[::2])
+    np.testing.assert_allclose(y_BSD, masked_BSD, rtol=1e-6, atol=1e-6)
+
+
+def test_auxiliary_losses_are_of_the_global_batch():
+    aux_losses = AuxLossConfig(mixtral=1.0, mixtral_hf=1.0, deepseek_v3=1.0, router_z=1.0)
+    params, x_BSD, _, valid_BS = _inputs()
+    losses = {}
+    for expert_parallel in (1, 8):
+        mesh = make_mesh(MeshConfig(fsdp=8 // expert_parallel, expert=expert_parallel))
+        _, aux = jax.jit(_layer(mesh, aux_losses))(params, x_BSD, valid_BS, jnp.zeros(NUM_EXPERTS))
+        losses[expert_parallel] = aux.losses
+    logits_BSE = np.asarray(jnp.einsum("bsd,de->bse", x_BSD, params["router_DE"], precision="highest"))
+    z = np.mean(np.asarray(jax.nn.logsumexp(logits_BSE, axis=-1))[valid_BS] ** 2)
+    np.testing.assert_allclose(losses[1]["router_z"], z, rtol=1e-5)
+    assert losses[1].keys() == {"mixtral", "mixtral_hf", "deepseek_v3", "router_z"}
+    for name, value in losses[1].items():
+        np.testing.assert_allclose(losses[8][name], value, rtol=1e-5, err_msg=name)

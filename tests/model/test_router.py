@@ -1,0 +1,57 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from laep_jax.config import AuxLossConfig
+from laep_jax.model.router import balance_losses, balance_sums, count_tokens, route, update_bias
+
+ALL = AuxLossConfig(mixtral=1.0, mixtral_hf=1.0, deepseek_v3=1.0, router_z=1.0)
+
+
+def _losses(logits_BSE, valid_BS, top_k):
+    logits_BSE = jnp.float32(logits_BSE)
+    ids_BSK, _ = route(logits_BSE, jnp.zeros(logits_BSE.shape[-1]), valid_BS, top_k)
+    counts_E = count_tokens(ids_BSK, logits_BSE.shape[-1]).sum(0)
+    return counts_E, balance_losses(balance_sums(logits_BSE, ids_BSK, valid_BS, ALL), counts_E, top_k, ALL)
+
+
+def test_worked_example_of_the_notes():
+    logits = [[[2, 1, 0, -1], [0, 2, 1, -1], [2, -1, 1, 0]]]
+    counts_E, losses = _losses(logits, jnp.ones((1, 3), bool), top_k=2)
+    assert counts_E.tolist() == [2, 2, 2, 0]
+    assert losses["mixtral"] == pytest.approx(1.266106, abs=1e-6)
+    assert losses["mixtral_hf"] == pytest.approx(2.532212, abs=2e-6)
+    assert losses["router_z"] == pytest.approx(5.954526, abs=2e-6)
+    assert losses["deepseek_v3"] == pytest.approx(1.266106, abs=1e-6)  # one sequence: the same sum
+
+
+def test_padding_changes_no_loss():
+    logits = np.random.default_rng(0).normal(size=(2, 5, 4))
+    valid_BS = jnp.array([[True] * 3 + [False] * 2] * 2)
+    counts_E, losses = _losses(logits, valid_BS, top_k=2)
+    short_counts_E, short_losses = _losses(logits[:, :3], jnp.ones((2, 3), bool), top_k=2)
+    np.testing.assert_array_equal(counts_E, short_counts_E)
+    for name, value in short_losses.items():
+        assert losses[name] == pytest.approx(float(value), rel=1e-6), name
+
+
+def test_weights_are_a_softmax_over_the_chosen_and_the_bias_only_chooses():
+    logits_TE = jnp.array([[1.0, 3.0, 2.0, 0.0]])
+    ids_TK, weights_TK = route(logits_TE, jnp.array([9.0, 0.0, 0.0, 0.0]), jnp.array([True]), 2)
+    assert sorted(ids_TK[0].tolist()) == [0, 1]
+    by_id = dict(zip(ids_TK[0].tolist(), weights_TK[0].tolist(), strict=True))
+    assert by_id[1] == pytest.approx(1 / (1 + np.exp(-2)))
+    assert by_id[0] + by_id[1] == pytest.approx(1)
+
+
+def test_padding_is_routed_to_no_expert():
+    ids_TK, weights_TK = route(jnp.zeros((2, 4)), jnp.zeros(4), jnp.array([True, False]), 2)
+    assert ids_TK[1].tolist() == [4, 4]
+    assert weights_TK[1].tolist() == [0, 0]
+    assert count_tokens(ids_TK, 4).sum() == 2
+
+
+def test_loss_free_bias_rises_for_the_starved_and_falls_for_the_busy():
+    bias_E = update_bias(jnp.zeros(4), jnp.array([10, 4, 4, 2]), 0.1)
+    np.testing.assert_allclose(bias_E, [-0.1, 0.1, 0.1, 0.1])
+    np.testing.assert_array_equal(update_bias(bias_E, jnp.array([3, 3, 3, 3]), 0.1), bias_E)
