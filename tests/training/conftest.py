@@ -1,0 +1,122 @@
+"""A training state of random numbers, of the real tree but without a model, and its layers one by one."""
+
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from laep_jax.config import MeshConfig, ModelConfig
+from laep_jax.sharding import make_mesh, tree_shardings
+
+EXPERT_DIMS = {"router_DE": 1, "gate_up_EDG": 0, "down_EFD": 0, "bias_E": 0}  # of one layer
+
+
+class State(NamedTuple):
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+    router_bias: dict
+
+
+def model_config(num_experts: tuple[int, ...]) -> ModelConfig:
+    sizes = {"hidden_size": 32, "num_heads": 4, "head_dim": 8, "ffn_size": 16, "vocab_size": 64}
+    return ModelConfig(num_experts=num_experts, num_layers=len(num_experts), **sizes)
+
+
+def _shapes(model: ModelConfig) -> State:
+    D, H, K, F, V = model.hidden_size, model.num_heads, model.head_dim, model.ffn_size, model.vocab_size
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.float32)
+
+    def run(n: int, E: int) -> dict:
+        return {
+            "attention_norm": {"scale_D": array(n, D)},
+            "attention": {"query_DHK": array(n, D, H, K), "output_HKD": array(n, H, K, D)},
+            "moe": {
+                "router_DE": array(n, D, E),
+                "gate_up_EDG": array(n, E, D, 2 * F),
+                "down_EFD": array(n, E, F, D),
+            },
+        }
+
+    params = {
+        "embedding_VD": array(V, D),
+        "runs": [run(n, E) for n, E in model.runs],
+        "final_norm": {"scale_D": array(D)},
+    }
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-3)))
+    bias = {"runs": [{"bias_E": array(n, E)} for n, E in model.runs]}
+    return State(jax.ShapeDtypeStruct((), np.int32), params, jax.eval_shape(optimizer.init, params), bias)
+
+
+class States:
+    """Random states and abstract states of models that differ in their expert counts."""
+
+    config = staticmethod(model_config)
+
+    @staticmethod
+    def mesh(data: int = 1, fsdp: int = 2, expert: int = 4):
+        return make_mesh(MeshConfig(data, fsdp, expert))
+
+    @staticmethod
+    def abstract(num_experts: tuple[int, ...], mesh) -> State:
+        shapes = _shapes(model_config(num_experts))
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            tree_shardings(shapes, mesh),
+        )
+
+    @classmethod
+    def random(cls, num_experts: tuple[int, ...], mesh, seed: int = 0) -> State:
+        rng = np.random.default_rng(seed)
+
+        def leaf(abstract):
+            values = rng.normal(size=abstract.shape) * 100
+            return jax.device_put(np.asarray(values, abstract.dtype), abstract.sharding)
+
+        return jax.tree.map(leaf, cls.abstract(num_experts, mesh))
+
+    @staticmethod
+    def by_layer(state) -> dict[str, list[np.ndarray]]:
+        """Values of every parameter without run index: one array a layer, or just one outside the runs."""
+        layers: dict[str, list[np.ndarray]] = {}
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+            key = jax.tree_util.keystr(path)
+            name = re.sub(r"(\['runs'\])\[\d+\]", r"\1", key)
+            layers.setdefault(name, []).extend([np.array(leaf)] if name == key else np.array(leaf))
+        return layers
+
+    @classmethod
+    def cut_by_layer(cls, state, kept) -> dict[str, list[np.ndarray]]:
+        """What `by_layer` of the cut state must be: plain slicing, layer by layer."""
+        layers = cls.by_layer(state)
+        for name, values in layers.items():
+            dims = [dim for suffix, dim in EXPERT_DIMS.items() if suffix in name]
+            if dims:
+                layers[name] = [np.take(v, ids, axis=dims[0]) for v, ids in zip(values, kept, strict=True)]
+        return layers
+
+    @staticmethod
+    def assert_equal(got: dict[str, list[np.ndarray]], want: dict[str, list[np.ndarray]]) -> None:
+        assert got.keys() == want.keys()
+        for name in want:
+            assert len(got[name]) == len(want[name]), name
+            for layer, (a, b) in enumerate(zip(got[name], want[name], strict=True)):
+                assert a.dtype == b.dtype, (name, layer)
+                np.testing.assert_array_equal(a, b, err_msg=f"{name}, layer {layer}")
+
+    @staticmethod
+    def plan(old: tuple[int, ...], new: tuple[int, ...], seed: int = 0) -> list[list[int]]:
+        """Random survivors in random order, per layer."""
+        rng = np.random.default_rng(seed)
+        return [rng.permutation(a)[:b].tolist() for a, b in zip(old, new, strict=True)]
+
+
+@pytest.fixture
+def states() -> type[States]:
+    return States
