@@ -1,0 +1,237 @@
+"""What a person sees while a run goes on, and the table at its end.
+
+On a terminal one line that is renewed in place; elsewhere (a file, a pipe, a notebook) one plain line
+every `log_every` steps. Whatever happens on the way (a prune, a checkpoint, a held-out loss) is a line
+that stays. The table compares the model before and after its cut, as the paper's Tables 3 to 5 do.
+
+Letters: L layers.
+"""
+
+import itertools
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from laep_jax.config import LaepConfig
+
+COUNTS_WIDTH = 26  # of the expert counts in the closing table
+HELDOUT_AT_CUT = "held-out loss at the cut"
+HELDOUT_AT_END = "held-out loss at the end"
+Row = tuple[str, str, str, str]
+
+
+class RunConsole:
+    """The progress of one run; a context manager that gives the terminal back on any exit.
+
+    num_steps: where the run ends. log_every: rhythm of the plain lines. peak_gflops: of all devices
+    together; with it the speed reads as a share of the peak (MFU). console: where to, by default
+    standard output.
+    """
+
+    def __init__(
+        self, num_steps: int, *, log_every: int, peak_gflops: float | None = None, console: Console | None = None
+    ):
+        self._num_steps = num_steps
+        self._log_every = log_every
+        self._peak_gflops = peak_gflops
+        self._console = console or Console()
+        self._state = ""
+        self._seconds: float | None = None
+        self._live = None
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False)
+
+    def __enter__(self) -> "RunConsole":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._live:
+            self._live.stop()
+
+    def state(self, text: str) -> None:
+        """Sets the text on the stability test that the next progress lines carry."""
+        self._state = text
+
+    def train(self, step: int, record: dict) -> None:
+        """Shows one step. record: the fields of a `train` record of metrics.jsonl."""
+        seconds = record["step_seconds"]
+        if seconds is not None:  # smoothed over some ten steps
+            self._seconds = seconds if self._seconds is None else 0.9 * self._seconds + 0.1 * seconds
+        parts = progress_parts(step, self._num_steps, record, self._peak_gflops)
+        left = [] if self._seconds is None else [f"{duration((self._num_steps - step) * self._seconds)} left"]
+        parts += [part for part in (self._state, *left) if part]
+        if self._live:
+            self._live.update(_Parts(parts), refresh=True)
+        elif step % self._log_every == 0 or step == self._num_steps:
+            self.event("  ".join(parts))
+
+    def event(self, text: str) -> None:
+        """Prints one line that stays."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def closing_table(self, summary: dict) -> None:
+        """Ends the progress line and prints the table of a finished run, see `closing_table`."""
+        self.__exit__()
+        self._console.print(closing_table(summary))
+
+
+class _Parts:
+    """Short texts in as few lines as the terminal's width allows, broken between them only."""
+
+    def __init__(self, parts: Sequence[str]):
+        self._parts = parts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = ""
+        for part in self._parts:
+            if line and len(line) + 2 + len(part) > options.max_width:
+                yield Text(line)
+                line = ""
+            line = f"{line}  {part}" if line else part
+        yield Text(line, no_wrap=True, overflow="ellipsis")
+
+
+def progress_parts(step: int, num_steps: int, record: dict, peak_gflops: float | None = None) -> list[str]:
+    """The texts of one progress line, from a `train` record of metrics.jsonl.
+
+    Loads are the largest over the mean, of the layer where that is worst.
+    """
+    gflops, speed = record["gflops_per_second"], record["tokens_per_second"]
+    parts = [
+        f"step {step:>{len(str(num_steps))}}/{num_steps}",
+        f"loss {_number(record['loss'], '.4f')}",
+        f"{_number(speed, ',.0f')} tokens/s",
+        f"MFU {_number(gflops and 100 * gflops / peak_gflops, '.1f')} %"
+        if peak_gflops
+        else f"{_number(gflops, ',.1f')} GFLOP/s",
+    ]
+    for name in ("expert", "device"):
+        imbalance = [value for value in record[f"{name}_imbalance"] if value is not None]
+        parts.append(f"{name} load {_number(max(imbalance, default=None), '.2f')}x")
+    return parts
+
+
+def stability_text(record: dict, laep: LaepConfig) -> str:
+    """The state of the stability test: windows in a row, and what is furthest from its threshold.
+
+    record: the fields of a `stability` record of metrics.jsonl.
+
+    >>> record = {"rank_correlation": [0.95, 0.81], "overlap": [None, 0.9], "consecutive": 1}
+    >>> stability_text(record, LaepConfig(stable_windows=3, rank_correlation=0.9, overlap=0.8))
+    'loads: 1/3 windows stable (layer 1 rank 0.81)'
+    """
+    margins = [
+        (value - threshold, layer, name, value)
+        for name, values, threshold in (
+            ("rank", record["rank_correlation"], laep.rank_correlation),
+            ("overlap", record["overlap"], laep.overlap),
+        )
+        for layer, value in enumerate(values)
+        if value is not None and not math.isnan(value)
+    ]
+    text = f"loads: {record['consecutive']}/{laep.stable_windows} windows stable"
+    if not margins:
+        return text
+    _, layer, name, value = min(margins)
+    return f"{text} (layer {layer} {name} {value:.2f})"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(62.4), duration(3 * 3600 + 60)
+    ('1:02', '3:01:00')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def run_lengths(counts: Sequence[int]) -> str:
+    """Expert counts layer by layer, equal neighbours together.
+
+    >>> run_lengths([16, 16, 16, 16]), run_lengths([8, 12, 12, 4])
+    ('16x4', '8,12x2,4')
+    """
+    runs = [(count, len(list(group))) for count, group in itertools.groupby(counts)]
+    return ",".join(f"{count}x{length}" if length > 1 else str(count) for count, length in runs)
+
+
+def closing_table(summary: dict) -> Group:
+    """The table at the end of a run, as a `rich` renderable.
+
+    summary: what summary.json holds: `steps`, `tokens`, `prune_steps`, `heldout_loss_end`; and with
+    `_before` and `_after` each: `parameters`, `experts` and `device_imbalance` (both [L]),
+    `heldout_loss_*_prune` and `step_seconds`. All `_after` and both `_prune` are None where nothing
+    was pruned; so is any number that was not measured.
+    """
+    length = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"
+    cuts = ", ".join(f"{step:,}" for step in summary["prune_steps"])
+    table = Table("", "before", "after", "change") if cuts else Table("", "model")
+    for name, before, after, change in _rows(summary):
+        if cuts:
+            table.add_row(name, before, after, change)
+        elif name != HELDOUT_AT_CUT:
+            table.add_row(name, after if name == HELDOUT_AT_END else before)
+    return Group(Text(f"{length}; " + (f"pruned after step {cuts}" if cuts else "nothing was pruned")), table)
+
+
+def _rows(summary: dict) -> list[Row]:
+    """(quantity, before, after, change), each as text."""
+
+    def pair(name: str) -> tuple:
+        return summary[f"{name}_before"], summary[f"{name}_after"]
+
+    heldout = summary["heldout_loss_before_prune"], summary["heldout_loss_after_prune"]
+    at_end = _row(HELDOUT_AT_END, (heldout[0], summary["heldout_loss_end"]), "{:.4f}".format, _difference)
+    devices = pair("device_imbalance")
+    means = tuple(values and sum(values) / len(values) for values in devices)
+    worst = tuple(values and max(values) for values in devices)
+    return [
+        _row("parameters", pair("parameters"), _size, _percent),
+        _row("experts per layer", pair("experts"), _counts, lambda before, after: _percent(sum(before), sum(after))),
+        ("device load, largest / mean:", "", "", ""),
+        _row("  mean over layers", means, "{:.3f}".format, _difference),
+        _row("  worst layer", worst, "{:.3f}".format, _difference),
+        _row(HELDOUT_AT_CUT, heldout, "{:.4f}".format, _difference),
+        (HELDOUT_AT_END, "", *at_end[2:]),
+        _row("step time", pair("step_seconds"), "{:.4g} s".format, lambda before, after: f"x {after / before:.3f}"),
+    ]
+
+
+def _row(name: str, values: tuple, show: Callable[..., str], change: Callable[..., str]) -> Row:
+    """One row from the values before and after, a dash for one that is None."""
+    before, after = values
+    known = before is not None and after is not None
+    texts = ["-" if value is None else show(value) for value in values]
+    return name, texts[0], texts[1], change(before, after) if known else ""
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _size(value: int) -> str:
+    for scale, unit in ((1e9, "B"), (1e6, "M")):
+        if value >= scale:
+            return f"{value / scale:,.3f} {unit}"
+    return f"{value:,}"
+
+
+def _counts(counts: Sequence[int]) -> str:
+    """`run_lengths`, in lines that end behind a comma."""
+    return "\n".join(textwrap.wrap(run_lengths(counts).replace(",", ", "), COUNTS_WIDTH)).replace(", ", ",")
+
+
+def _percent(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+.1f} %"
+
+
+def _difference(before: float, after: float) -> str:
+    return f"{after - before:+.4f}"

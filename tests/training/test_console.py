@@ -1,0 +1,170 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from laep_jax.config import LaepConfig
+from laep_jax.training.console import RunConsole, closing_table, progress_parts, stability_text
+
+TRAIN = {
+    "loss": 2.34567,
+    "tokens_per_second": 12345.6,
+    "gflops_per_second": 35.24,
+    "step_seconds": 0.5,
+    "expert_imbalance": [3.2, 1.1],
+    "device_imbalance": [1.25, None],
+}
+PRUNED = {
+    "steps": 400,
+    "tokens": 1638400,
+    "prune_steps": [220],
+    "parameters_before": 2_000_000,
+    "parameters_after": 1_500_000,
+    "experts_before": [16] * 4,
+    "experts_after": [8, 12, 12, 4],
+    "device_imbalance_before": [1.5, 2.5],
+    "device_imbalance_after": [1.0, 1.2],
+    "heldout_loss_before_prune": 2.5,
+    "heldout_loss_after_prune": 2.52,
+    "heldout_loss_end": 2.25,
+    "step_seconds_before": 0.5,
+    "step_seconds_after": 0.4,
+}
+NOT_PRUNED = PRUNED | {name: None for name in PRUNED if name.endswith(("_after", "_prune"))} | {"prune_steps": []}
+
+
+def plain(width=80):
+    return Console(file=io.StringIO(), force_terminal=False, width=width)
+
+
+def text_of(console):
+    return console.file.getvalue()
+
+
+def cells(summary):
+    """{first cell: the others} of the printed table; continued lines are joined to the one above."""
+    console = plain()
+    console.print(closing_table(summary))
+    rows, last = {}, ""
+    for line in text_of(console).splitlines():
+        if line.startswith("│"):
+            name, *values = (cell.strip() for cell in line.strip("│").split("│"))
+            rows[name or last] = (
+                [old + new for old, new in zip(rows.get(last), values, strict=True)] if not name else values
+            )
+            last = name or last
+    return rows, text_of(console)
+
+
+def test_off_a_terminal_one_whole_line_each_log_every():
+    console = plain(width=40)
+    with RunConsole(30, log_every=10, console=console) as progress:
+        progress.state("loads: 1/2 windows stable")
+        for step in range(1, 31):
+            progress.train(step, TRAIN)
+            if step == 12:
+                progress.event("step 12: checkpoint saved [bold]")
+    lines = text_of(console).splitlines()
+    assert lines[0] == (
+        "step 10/30  loss 2.3457  12,346 tokens/s  35.2 GFLOP/s  expert load 3.20x  device load 1.25x"
+        "  loads: 1/2 windows stable  0:10 left"
+    )
+    assert lines[1] == "step 12: checkpoint saved [bold]"
+    assert [line[:10] for line in lines[2:]] == ["step 20/30", "step 30/30"]
+    assert "\x1b" not in text_of(console)
+
+
+def test_the_last_step_is_shown_also_between_two_log_steps():
+    console = plain()
+    with RunConsole(7, log_every=5, console=console) as progress:
+        for step in range(1, 8):
+            progress.train(step, TRAIN)
+    assert [line.split()[1] for line in text_of(console).splitlines()] == ["5/7", "7/7"]
+
+
+def test_on_a_terminal_the_line_is_renewed_and_events_stay():
+    console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    with RunConsole(30, log_every=10, console=console) as progress:
+        progress.train(1, TRAIN)
+        progress.event("pruned after step 1")
+        progress.train(2, TRAIN)
+    text = text_of(console)
+    assert "step  1/30" in text
+    assert "step  2/30" in text
+    assert "pruned after step 1\n" in text
+    assert "\x1b[2K" in text  # erases the line before it writes it anew
+    assert text.rstrip().endswith("\x1b[?25h")  # gives the cursor back
+
+
+def test_speed_reads_as_share_of_the_peak_where_that_is_known():
+    assert "MFU 35.2 %" in progress_parts(1, 10, TRAIN, peak_gflops=100.0)
+    assert "35.2 GFLOP/s" in progress_parts(1, 10, TRAIN)
+
+
+def test_numbers_not_measured_yet_are_dashes():
+    record = TRAIN | {"tokens_per_second": None, "gflops_per_second": None, "expert_imbalance": [None, None]}
+    parts = progress_parts(1, 10, record)
+    assert {"- tokens/s", "- GFLOP/s", "expert load -x", "device load 1.25x"} <= set(parts)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overlaps", "names"),
+    [
+        ([0.95, 0.81], [1.0, 0.9], "(layer 1 rank 0.81)"),
+        ([0.95, 0.93], [0.7, 0.9], "(layer 0 overlap 0.70)"),
+        ([0.95, 0.93], [None, 0.9], "(layer 1 rank 0.93)"),
+        ([float("nan"), None], [None, None], ""),
+    ],
+)
+def test_stability_text_names_what_is_furthest_from_its_threshold(ranks, overlaps, names):
+    laep = LaepConfig(stable_windows=3, rank_correlation=0.9, overlap=0.8)
+    text = stability_text({"rank_correlation": ranks, "overlap": overlaps, "consecutive": 2}, laep)
+    assert text == f"loads: 2/3 windows stable {names}".rstrip()
+
+
+def test_closing_table_of_a_pruned_run():
+    rows, text = cells(PRUNED)
+    assert text.startswith("400 steps, 1,638,400 tokens; pruned after step 220\n")
+    assert rows == {
+        "parameters": ["2.000 M", "1.500 M", "-25.0 %"],
+        "experts per layer": ["16x4", "8,12x2,4", "-43.8 %"],
+        "device load, largest / mean:": ["", "", ""],
+        "mean over layers": ["2.000", "1.100", "-0.9000"],
+        "worst layer": ["2.500", "1.200", "-1.3000"],
+        "held-out loss at the cut": ["2.5000", "2.5200", "+0.0200"],
+        "held-out loss at the end": ["", "2.2500", "-0.2500"],
+        "step time": ["0.5 s", "0.4 s", "x 0.800"],
+    }
+
+
+def test_closing_table_of_a_run_without_prune():
+    rows, text = cells(NOT_PRUNED)
+    assert text.startswith("400 steps, 1,638,400 tokens; nothing was pruned\n")
+    assert rows["parameters"] == ["2.000 M"]
+    assert rows["experts per layer"] == ["16x4"]
+    assert rows["held-out loss at the end"] == ["2.2500"]
+    assert "held-out loss at the cut" not in rows
+
+
+def test_closing_table_of_the_1010b_model_fits_80_columns():
+    counts = [40, 48, 24, 16, 24, 16, 16, 24, 32, 32, *[24] * 3, *[40] * 3, *[48] * 69, *[40] * 8, *[32] * 6]
+    counts += [24, 24, 16, 8]
+    rows, text = cells(PRUNED | {"experts_before": [64] * 103, "experts_after": counts, "parameters_before": 1.515e12})
+    assert rows["experts per layer"][1] == "40,48,24,16,24,16x2,24,32x2,24x3,40x3,48x69,40x8,32x6,24x2,16,8"
+    assert rows["parameters"][0] == "1,515.000 B"
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_what_was_not_measured_is_a_dash():
+    rows, _ = cells(PRUNED | {"step_seconds_after": None, "device_imbalance_after": None})
+    assert rows["step time"] == ["0.5 s", "-", ""]
+    assert rows["worst layer"] == ["2.500", "-", ""]
+
+
+def test_the_table_ends_the_progress_line():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with RunConsole(30, log_every=10, console=console) as progress:
+        progress.train(30, TRAIN)
+        progress.closing_table(PRUNED)
+    text = text_of(console)
+    assert text.index("30/30") < text.index("\x1b[?25h") < text.index("1,638,400 tokens")
