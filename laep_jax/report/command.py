@@ -1,0 +1,35 @@
+"""`python -m laep_jax report RUN_DIR [--out DIR]`: draws a run's figures as PNG files."""
+
+import argparse
+from pathlib import Path
+
+from laep_jax.errors import UserError
+from laep_jax.report import figures
+from laep_jax.report.run_data import read_run
+
+FIGURES = {
+    "tokens_per_expert.png": figures.draw_tokens_per_expert,
+    "cumulative_load.png": figures.draw_cumulative_load,
+    "device_loads.png": figures.draw_device_loads,
+    "load_heatmap.png": figures.draw_load_heatmap,
+    "loss.png": figures.draw_loss,
+}
+DPI = 110
+
+
+def main(argv: list[str]) -> int:
+    """Draws all figures and prints their paths; `UserError` where the run directory does not read."""
+    parser = argparse.ArgumentParser(prog="laep_jax report", description="Draws a run's figures as PNG files.")
+    parser.add_argument("run_dir", type=Path, help="directory of a training run")
+    parser.add_argument("--out", type=Path, help="where the figures go (default: RUN_DIR/figures)")
+    args = parser.parse_args(argv)
+    run = read_run(args.run_dir)
+    out = args.out or args.run_dir / "figures"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, draw in FIGURES.items():
+            draw(run).savefig(out / name, dpi=DPI)
+            print(out / name)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}") from error
+    return 0

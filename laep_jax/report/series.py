@@ -1,0 +1,198 @@
+"""The numbers behind each figure, from a run's recorded loads.
+
+Figures 1 and 2 of the paper and the device loads of its section 3.3. Loads are mean tokens a step.
+
+Letters: L layers, E experts of the original model, P devices of the expert axis.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from laep_jax.report.run_data import Cut, RunData
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertLine:
+    """Tokens of one expert over the run: means over neighbouring steps, each placed at the last of them.
+
+    pruned: whether it went before the end; its line stops at the cut.
+    """
+
+    expert: int
+    steps: np.ndarray
+    tokens: np.ndarray
+    pruned: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CumulativeLoad:
+    """One panel of Figure 2: experts by ascending load.
+
+    experts: original ids. share: [E + 1], of the layer's tokens in the first 0, 1, ... E of them.
+    pruned: [E], whether each was taken away. below_alpha, below_mean: how many carry at most alpha
+    times the mean, and at most the mean. eligible: how many are under both bounds in this window.
+    """
+
+    experts: np.ndarray
+    share: np.ndarray
+    pruned: np.ndarray
+    below_alpha: int
+    below_mean: int
+    eligible: int
+    alpha: float
+    beta: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceLoads:
+    """Tokens a step on each device, [L, P].
+
+    before: up to the cut. in_order: after it, had the survivors kept their order. placed: after it,
+    as they were placed. The latter two share out the same tokens; both are None without a cut.
+    """
+
+    before: np.ndarray
+    in_order: np.ndarray | None
+    placed: np.ndarray | None
+
+
+def chosen_layers(num_layers: int, limit: int) -> list[int]:
+    """At most `limit` layers, evenly spaced, the first and the last among them.
+
+    >>> chosen_layers(4, 8), chosen_layers(24, 4)
+    ([0, 1, 2, 3], [0, 8, 15, 23])
+    """
+    return sorted({round(layer) for layer in np.linspace(0, num_layers - 1, min(limit, num_layers))})
+
+
+def step_bins(run: RunData, limit: int = 150) -> list[slice]:
+    """Rows of the recorded loads in at most about `limit` equal groups; none reaches across a cut."""
+    size = -(-len(run.steps) // limit)
+    borders = [0, *(int(np.searchsorted(run.steps, cut.step, "right")) for cut in run.cuts), len(run.steps)]
+    return [
+        slice(start, min(start + size, last))
+        for first, last in itertools.pairwise(sorted(set(borders)))
+        for start in range(first, last, size)
+    ]
+
+
+def expert_lines(run: RunData, layer: int) -> list[ExpertLine]:
+    """Figure 1, left: a line for each expert of the layer, by ascending id."""
+    bins = step_bins(run)
+    last_steps = np.array([run.steps[rows.stop - 1] for rows in bins])
+    tokens_E = [run.tokens_NLE[rows, layer].mean(0) for rows in bins]
+    lines = []
+    for expert in run.present(layer, 0):
+        pruned_at = run.pruned_at_LE[layer, expert]
+        alive = last_steps <= pruned_at if pruned_at >= 0 else last_steps >= 0
+        tokens = np.array([mean_E[expert] for mean_E in tokens_E])
+        lines.append(ExpertLine(int(expert), last_steps[alive], tokens[alive], bool(pruned_at >= 0)))
+    return lines
+
+
+def mean_line(run: RunData, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Figure 1's red line: (steps, tokens per expert that is there)."""
+    bins = step_bins(run)
+    steps = np.array([run.steps[rows.stop - 1] for rows in bins])
+    totals = np.array([run.tokens_NLE[rows, layer].sum(1).mean() for rows in bins])
+    return steps, totals / np.array([len(run.present(layer, step)) for step in steps])
+
+
+def final_loads(run: RunData, layer: int) -> np.ndarray:
+    """Figure 1, right: loads of the experts left, ascending, over the last window."""
+    last = int(run.steps[-1])
+    return np.sort(run.mean_loads(last)[layer, run.present(layer, last)])
+
+
+def cumulative_load(run: RunData, layer: int) -> CumulativeLoad:
+    """Figure 2: the window before the first prune, or the last window with the config's bounds."""
+    cut = run.prunes[0] if run.prunes else None
+    last = cut.step if cut else int(run.steps[-1])
+    alpha, beta = (cut.alpha[layer], cut.beta) if cut else (run.alpha[layer], run.beta)
+    ids = run.present(layer, last)
+    loads = run.mean_loads(last)[layer, ids]
+    order = np.lexsort((ids, loads))
+    total = loads.sum()
+    running = np.concatenate([[0.0], np.cumsum(loads[order])])
+    below_alpha = len(ids) if np.isinf(alpha) else int((loads <= alpha * loads.mean()).sum())
+    return CumulativeLoad(
+        experts=ids[order],
+        share=running / total if total else running,
+        pruned=run.pruned_at_LE[layer, ids[order]] == last if cut else np.zeros(len(ids), bool),
+        below_alpha=below_alpha,
+        below_mean=int((loads <= loads.mean()).sum()),
+        eligible=min(below_alpha, int((running[1:] <= beta * total).sum())),
+        alpha=alpha,
+        beta=beta,
+    )
+
+
+def device_sums(loads_LE: np.ndarray, order: Sequence[Sequence[int]], num_devices: int) -> np.ndarray:
+    """[L, P]: loads of the experts in slot order, in equal neighbouring groups.
+
+    >>> device_sums(np.array([[1, 2, 3, 4]]), [[3, 0, 1, 2]], 2)
+    array([[5, 5]])
+    """
+    return np.stack(
+        [loads_E[list(ids)].reshape(num_devices, -1).sum(1) for loads_E, ids in zip(loads_LE, order, strict=True)]
+    )
+
+
+def device_loads(run: RunData) -> DeviceLoads:
+    """Loads around the last cut, in the windows that end and begin there; of the last window without one."""
+    if not run.cuts:
+        last = int(run.steps[-1])
+        return DeviceLoads(device_sums(run.mean_loads(last), run.order(last), run.expert_parallel), None, None)
+    cut = run.cuts[-1]
+    before_LE = run.mean_loads(cut.step)
+    after_LE = loads_after(run, cut)
+    return DeviceLoads(
+        before=device_sums(before_LE, cut.before, run.expert_parallel),
+        in_order=device_sums(after_LE, survivors_in_order(cut), run.expert_parallel),
+        placed=device_sums(after_LE, cut.after, run.expert_parallel),
+    )
+
+
+def loads_after(run: RunData, cut: Cut) -> np.ndarray:
+    """[L, E]: mean loads of the window that begins with the cut, or ends there where nothing follows."""
+    later = run.steps[run.steps > cut.step]
+    if not len(later):
+        return run.mean_loads(cut.step)
+    ends = [int(later[-1]), int(later[0]) + run.window - 1, *(c.step for c in run.cuts if c.step > cut.step)]
+    return run.mean_loads(min(ends), first=cut.step + 1)
+
+
+def survivors_in_order(cut: Cut) -> list[list[int]]:
+    """Per layer the experts a cut left, in the slot order they had before it."""
+    return [
+        [expert for expert in before if expert in set(after)]
+        for before, after in zip(cut.before, cut.after, strict=True)
+    ]
+
+
+def shares(run: RunData, last: int) -> np.ndarray:
+    """[L, E]: each expert's share of its layer's tokens in the window ending with `last`; NaN where it is not there."""
+    loads_LE = run.mean_loads(last)
+    totals_L = loads_LE.sum(1, keepdims=True)
+    shares_LE = np.divide(loads_LE, totals_L, out=np.zeros_like(loads_LE), where=totals_L > 0)
+    for layer, shares_E in enumerate(shares_LE):
+        gone = np.setdiff1d(np.arange(len(shares_E)), run.present(layer, last))
+        shares_E[gone] = np.nan
+    return shares_LE
+
+
+def smoothed(values: np.ndarray, width: int) -> np.ndarray:
+    """Each value's mean with its neighbours, `width` in all and fewer at the ends; leaves NaN out.
+
+    >>> smoothed(np.array([1.0, 2.0, 6.0]), 3)
+    array([1.5, 3. , 4. ])
+    """
+    width = min(width, len(values))
+    known = np.isfinite(values)
+    ones = np.ones(width)
+    sums = np.convolve(np.where(known, values, 0.0), ones, "same")
+    counts = np.convolve(known.astype(float), ones, "same")
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)

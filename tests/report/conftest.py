@@ -1,0 +1,103 @@
+"""Run directories made up from NumPy: loads skew in some 60 steps, then stay, and the weakest experts go."""
+
+import json
+
+import numpy as np
+import pytest
+
+TOP_K, TOKENS, WINDOW, ALPHA, BETA, DEVICES = 2, 4096, 25, 0.4, 0.1, 4
+
+
+def popularity(rng, num_layers, num_experts):
+    """[L, E]: each expert's final share of its layer's tokens; over three orders of magnitude."""
+    weights = rng.lognormal(sigma=1.3, size=(num_layers, num_experts))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def weakest(loads_E, devices):
+    """Ids that fall under both bounds, as many as leave a multiple of the devices."""
+    order = np.argsort(loads_E, kind="stable")
+    running = np.cumsum(loads_E[order])
+    chosen = order[(running <= BETA * loads_E.sum()) & (loads_E[order] <= ALPHA * loads_E.mean())]
+    return chosen[: len(chosen) - (len(chosen) - len(loads_E)) % devices]
+
+
+def placed(loads_E, ids, devices):
+    """Ids in slot order: heaviest first to the lightest device that is not full."""
+    groups = [[] for _ in range(devices)]
+    for expert in sorted(ids, key=lambda e: -loads_E[e]):
+        open_groups = [group for group in groups if len(group) < len(ids) // devices]
+        min(open_groups, key=lambda group: sum(loads_E[e] for e in group)).append(int(expert))
+    return [expert for group in groups for expert in group]
+
+
+def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=180, devices=DEVICES, seed=0):
+    """Writes config.json, metrics.jsonl, loads.npz and plans/; cut_step None makes a run without prune."""
+    rng = np.random.default_rng(seed)
+    final_LE = popularity(rng, num_layers, num_experts)
+    drift_LE = rng.normal(scale=0.4, size=final_LE.shape)
+    alive_LE = np.ones(final_LE.shape, bool)
+    pruned_at_LE = np.full(final_LE.shape, -1)
+    tokens_NLE = np.zeros((num_steps, *final_LE.shape), np.int64)
+    records, lineage = [], [list(range(num_experts))] * num_layers
+    (run_dir / "plans").mkdir(parents=True)
+    for step in range(1, num_steps + 1):
+        grown = 1 - np.exp(-step / 40)
+        logits_LE = (
+            grown * np.log(final_LE) + drift_LE * np.exp(-step / 60) + rng.normal(scale=0.08, size=final_LE.shape)
+        )
+        weights_LE = np.exp(logits_LE) * alive_LE
+        for layer in range(num_layers):
+            share_E = weights_LE[layer] / weights_LE[layer].sum()
+            tokens_NLE[step - 1, layer] = rng.multinomial(TOP_K * TOKENS, share_E)
+        loss = 2.0 + 3.5 * np.exp(-step / 30) + 0.8 * np.exp(-step / 200) + rng.normal(scale=0.06)
+        records.append({"kind": "train", "step": step, "loss": loss})
+        if step % 50 == 0:
+            records.append({"kind": "eval", "step": step, "heldout_loss": loss + 0.1, "when": "periodic"})
+        if step == cut_step:
+            mean_LE = tokens_NLE[step - WINDOW : step].mean(0)
+            lineage = []
+            for layer in range(num_layers):
+                pruned = weakest(mean_LE[layer], devices)
+                alive_LE[layer, pruned] = False
+                pruned_at_LE[layer, pruned] = step
+                lineage.append(placed(mean_LE[layer], np.flatnonzero(alive_LE[layer]), devices))
+            records.append({"kind": "eval", "step": step, "heldout_loss": loss + 0.1, "when": "before_prune"})
+            records.append(
+                {
+                    "kind": "prune",
+                    "step": step,
+                    "plan": f"plans/{step}.json",
+                    "rearrange_only": False,
+                    "experts_before": [num_experts] * num_layers,
+                    "experts_after": [len(ids) for ids in lineage],
+                    "lineage": lineage,
+                }
+            )
+            records.append({"kind": "eval", "step": step, "heldout_loss": loss + 0.16, "when": "after_prune"})
+            plan = {"format": "laep-plan", "version": 1, "alpha": [ALPHA] * num_layers, "beta": BETA}
+            (run_dir / "plans" / f"{step}.json").write_text(json.dumps(plan))
+    records.append({"kind": "eval", "step": num_steps, "heldout_loss": loss + 0.1, "when": "end"})
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    laep = {"window": WINDOW, "alpha": ALPHA, "beta": BETA}
+    (run_dir / "config.json").write_text(json.dumps({"laep": laep, "model": {"top_k": TOP_K}}))
+    arrays = {"steps": np.arange(1, num_steps + 1), "tokens_per_expert": tokens_NLE, "pruned_at": pruned_at_LE}
+    np.savez(run_dir / "loads.npz", **arrays, expert_parallel=devices)
+    return run_dir
+
+
+@pytest.fixture
+def make():
+    """`make_run`, for tests that need a run of their own."""
+    return make_run
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory):
+    """4 layers of 16 experts on 4 devices, 300 steps, pruned after step 180; read only."""
+    return make_run(tmp_path_factory.mktemp("runs") / "small")
+
+
+@pytest.fixture(scope="session")
+def unpruned_dir(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "unpruned", num_steps=60, cut_step=None)

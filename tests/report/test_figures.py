@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+
+from laep_jax.report import figures
+from laep_jax.report.run_data import read_run
+
+PURE = [name for name in dir(figures) if name.startswith("draw_")]
+
+
+@pytest.fixture(scope="module")
+def run(run_dir):
+    return read_run(run_dir)
+
+
+def lines_of(axes, color):
+    return [line for line in axes.lines if line.get_color() == color and len(line.get_xdata()) > 1]
+
+
+def legend_of(figure):
+    return {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+
+
+def test_tokens_per_expert_has_a_line_each_and_a_bar_for_each_that_is_left(run):
+    figure = figures.draw_tokens_per_expert(run)
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert set(panels) == {f"layer {layer}{end}" for layer in range(4) for end in ("", ", end")}
+    for layer in range(4):
+        kept = len(run.present(layer, 300))
+        trend, ranks = panels[f"layer {layer}"], panels[f"layer {layer}, end"]
+        pruned = lines_of(trend, figures.VERMILLION)
+        assert (len(lines_of(trend, figures.BLUE)), len(pruned)) == (kept, 16 - kept)
+        assert {line.get_xdata()[-1] for line in pruned} == {180}
+        heights = [bar.get_height() for bar in ranks.patches]
+        assert len(heights) == kept
+        assert heights == sorted(heights)
+        assert trend.get_ylim() == panels["layer 0"].get_ylim()
+
+
+def test_cumulative_load_marks_both_bounds_and_the_pruned(run):
+    figure = figures.draw_cumulative_load(run)
+    assert len(figure.axes) == 4
+    for layer, axes in enumerate(figure.axes):
+        (curve,) = lines_of(axes, figures.BLUE)
+        assert curve.get_ydata()[0] == 0
+        assert curve.get_ydata()[-1] == pytest.approx(1)
+        (beta,) = lines_of(axes, figures.ORANGE)
+        assert set(beta.get_ydata()) == {0.1}
+        (alpha,) = lines_of(axes, figures.PURPLE)
+        loads = run.mean_loads(180)[layer]
+        assert set(alpha.get_xdata()) == {(loads <= 0.4 * loads.mean()).sum()}
+        (pruned,) = [line for line in axes.lines if line.get_color() == figures.VERMILLION]
+        count = 16 - len(run.present(layer, 300))
+        assert len(pruned.get_xdata()) == count
+        assert axes.get_title() == f"layer {layer}: α = 0.4, {count} of 16 pruned"
+
+
+def test_device_loads_has_three_bars_a_device_and_every_layer_below(run):
+    figure = figures.draw_device_loads(run)
+    *panels, overview = figure.axes
+    assert [len(axes.patches) for axes in panels] == [3 * 4] * 4
+    placed = [line for line in overview.lines if line.get_color() == figures.BLUE]
+    heights = np.array([bar.get_height() for bar in panels[1].patches[8:]])
+    assert placed[0].get_ydata()[1] == pytest.approx(heights.max() / heights.mean())
+    assert len(placed[0].get_ydata()) == 4
+
+
+def test_heatmap_hatches_exactly_the_pruned(run):
+    figure = figures.draw_load_heatmap(run)
+    before, after = figure.axes[:2]
+    assert [axes.get_title() for axes in (before, after)] == ["before the prune after step 180", "at the end"]
+    assert not before.images[0].get_array().mask.any()
+    np.testing.assert_array_equal(after.images[0].get_array().mask, run.pruned_at_LE == 180)
+    assert len(after.collections[0].get_paths()) == (run.pruned_at_LE == 180).sum()
+
+
+def test_loss_shows_every_record_and_marks_the_cut(run):
+    figure = figures.draw_loss(run)
+    (axes,) = figure.axes
+    by_label = {line.get_label(): line for line in axes.lines}
+    assert len(by_label["training"].get_xdata()) == 300
+    assert by_label["held-out"].get_xdata().tolist() == [50, 100, 150, 180, 200, 250, 300, 300]
+    assert by_label["held-out, right after a cut"].get_xdata().tolist() == [180]
+    kept = sum(len(ids) for ids in run.cuts[0].after)
+    assert [text.get_text() for text in axes.texts] == [f"pruned after step 180: 64 to {kept} experts"]
+    assert [line.get_xdata() for line in axes.lines if line.get_linestyle() == ":"] == [[180, 180]]
+
+
+def test_loss_of_a_run_that_has_logged_nothing_yet(unpruned_dir):
+    run = read_run(unpruned_dir)
+    figures.draw_loss(type(run)(**vars(run) | {"train": (), "evals": ()}))
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_every_axis_is_labelled_and_the_legend_names_what_is_there(run, unpruned_dir, name):
+    draw = getattr(figures, name)
+    for axes in draw(run).axes:
+        assert axes.get_ylabel()
+        assert axes.get_xlabel() or axes.get_label() == "<colorbar>"
+    assert not any("prune" in text or "cut" in text for text in legend_of(draw(read_run(unpruned_dir))))
+
+
+@pytest.mark.parametrize("name", ["draw_tokens_per_expert", "draw_cumulative_load", "draw_device_loads"])
+def test_many_layers_show_as_eight_and_the_title_says_which(make, tmp_path, name):
+    run = read_run(make(tmp_path / "run", num_layers=11, num_experts=4, num_steps=30, cut_step=None, devices=2))
+    figure = getattr(figures, name)(run)
+    titles = [axes.get_title().split(":")[0].removeprefix("layer ") for axes in figure.axes]
+    assert [int(title) for title in titles if title.isdecimal()] == [0, 1, 3, 4, 6, 7, 9, 10]
+    assert figure.get_suptitle().endswith("(layers 0, 1, 3, 4, 6, 7, 9, 10 of 11)")

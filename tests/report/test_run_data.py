@@ -1,0 +1,101 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from laep_jax.errors import UserError
+from laep_jax.report.run_data import read_run
+
+
+@pytest.fixture
+def copied(run_dir, tmp_path):
+    return shutil.copytree(run_dir, tmp_path / "run")
+
+
+def edit_loads(run_dir, **arrays):
+    with np.load(run_dir / "loads.npz") as loads:
+        arrays = dict(loads) | arrays
+    np.savez(run_dir / "loads.npz", **{name: array for name, array in arrays.items() if array is not None})
+
+
+def test_a_run_reads_back(run_dir):
+    run = read_run(run_dir)
+    assert run.steps.tolist() == list(range(1, 301))
+    assert run.tokens_NLE.shape == (300, 4, 16)
+    assert (run.expert_parallel, run.window, run.beta) == (4, 25, 0.1)
+    assert run.alpha == (0.4,) * 4
+    assert len(run.train) == 300
+    assert [record["when"] for record in run.evals[-3:]] == ["periodic", "periodic", "end"]
+    (cut,) = run.prunes
+    assert (cut.step, cut.beta, cut.alpha) == (180, 0.1, (0.4,) * 4)
+    assert cut.before == (tuple(range(16)),) * 4
+    for layer, ids in enumerate(cut.after):
+        assert sorted(ids) == run.present(layer, 181).tolist()
+
+
+def test_who_is_present_and_in_what_order(run_dir):
+    run = read_run(run_dir)
+    assert run.present(0, 180).tolist() == list(range(16))
+    assert len(run.present(0, 181)) == len(run.cuts[0].after[0]) < 16
+    assert run.order(180) == run.cuts[0].before
+    assert run.order(181) == run.cuts[0].after
+
+
+def test_mean_loads_take_the_window_and_never_two_models(run_dir):
+    run = read_run(run_dir)
+    np.testing.assert_array_equal(run.mean_loads(180), run.tokens_NLE[155:180].mean(0))
+    np.testing.assert_array_equal(run.mean_loads(190), run.tokens_NLE[180:190].mean(0))
+    np.testing.assert_array_equal(run.mean_loads(10), run.tokens_NLE[:10].mean(0))
+
+
+def test_layers_that_began_narrower(copied):
+    pruned_at = np.load(copied / "loads.npz")["pruned_at"]
+    pruned_at[0] = [-1] * 12 + [-2] * 4
+    edit_loads(copied, pruned_at=pruned_at)
+    run = read_run(copied)
+    assert run.present(0, 1).tolist() == list(range(12))
+    assert run.order(1)[0] == tuple(range(12))
+
+
+def test_a_run_in_progress_reads_up_to_what_it_saved(copied):
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 301, "lo')
+    edit_loads(copied, pruned_at=np.full((4, 16), -1))  # saved before the cut
+    run = read_run(copied)
+    assert len(run.train) == 300
+    assert run.cuts == ()
+
+
+def test_an_unbounded_alpha_of_a_plan(copied):
+    path = copied / "plans" / "180.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha": ["inf", 0.4, 0.4, 0.2]}))
+    assert read_run(copied).cuts[0].alpha == (float("inf"), 0.4, 0.4, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "run directory .*run does not exist"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl does not exist"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"kind": "train"}\n'), "metrics.jsonl line 1 is not a record"),
+        (lambda run: (run / "metrics.jsonl").write_text("3\n"), "metrics.jsonl line 1 is not a record"),
+        (lambda run: (run / "config.json").unlink(), "config.json does not read: No such file"),
+        (lambda run: (run / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda run: (run / "config.json").write_text("{}"), "'window' is missing"),
+        (lambda run: (run / "loads.npz").unlink(), "loads.npz does not exist"),
+        (lambda run: (run / "loads.npz").write_bytes(b"PK\x03\x04"), "loads.npz does not read"),
+        (lambda run: edit_loads(run, pruned_at=None), "loads.npz does not read"),
+        (lambda run: edit_loads(run, steps=np.arange(3)), "do not fit"),
+        (
+            lambda run: edit_loads(run, tokens_per_expert=np.zeros((0, 4, 16), int)),
+            r"must be \[steps, layers, experts\]",
+        ),
+        (lambda run: (run / "plans" / "180.json").unlink(), "180.json does not read"),
+    ],
+)
+def test_bad_input_is_one_line_naming_the_file(copied, spoil, message):
+    spoil(copied)
+    with pytest.raises(UserError, match=message) as caught:
+        read_run(copied)
+    assert "\n" not in str(caught.value)
