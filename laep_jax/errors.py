@@ -1,4 +1,7 @@
-"""The one exception for what a user can get wrong."""
+"""The one exception for what a user can get wrong, and how a program ends with it."""
+
+import sys
+from collections.abc import Callable, Sequence
 
 
 class UserError(ValueError):
@@ -12,3 +15,15 @@ def require(condition: bool, field: str, value: object, rule: str) -> None:
     """Raises `UserError("{field}={value} {rule}")` unless `condition` holds."""
     if not condition:
         raise UserError(f"{field}={value!r} {rule}")
+
+
+def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """The exit code of `main(argv)`: 2 after a `UserError`, 130 after Ctrl-C, each told in one line."""
+    try:
+        return main(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130

@@ -1,0 +1,42 @@
+"""`python -m laep_jax COMMAND`: the tools around `train.py`. Each command imports only what it needs."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from laep_jax.errors import UserError, run_main
+
+COMMANDS = {
+    "plan": (
+        "laep_jax.laep.command",
+        "which experts to prune and where to place the rest, from counts of any framework",
+    ),
+    "describe": ("laep_jax.model.command", "parameters, experts and FLOPs of a config, from shapes alone"),
+    "report": ("laep_jax.report.command", "figures of a run directory"),
+    "train-tokenizer": ("laep_jax.data.command", "a BPE tokenizer trained on a corpus"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<16} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: python -m laep_jax COMMAND ...", "", *lines, "", "COMMAND --help tells more."])
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Runs the command that `argv` begins with."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] not in COMMANDS:
+        raise UserError(f"there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
+    module, _ = COMMANDS[argv[0]]
+    return importlib.import_module(module).main(argv[1:])
+
+
+def main() -> int:
+    """The console script `laep-jax`."""
+    return run_main(dispatch, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Parameters and FLOPs of a model, counted from its config alone: nothing is allocated, no JAX.
+
+The counts follow notes section 1; a test holds them against the shapes of the real parameters.
+"""
+
+import dataclasses
+
+from laep_jax.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize:
+    """Parameters of a model, all and those that one token uses, and its training FLOPs.
+
+    `*_without_embeddings` leaves out both tables, that of the inputs and that of the outputs.
+    `flops_per_token`: forward and backward, without recomputation: six for each weight that the token
+    is multiplied with (all active ones but the input table and the norms), and the attention scores of
+    the positions up to its own, on average half of the sequence.
+    """
+
+    total: int
+    total_without_embeddings: int
+    active: int
+    active_without_embeddings: int
+    experts_per_layer: tuple[int, ...]
+    flops_per_token: int
+
+
+def model_size(config: ModelConfig, *, sequence_length: int) -> ModelSize:
+    """Counts `config`; `sequence_length` in tokens enters the attention scores only."""
+    hidden, experts = config.hidden_size, config.experts_per_layer
+    projections = 4 * hidden * config.num_heads * config.head_dim
+    filters = 2 * hidden**2 if config.lfa else 0
+    one_expert = 3 * hidden * config.ffn_size
+    vectors = hidden * (3 if config.lfa else 2)
+    if config.lfa and config.lfa_bias:
+        vectors += hidden // 2 + hidden
+
+    def layers(experts_of_token: tuple[int, ...]) -> int:
+        """Matrices of all layers, with that many experts in each but every router whole."""
+        routers = hidden * sum(experts)
+        return config.num_layers * (projections + filters) + routers + one_expert * sum(experts_of_token)
+
+    table = config.vocab_size * hidden
+    norms = config.num_layers * vectors + hidden
+    active_matrices = layers((config.top_k,) * config.num_layers)
+    total, active = layers(experts) + norms, active_matrices + norms
+    scores = 2 * config.num_layers * config.num_heads * config.head_dim * (sequence_length + 1)
+    return ModelSize(
+        total=total + 2 * table,
+        total_without_embeddings=total,
+        active=active + 2 * table,
+        active_without_embeddings=active,
+        experts_per_layer=experts,
+        flops_per_token=6 * (active_matrices + table) + 3 * scores,
+    )

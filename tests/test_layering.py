@@ -1,0 +1,108 @@
+"""The house: imports point one way, and the paper's part needs NumPy only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "laep_jax"
+# A room may import those before it and itself. Files not named here belong to their folder.
+ORDER = [
+    {"laep_jax", "errors"},
+    {"config"},
+    {"laep"},
+    {"gin_config", "sharding", "report"},
+    {"model", "data"},
+    {"training"},
+    {"__main__"},
+]
+TRAINING_ORDER = [
+    {"optimizer", "surgery", "runlog", "console", "controller"},
+    {"state", "cut_restore"},
+    {"step", "checkpoint", "evaluate", "resume"},
+    {"loop"},
+]
+LIMIT = 350  # lines
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports() -> dict[str, set[str]]:
+    """Every module of the package with the modules of the package it imports."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {m if module_exists(m) else node.module for m in modules}
+            elif isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+        found[module_name(path)] = {name for name in names if name.split(".")[0] == "laep_jax"}
+    return found
+
+
+def module_exists(name: str) -> bool:
+    path = PACKAGE.parent / Path(*name.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir()
+
+
+def rank(part: str, order: list[set[str]]) -> int:
+    [position] = [i for i, rooms in enumerate(order) if part in rooms]
+    return position
+
+
+def room(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def test_imports_point_one_way():
+    for name, targets in imports().items():
+        for target in targets:
+            if room(name) != room(target):
+                assert rank(room(target), ORDER) < rank(room(name), ORDER), f"{name} imports {target}"
+
+
+def test_no_cycle_within_a_room():
+    graph = imports()
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for target in graph.get(name, ()):
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_training_is_layered():
+    for name, targets in imports().items():
+        for target in targets:
+            if room(name) == room(target) == "training" and "." in target.removeprefix("laep_jax."):
+                a, b = name.split(".")[-1], target.split(".")[-1]
+                assert rank(b, TRAINING_ORDER) <= rank(a, TRAINING_ORDER), f"{name} imports {target}"
+
+
+def test_the_report_reads_files_only():
+    for name, targets in imports().items():
+        if room(name) == "report":
+            assert {room(target) for target in targets} <= {"report", "laep", "errors"}, name
+
+
+def test_the_papers_part_imports_no_jax():
+    names = [name for name in imports() if room(name) in ("laep", "config", "errors", "__main__")]
+    code = f"import sys\nfor name in {names}: __import__(name)\nassert not {{'jax', 'flax', 'gin'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=True)
+
+
+def test_files_stay_short():
+    for path in [*PACKAGE.rglob("*.py"), PACKAGE.parent / "train.py"]:
+        lines = len(path.read_text().splitlines())
+        limit = LIMIT if path.name != "config.py" else 400
+        assert lines <= limit, f"{path} has {lines} lines"
