@@ -45,7 +45,8 @@ def _layer_counts(tokens_NE: np.ndarray, layer: int) -> np.ndarray:
         _require_all(np.isfinite(tokens_NE), tokens_NE, layer, "must be finite")
         _require_all(tokens_NE == np.rint(tokens_NE), tokens_NE, layer, "must be an integer")
     _require_all(tokens_NE >= 0, tokens_NE, layer, "must not be negative")
-    total = float(tokens_NE.sum(dtype=np.float64))
+    with np.errstate(over="ignore"):
+        total = float(tokens_NE.sum(dtype=np.float64))
     require(total < 2**62, f"sum of {name}", total, "must be below 2**62")
     return tokens_NE.astype(np.int64)
 

@@ -54,7 +54,7 @@ def test_a_full_device_takes_no_more():
 
 
 def test_swaps_mend_what_greedy_leaves():
-    loads_E = np.array([8, 7, 6, 5, 4, 0])  # greedy: 8 + 5 + 0 and 7 + 6 + 4
+    loads_E = np.array([8, 7, 6, 5, 4, 0])  # greedy: 8 + 5 + 4 and 7 + 6 + 0
     assert largest(loads_E, 2, "greedy") == 17
     assert largest(loads_E, 2, "refined") == optimum(loads_E, 2) == 15
 

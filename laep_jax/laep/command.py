@@ -1,0 +1,108 @@
+"""`python -m laep_jax plan`: a plan from token counts that any framework has logged. Needs NumPy only.
+
+python -m laep_jax plan --counts counts.npz --expert-parallel 8 --top-k 2 --alpha hybrid --beta 0.1 --out plan.json
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from laep_jax.config import LaepConfig
+from laep_jax.errors import UserError, require
+from laep_jax.laep.load import FIELD
+from laep_jax.laep.placement import METHODS
+from laep_jax.laep.plan import make_plan
+from laep_jax.laep.pruning import ESTIMATORS, INEQUALITIES, ROUNDINGS
+
+
+def main(argv: list[str]) -> int:
+    """Reads counts, prints the plan as a table, writes it as JSON. `UserError` on bad counts or settings."""
+    args = _parser().parse_args(argv)
+    plan = make_plan(
+        read_counts(args.counts),
+        expert_parallel=args.expert_parallel,
+        top_k=args.top_k,
+        alpha=_alpha(args.alpha),
+        beta=args.beta,
+        estimator=args.estimator,
+        inequality=args.inequality,
+        rounding=args.rounding,
+        placement=args.placement,
+    )
+    print(plan.table())
+    if args.out:
+        try:
+            args.out.write_text(plan.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out={args.out} cannot be written: {error.strerror}") from error
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m laep_jax plan",
+        description="Which experts to prune and where to place the others, from recorded token counts.",
+    )
+    required = parser.add_argument_group("required")
+    required.add_argument(
+        "--counts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=f".npy, or .npz with the array {FIELD}: integers [iterations, layers, experts] or [layers, experts]",
+    )
+    required.add_argument("--expert-parallel", type=int, required=True, metavar="G", help="devices to spread over")
+    required.add_argument("--top-k", type=int, required=True, metavar="K", help="experts chosen for each token")
+    add = parser.add_argument
+    add(
+        "--alpha",
+        default=LaepConfig.alpha,
+        help="number, inf, hybrid, or one number a layer: 0.2,0.4,inf (%(default)s)",
+    )
+    add("--beta", type=float, default=LaepConfig.beta, help="largest share of a layer's tokens to prune (%(default)s)")
+    for name, allowed, text in (
+        ("estimator", ESTIMATORS, "decide in each iteration, or on the mean loads"),
+        ("inequality", INEQUALITIES, "of both bounds"),
+        ("rounding", ROUNDINGS, "where the survivors do not divide, keep more or fewer"),
+        ("placement", METHODS, "of the survivors on the devices"),
+    ):
+        add(f"--{name}", choices=allowed, default=getattr(LaepConfig, name), help=f"{text} (%(default)s)")
+    add(
+        "--out", type=Path, metavar="FILE", help="where to write the plan as JSON; without it only the table is printed"
+    )
+    return parser
+
+
+def _alpha(text: str) -> float | str | tuple[float, ...]:
+    if text == "hybrid":
+        return text
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--alpha={text!r} must be a number, inf, hybrid or numbers with commas between") from error
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def read_counts(path: Path) -> np.ndarray:
+    """Token counts [N, L, E] from a .npy or .npz file. `UserError` where there are none."""
+    try:
+        require(path.is_file(), "--counts", str(path), "is not a file")
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                tokens = loaded
+            else:
+                require(FIELD in loaded.files, f"arrays in {path}", loaded.files, f"lack {FIELD!r}")
+                tokens = np.asarray(loaded[FIELD])  # which is bytes if no .npy lies in the zip
+    except UserError:
+        raise
+    except Exception as error:  # NumPy, zipfile, zlib and tokenize have many for a damaged file
+        raise UserError(f"--counts={str(path)!r} does not read as a .npy or .npz file of numbers") from error
+    require(
+        tokens.ndim in (2, 3),
+        f"{FIELD}.shape",
+        tokens.shape,
+        "must be [iterations, layers, experts] or without the first",
+    )
+    return tokens if tokens.ndim == 3 else tokens[None]

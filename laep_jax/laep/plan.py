@@ -1,0 +1,318 @@
+"""The plan: which experts stay in each layer and where they go, as data (paper sections 3.2, 3.3).
+
+One plan carries both algorithms. `kept` lists, per layer, the old slots in new device order:
+new[e] = old[kept[e]] for everything that belongs to an expert. A rearrangement is a plan that keeps
+everyone. Ids are slots of the model the plan is made for; the lineage translates these into the
+experts of the model a run began with.
+
+Letters: N iterations, L layers, E experts of a layer, G devices.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from laep_jax.errors import require
+from laep_jax.laep import plan_json
+from laep_jax.laep.load import as_counts
+from laep_jax.laep.placement import METHODS, device_loads, lower_bound, place
+from laep_jax.laep.pruning import Pruning, PruningRule, alpha_per_layer, prune_layer
+
+Lineage = tuple[tuple[int, ...], ...]  # per layer: the original id of each slot
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """One layer. Device g holds the g-th of the equal parts of `kept`.
+
+    kept: old slots in new device order. pruned, eligible: ascending; eligible are those the rule
+    chose before rounding. device_load: mean tokens an iteration, [G]. imbalance_*: largest over mean
+    device load, `before` with the survivors in their old order. lower_bound: of the largest
+    device load.
+    """
+
+    kept: tuple[int, ...]
+    pruned: tuple[int, ...]
+    eligible: tuple[int, ...]
+    device_load: tuple[float, ...]
+    imbalance_before: float
+    imbalance_after: float
+    lower_bound: float
+
+    @property
+    def mean_load(self) -> float:
+        """Mean device load."""
+        return sum(self.device_load) / len(self.device_load)
+
+    @property
+    def largest_before(self) -> float:
+        """The largest device load with the survivors in their old order."""
+        return self.imbalance_before * self.mean_load
+
+    def check(self, field: str, num_experts: int, expert_parallel: int, top_k: int) -> None:
+        """Raises `UserError` where this is no plan for a layer of `num_experts`."""
+        every = self.kept + self.pruned
+        once = len(every) == num_experts and sorted(every) == list(range(num_experts))
+        require(once, f"{field} kept and pruned", every, f"must be 0 to {num_experts - 1}, each once")
+        for name in ("pruned", "eligible"):
+            slots = getattr(self, name)
+            ascending = all(a < b for a, b in zip((-1, *slots), (*slots, num_experts), strict=True))
+            require(ascending, f"{field}.{name}", slots, f"must be ascending ids below {num_experts}")
+        kept = len(self.kept)
+        require(kept % expert_parallel == 0, f"{field} kept count", kept, f"must divide by {expert_parallel=}")
+        require(kept >= max(top_k, 1), f"{field} kept count", kept, f"must be at least {top_k=}")
+        devices = len(self.device_load)
+        require(devices == expert_parallel, f"{field} devices", devices, f"must be {expert_parallel=}")
+        numbers = (*self.device_load, self.imbalance_before, self.imbalance_after, self.lower_bound)
+        finite = all(math.isfinite(number) and number >= 0 for number in numbers)
+        require(finite, f"{field} loads", numbers, "must be finite and not negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to keep and where, with the settings that led there. Checked when it is made: `UserError`.
+
+    num_experts: per layer, before. alpha: per layer. A plan that the pruning rule did not
+    make has alpha 0, beta 0 and inequality `lt`, under which the rule chooses no one.
+    """
+
+    num_experts: tuple[int, ...]
+    expert_parallel: int
+    top_k: int
+    alpha: tuple[float, ...]
+    beta: float
+    estimator: str
+    inequality: str
+    rounding: str
+    placement: str
+    layers: tuple[LayerPlan, ...]
+
+    def __post_init__(self):
+        num_layers = len(self.num_experts)
+        require(num_layers > 0, "num_layers", num_layers, "must be at least 1")
+        for field in ("alpha", "layers"):
+            entries = len(getattr(self, field))
+            require(entries == num_layers, f"entries of {field}", entries, f"must be {num_layers=}")
+        require(self.placement in METHODS, "placement", self.placement, f"must be one of {', '.join(METHODS)}")
+        rule = self.rule
+        for index, (num_experts, layer) in enumerate(zip(self.num_experts, self.layers, strict=True)):
+            rule.check_experts(num_experts, index)
+            layer.check(f"layers[{index}]", num_experts, self.expert_parallel, self.top_k)
+
+    @property
+    def rule(self) -> PruningRule:
+        """The settings of Algorithm 1."""
+        return PruningRule(
+            self.alpha, self.beta, self.estimator, self.inequality, self.rounding, self.top_k, self.expert_parallel
+        )
+
+    @property
+    def kept(self) -> tuple[tuple[int, ...], ...]:
+        """Per layer, the old slots in new device order."""
+        return tuple(layer.kept for layer in self.layers)
+
+    @property
+    def num_experts_after(self) -> tuple[int, ...]:
+        """Per layer, experts that stay."""
+        return tuple(len(layer.kept) for layer in self.layers)
+
+    def to_json(self) -> str:
+        """The plan as JSON text, a line a layer; `from_json` gives an equal plan back."""
+        return plan_json.dump(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Reads `to_json`. `UserError` on anything that is not a sound plan."""
+        fields = plan_json.parse(text)
+        return cls(**fields | {"layers": tuple(LayerPlan(**layer) for layer in fields["layers"])})
+
+    def sha256(self) -> str:
+        """Of the JSON text: equal on two hosts if, and only if, they hold the same plan."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def table(self) -> str:
+        """The plan for people: a line a layer and a total, which adds up the layers' loads."""
+        lines = [
+            f"beta {self.beta:g}, estimator {self.estimator}, inequality {self.inequality}, rounding "
+            f"{self.rounding}; placement {self.placement} on {self.expert_parallel} devices, top {self.top_k}",
+            "load: largest over mean device load; bound: the least it can be in equal groups; gap: after over bound",
+            "layer     alpha   experts    kept  eligible  pruned  load before    after    bound     gap",
+        ]
+        for index, (alpha, layer) in enumerate(zip(self.alpha, self.layers, strict=True)):
+            lines.append(_table_line(str(index), f"{alpha:g}", [layer]))
+        return "\n".join([*lines, _table_line("total", "", self.layers)])
+
+
+def _table_line(name: str, alpha: str, layers: Sequence[LayerPlan]) -> str:
+    kept, pruned, eligible = (
+        sum(len(getattr(layer, ids)) for layer in layers) for ids in ("kept", "pruned", "eligible")
+    )
+    mean = sum(layer.mean_load for layer in layers)
+    largest = sum(max(layer.device_load) for layer in layers)
+    bound = sum(layer.lower_bound for layer in layers)
+    before = sum(layer.largest_before for layer in layers)
+    ratios = [load / mean if mean else 1.0 for load in (before, largest, bound)]
+    gap = max(largest / bound - 1, 0.0) if bound else 0.0  # below 0 only by rounding
+    return (
+        f"{name:>5}  {alpha:>8}  {kept + pruned:>8}  {kept:>6}  {eligible:>8}  {pruned:>6}"
+        f"  {ratios[0]:>11.4f}  {ratios[1]:>7.4f}  {ratios[2]:>7.4f}  {gap:>6.2%}"
+    )
+
+
+def make_plan(
+    tokens: np.ndarray | Sequence[np.ndarray],
+    *,
+    expert_parallel: int,
+    top_k: int,
+    alpha: float | str | Sequence[float],
+    beta: float,
+    estimator: str,
+    inequality: str,
+    rounding: str,
+    placement: str,
+    placement_loads: Sequence[np.ndarray] | None = None,
+) -> Plan:
+    """Both algorithms: prune by the recorded counts, then place the survivors.
+
+    tokens: counts [N, L, E], or [N, E] of each layer. placement_loads: mean tokens an iteration, [E]
+    of each layer, measured with the pruned experts masked; by default the recorded means, which leave
+    out that the tokens of pruned experts go elsewhere. `UserError` on bad counts or settings.
+    """
+    counts = as_counts(tokens)
+    rule = PruningRule(
+        alpha_per_layer(alpha, len(counts)), beta, estimator, inequality, rounding, top_k, expert_parallel
+    )
+    choices = [prune_layer(tokens_NE, rule, layer) for layer, tokens_NE in enumerate(counts)]
+    if placement_loads is None:  # whole sums instead of means: ties and order are then exact
+        loads, iterations = [tokens_NE.sum(axis=0) for tokens_NE in counts], len(counts[0])
+    else:
+        loads, iterations = [np.asarray(loads_E) for loads_E in placement_loads], 1
+    for loads_E, tokens_NE in zip(loads, counts, strict=True):
+        assert loads_E.shape == tokens_NE.shape[1:], (loads_E.shape, tokens_NE.shape)
+    return Plan(
+        num_experts=tuple(tokens_NE.shape[1] for tokens_NE in counts),
+        expert_parallel=expert_parallel,
+        top_k=top_k,
+        alpha=rule.alpha,
+        beta=float(beta),
+        estimator=estimator,
+        inequality=inequality,
+        rounding=rounding,
+        placement=placement,
+        layers=tuple(
+            _layer_plan(loads_E, iterations, choice, expert_parallel, placement)
+            for loads_E, choice in zip(loads, choices, strict=True)
+        ),
+    )
+
+
+def _layer_plan(loads_E: np.ndarray, iterations: int, choice: Pruning, expert_parallel: int, method: str) -> LayerPlan:
+    survivors = np.setdiff1d(np.arange(len(loads_E)), choice.pruned)
+    loads_E = loads_E[survivors]
+    order = place(loads_E, expert_parallel, method)
+    before_G = device_loads(loads_E, np.arange(len(survivors)), expert_parallel)
+    after_G = device_loads(loads_E, order, expert_parallel)
+    return LayerPlan(
+        kept=tuple(survivors[order].tolist()),
+        pruned=choice.pruned,
+        eligible=choice.eligible,
+        device_load=tuple((after_G / iterations).tolist()),
+        imbalance_before=_imbalance(before_G),
+        imbalance_after=_imbalance(after_G),
+        lower_bound=lower_bound(loads_E, expert_parallel) / iterations,
+    )
+
+
+def _imbalance(loads_G: np.ndarray) -> float:
+    """Largest over mean device load; 1.0 where there is no load."""
+    return float(loads_G.max() / loads_G.mean()) if loads_G.any() else 1.0
+
+
+def rearrange_plan(loads: Sequence[np.ndarray], *, expert_parallel: int, top_k: int, placement: str) -> Plan:
+    """Keeps every expert and places it by `loads`: mean tokens a step, [E] of each layer."""
+    no_one = Pruning((), ())
+    layers = [_layer_plan(np.asarray(loads_E), 1, no_one, expert_parallel, placement) for loads_E in loads]
+    return _keeping_all(layers, expert_parallel, top_k, placement)
+
+
+def identity_plan(num_experts: Sequence[int], *, expert_parallel: int, top_k: int) -> Plan:
+    """Keeps every expert of each layer where it is; knows no loads, so they are all 0."""
+    zeros = (0.0,) * expert_parallel
+    layers = [LayerPlan(tuple(range(count)), (), (), zeros, 1.0, 1.0, 0.0) for count in num_experts]
+    return _keeping_all(layers, expert_parallel, top_k, "greedy")
+
+
+def _keeping_all(layers: Sequence[LayerPlan], expert_parallel: int, top_k: int, placement: str) -> Plan:
+    return Plan(
+        num_experts=tuple(len(layer.kept) for layer in layers),
+        expert_parallel=expert_parallel,
+        top_k=top_k,
+        alpha=(0.0,) * len(layers),
+        beta=0.0,
+        estimator="vote",
+        inequality="lt",
+        rounding="restore",
+        placement=placement,
+        layers=tuple(layers),
+    )
+
+
+def predicted_gain(plan: Plan) -> float:
+    """The share by which placing the survivors lowers the largest device load, layers added up.
+
+    The layers run one after another and each waits for its fullest device. Negative if it rises;
+    rounded, so that sums of the same loads in another order are no gain.
+    """
+    before = sum(layer.largest_before for layer in plan.layers)
+    after = sum(max(layer.device_load) for layer in plan.layers)
+    return round(1 - after / before, 12) if before else 0.0
+
+
+def compose(first: Plan, second: Plan) -> Plan:
+    """One plan that does what `first` and then `second` do. `UserError` where they do not fit.
+
+    Loads are those of `second`, measured last; the pruning settings are those of the last plan that
+    pruned.
+    """
+    require(
+        second.num_experts == first.num_experts_after,
+        "second.num_experts",
+        second.num_experts,
+        f"does not follow a plan that keeps {first.num_experts_after}",
+    )
+    rules = second if any(layer.pruned for layer in second.layers) else first
+    return dataclasses.replace(
+        rules,
+        num_experts=first.num_experts,
+        expert_parallel=second.expert_parallel,
+        top_k=second.top_k,
+        placement=second.placement,
+        layers=tuple(map(_compose_layer, first.layers, second.layers)),
+    )
+
+
+def _compose_layer(first: LayerPlan, second: LayerPlan) -> LayerPlan:
+    def original(slots: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(first.kept[slot] for slot in slots)
+
+    return dataclasses.replace(
+        second,
+        kept=original(second.kept),
+        pruned=tuple(sorted(first.pruned + original(second.pruned))),
+        eligible=tuple(sorted({*first.eligible, *original(second.eligible)})),
+    )
+
+
+def initial_lineage(num_experts: Sequence[int]) -> Lineage:
+    """Every slot holds the expert of its own number."""
+    return tuple(tuple(range(count)) for count in num_experts)
+
+
+def apply_plan_to_lineage(lineage: Sequence[Sequence[int]], plan: Plan) -> Lineage:
+    """The lineage after `plan`: per layer the original id of each new slot. `UserError` on another model."""
+    counts = tuple(len(ids) for ids in lineage)
+    require(counts == plan.num_experts, "plan num_experts", plan.num_experts, f"does not fit layers of {counts}")
+    return tuple(tuple(ids[slot] for slot in layer.kept) for ids, layer in zip(lineage, plan.layers, strict=True))

@@ -1,0 +1,109 @@
+"""The JSON form of a plan, "laep-plan" version 1, as plain data: `dump` writes it, `parse` checks types.
+
+Whether the numbers make a sound plan is for `plan.Plan` to say. JSON has no infinity, so an
+unbounded alpha is written as "inf"; `num_experts` is one number if all layers have the same.
+"""
+
+import json
+import math
+import sys
+from typing import Any
+
+from laep_jax.errors import UserError, require
+
+FORMAT, VERSION = "laep-plan", 1
+SETTINGS = ("estimator", "inequality", "rounding", "placement")
+IDS = ("kept", "pruned", "eligible")
+LOADS = ("imbalance_before", "imbalance_after", "lower_bound")
+LAYER = {*IDS, "device_load", *LOADS}
+PLAN = {
+    "format",
+    "version",
+    "num_layers",
+    "num_experts",
+    "expert_parallel",
+    "top_k",
+    "alpha",
+    "beta",
+    *SETTINGS,
+    "layers",
+}
+
+
+def dump(plan: dict[str, Any]) -> str:
+    """JSON text of a plan given as `dataclasses.asdict` makes it, a line a layer."""
+    counts = plan["num_experts"]
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "num_layers": len(counts),
+        "num_experts": counts[0] if len(set(counts)) == 1 else counts,
+        "expert_parallel": plan["expert_parallel"],
+        "top_k": plan["top_k"],
+        "alpha": ["inf" if math.isinf(alpha) else alpha for alpha in plan["alpha"]],
+        "beta": plan["beta"],
+        **{name: plan[name] for name in SETTINGS},
+    }
+    layers = ",\n".join(json.dumps(layer, allow_nan=False) for layer in plan["layers"])
+    return f'{json.dumps(head, allow_nan=False)[:-1]}, "layers": [\n{layers}\n]}}\n'
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The fields of a plan from JSON text. `UserError` on another format, version, key or type."""
+    try:
+        plan = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"plan is not JSON: {error}") from error
+    require(isinstance(plan, dict), "plan", type(plan).__name__, "must be a JSON object")
+    require(plan.get("format") == FORMAT, "plan format", plan.get("format"), f"must be {FORMAT!r}")
+    version = plan.get("version")
+    require(type(version) is int and version == VERSION, "plan version", version, f"must be {VERSION}")
+    _check_keys(plan, PLAN, "plan")
+    num_layers, counts = _integer(plan["num_layers"], "num_layers"), plan["num_experts"]
+    layers = _list(plan["layers"], "layers")
+    require(len(layers) == num_layers, "num_layers", num_layers, f"does not fit {len(layers)} layers")
+    alphas = _list(plan["alpha"], "alpha")
+    return {
+        "num_experts": _integers(counts if isinstance(counts, list) else [counts] * num_layers, "num_experts"),
+        **{name: _integer(plan[name], name) for name in ("expert_parallel", "top_k")},
+        "alpha": tuple(math.inf if alpha == "inf" else _number(alpha, "alpha") for alpha in alphas),
+        "beta": _number(plan["beta"], "beta"),
+        **{name: plan[name] for name in SETTINGS},
+        "layers": [_layer(layer, f"layers[{index}]") for index, layer in enumerate(layers)],
+    }
+
+
+def _layer(layer: Any, field: str) -> dict[str, Any]:
+    require(isinstance(layer, dict), field, layer, "must be a JSON object")
+    _check_keys(layer, LAYER, field)
+    loads = _list(layer["device_load"], f"{field}.device_load")
+    return {
+        **{name: _integers(layer[name], f"{field}.{name}") for name in IDS},
+        "device_load": tuple(_number(load, f"{field}.device_load") for load in loads),
+        **{name: _number(layer[name], f"{field}.{name}") for name in LOADS},
+    }
+
+
+def _check_keys(values: dict, expected: set[str], field: str) -> None:
+    require(set(values) >= expected, f"{field} keys", sorted(values), f"lack {sorted(expected - set(values))}")
+    require(set(values) <= expected, f"{field} keys", sorted(set(values) - expected), "are unknown")
+
+
+def _list(value: Any, field: str) -> list:
+    require(isinstance(value, list), field, value, "must be a list")
+    return value
+
+
+def _integers(value: Any, field: str) -> tuple[int, ...]:
+    return tuple(_integer(item, field) for item in _list(value, field))
+
+
+def _integer(value: Any, field: str) -> int:
+    require(isinstance(value, int) and not isinstance(value, bool), field, value, "must be an integer")
+    return value
+
+
+def _number(value: Any, field: str) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(number and abs(value) <= sys.float_info.max, field, value, "must be a finite number")
+    return float(value)

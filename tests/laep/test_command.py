@@ -1,0 +1,259 @@
+"""The `plan` command: files in, table and JSON out, one line on bad input, and NumPy alone is enough."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import laep_jax
+from laep_jax.errors import UserError
+from laep_jax.laep import command
+from laep_jax.laep.plan import Plan, make_plan
+
+KEYS = {
+    *("format", "version", "num_layers", "num_experts", "expert_parallel", "top_k", "alpha", "beta"),
+    *("estimator", "inequality", "rounding", "placement", "layers"),
+}
+LAYER_KEYS = {"kept", "pruned", "eligible", "device_load", "imbalance_before", "imbalance_after", "lower_bound"}
+TOKENS_NLE = np.random.default_rng(0).integers(1, 500, (3, 6, 8)) ** 2 // 100
+ALONE = """
+import importlib.abc, sys
+
+class NumPyOnly(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {"numpy", "laep_jax", *sys.stdlib_module_names}:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, NumPyOnly())
+for name in ("jax", "flax", "gin", "rich", "matplotlib"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    raise AssertionError(f"{name} is not blocked")
+
+from laep_jax.laep.command import main
+
+assert main(sys.argv[1:]) == 0
+others = {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names
+assert "jax" not in sys.modules
+assert {"numpy", "laep_jax"} <= others
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with good counts in each form."""
+    np.save(tmp_path / "counts.npy", TOKENS_NLE)
+    np.savez(tmp_path / "counts.npz", tokens_per_expert=TOKENS_NLE, steps=np.arange(3))
+    np.savez_compressed(tmp_path / "small.npz", tokens_per_expert=TOKENS_NLE.astype(np.float32))
+    np.save(tmp_path / "one.npy", TOKENS_NLE[0])
+    return tmp_path
+
+
+def run(folder, *options, counts="counts.npz", **flags) -> None:
+    """`plan` with the output in plan.json, unless the flags say otherwise."""
+    flags = {"counts": folder / counts, "expert-parallel": 2, "top-k": 2, "out": folder / "plan.json"} | flags
+    arguments = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    assert command.main([*arguments, *options]) == 0
+
+
+def planned(tokens=TOKENS_NLE, **changes) -> Plan:
+    """What the command's defaults should make."""
+    defaults = {"expert_parallel": 2, "top_k": 2, "alpha": "hybrid", "beta": 0.1, "estimator": "vote"}
+    return make_plan(tokens, **defaults | {"inequality": "le", "rounding": "restore", "placement": "refined"} | changes)
+
+
+def written(folder) -> Plan:
+    return Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("counts", ["counts.npy", "counts.npz", "small.npz"])
+def test_counts_of_iterations_make_the_plan(folder, counts, capsys):
+    run(folder, counts=counts)
+    assert written(folder) == planned()
+    assert max(planned().num_experts_after) < 8
+    assert capsys.readouterr().out == planned().table() + "\n"
+
+
+@pytest.mark.parametrize("save", [np.save, lambda path, array: np.savez(path, tokens_per_expert=array)])
+def test_counts_without_iterations_are_one(folder, save):
+    with (folder / "layers").open("wb") as file:  # the name needs no suffix
+        save(file, TOKENS_NLE[0])
+    run(folder, counts="layers")
+    assert written(folder) == planned(TOKENS_NLE[:1])
+
+
+def test_json_has_exactly_these_keys(folder):
+    run(folder)
+    fields = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    assert fields.keys() == KEYS
+    assert [layer.keys() for layer in fields["layers"]] == [LAYER_KEYS] * 6
+    assert (fields["format"], fields["version"], fields["num_layers"], fields["num_experts"]) == ("laep-plan", 1, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "alpha"),
+    [
+        ("0.3", (0.3,) * 6),
+        ("1", (1.0,) * 6),
+        ("inf", ("inf",) * 6),
+        ("hybrid", (0.2, 0.4, 0.4, 0.4, 0.4, 0.2)),
+        ("0.1,0.2,inf,0.4,5e-1,0", (0.1, 0.2, "inf", 0.4, 0.5, 0.0)),
+    ],
+)
+def test_alpha_in_every_form(folder, text, alpha):
+    run(folder, alpha=text)
+    fields = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    assert fields["alpha"] == list(alpha)
+    assert written(folder) == planned(alpha=[float(value) for value in alpha])
+
+
+def test_every_setting_reaches_the_plan(folder):
+    settings = {"beta": 0.3, "estimator": "mean", "inequality": "lt", "rounding": "prune", "placement": "greedy"}
+    run(folder, **settings, **{"expert-parallel": 4, "top-k": 3})
+    assert written(folder) == planned(**settings, expert_parallel=4, top_k=3)
+
+
+def test_without_out_only_the_table_is_printed(folder, capsys):
+    before = sorted(folder.iterdir())
+    arguments = ["--counts", str(folder / "one.npy"), "--expert-parallel", "2", "--top-k", "2"]
+    assert command.main(arguments) == 0
+    assert sorted(folder.iterdir()) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-8:]] == ["layer", "0", "1", "2", "3", "4", "5", "total"]
+
+
+def test_another_plan_is_overwritten(folder):
+    run(folder, beta=0.5)
+    run(folder)
+    assert written(folder) == planned()
+
+
+@pytest.fixture
+def bad(folder) -> Path:
+    """Beside the good counts, files that hold none."""
+    arrays = {
+        "one_axis": np.ones(8, int),
+        "four_axes": np.ones((1, 1, 1, 8), int),
+        "negative": TOKENS_NLE - np.where(np.arange(48).reshape(6, 8) == 11, 10_000, 0),
+        "half": TOKENS_NLE + np.where(np.arange(8) == 4, 0.5, 0),
+        "nan": np.full((1, 2, 8), np.nan),
+        "words": np.full((1, 2, 8), "x"),
+        "no_experts": np.ones((1, 2, 0), int),
+        "ten": np.ones((1, 2, 10), int),
+        "huge": np.full((1, 2, 8), 2**62),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    np.save(folder / "object.npy", np.array([[[1, None]]]), allow_pickle=True)
+    np.savez(folder / "other.npz", loads=TOKENS_NLE, steps=np.arange(3))
+    (folder / "text.npz").write_text("expert,tokens\n0,12\n")
+    (folder / "empty.npz").write_bytes(b"")
+    whole = (folder / "counts.npz").read_bytes()
+    (folder / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (folder / "cut.npy").write_bytes((folder / "counts.npy").read_bytes()[:-8])
+    locked = bytearray(whole)
+    locked[whole.index(b"PK\x01\x02") + 8] |= 1  # the first array is marked as encrypted
+    (folder / "locked.npz").write_bytes(locked)
+    with zipfile.ZipFile(folder / "bytes.npz", "w") as archive:
+        archive.writestr("tokens_per_expert", "1 2 3")
+    return folder
+
+
+UNREADABLE = "^--counts='.*{}' does not read as a .npy or .npz file of numbers$"
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ("missing.npz", r"^--counts='.*missing.npz' is not a file$"),
+        (".", "^--counts='.*' is not a file$"),
+        ("x" * 300, UNREADABLE.format("x")),
+        ("text.npz", UNREADABLE.format("text.npz")),
+        ("empty.npz", UNREADABLE.format("empty.npz")),
+        ("cut.npz", UNREADABLE.format("cut.npz")),
+        ("cut.npy", UNREADABLE.format("cut.npy")),
+        ("locked.npz", UNREADABLE.format("locked.npz")),
+        ("object.npy", UNREADABLE.format("object.npy")),
+        ("other.npz", r"^arrays in .*other.npz=\['loads', 'steps'\] lack 'tokens_per_expert'$"),
+        ("bytes.npz", r"^tokens_per_expert.shape=\(\) must be"),
+        ("one_axis.npy", r"^tokens_per_expert.shape=\(8,\) must be \[iterations, layers, experts\] or without"),
+        ("four_axes.npy", r"^tokens_per_expert.shape=\(1, 1, 1, 8\) must be"),
+        ("negative.npy", r"^tokens_per_expert\[0, 1, 3\]=-\d+ must not be negative$"),
+        ("half.npy", r"^tokens_per_expert\[0, 0, 4\]=\d+\.5 must be an integer$"),
+        ("nan.npy", r"^tokens_per_expert\[0, 0, 0\]=nan must be finite$"),
+        ("words.npy", "^dtype of tokens_per_expert of layer 0='<U1' must be integer$"),
+        ("no_experts.npy", r"^shape of tokens_per_expert of layer 0=\(1, 0\) must be"),
+        ("huge.npy", r"^sum of tokens_per_expert of layer 0=.* must be below 2\*\*62$"),
+        ("ten.npy", r"^num_experts\[0\]=10 is not divisible by expert_parallel=4$"),
+    ],
+)
+def test_bad_counts_are_refused_in_one_line(bad, counts, message, capsys):
+    refused(bad, message, capsys, counts=counts, **{"expert-parallel": 4})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"expert-parallel": 3}, r"^num_experts\[0\]=8 is not divisible by expert_parallel=3$"),
+        ({"expert-parallel": 16}, r"^num_experts\[0\]=8 is not divisible by expert_parallel=16$"),
+        ({"expert-parallel": 0}, "^expert_parallel=0 must be at least 1$"),
+        ({"top-k": 9}, r"^num_experts\[0\]=8 is below top_k=9$"),
+        ({"top-k": 0}, "^top_k=0 must be at least 1$"),
+        ({"beta": -0.1}, "^beta=-0.1 must lie between 0 and 1$"),
+        ({"beta": "nan"}, "^beta=nan must lie between 0 and 1$"),
+        ({"alpha": "much"}, "^--alpha='much' must be a number, inf, hybrid or numbers with commas between$"),
+        ({"alpha": "0.2,,0.4"}, "^--alpha='0.2,,0.4' must be a number"),
+        ({"alpha": "0.2,0.4"}, r"^alpha=\(0.2, 0.4\) needs one entry for each of 6 layers$"),
+        ({"alpha": "-0.1"}, "^alpha=-0.1 must not be negative or NaN$"),
+        ({"alpha": "nan"}, "^alpha=nan must not be negative or NaN$"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(folder, flags, message, capsys):
+    refused(folder, message, capsys, **flags)
+
+
+def refused(folder, message, capsys, **flags) -> None:
+    """One line, no table, no file."""
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match=message) as error:
+        run(folder, **flags)
+    assert "\n" not in str(error.value)
+    assert sorted(folder.iterdir()) == before
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("out", [".", "missing/plan.json", "counts.npy/plan.json"])
+def test_an_out_that_cannot_be_written_is_named(folder, out):
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with pytest.raises(UserError, match=r"^--out=.* cannot be written: [A-Z][a-z ]+$"):
+        run(folder, out=folder / out)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("option", [["--placement", "random"], ["--top-k", "1.5"], ["--unknown", "1"]])
+def test_what_the_parser_knows_to_be_wrong_ends_with_2(folder, option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(folder, *option)
+    assert stop.value.code == 2
+    assert option[0] in capsys.readouterr().err
+    assert not (folder / "plan.json").exists()
+
+
+def test_numpy_is_enough(folder):
+    arguments = ["--counts", folder / "counts.npz", "--expert-parallel", "2", "--top-k", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, *map(str, arguments), "--out", str(folder / "plan.json")],
+        cwd=Path(laep_jax.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == planned().table() + "\n"
+    assert written(folder) == planned()

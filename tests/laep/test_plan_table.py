@@ -1,0 +1,50 @@
+"""The printed plan: aligned columns, a line a layer, a total, and numbers computed by hand."""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+
+from laep_jax.laep.plan import identity_plan, make_plan, rearrange_plan
+
+WORKED_NE = [[10, 90, 5, 1, 200, 30, 60, 4], [35, 90, 5, 2, 180, 24, 60, 4]]  # test_plan.py's worked example
+SETTINGS = {
+    "expert_parallel": 2,
+    "top_k": 2,
+    "estimator": "vote",
+    "inequality": "le",
+    "rounding": "restore",
+    "placement": "greedy",
+}
+
+
+def test_table_is_a_line_a_layer_in_columns():
+    tokens = [np.array(WORKED_NE), np.array([[1000] + [0] * 15] * 2)]
+    plan = make_plan(tokens, alpha=(0.4, 0.123456), beta=0.1, **SETTINGS)
+    about, legend, header, first, second, total = plan.table().splitlines()
+    assert about.startswith("beta 0.1, ")
+    assert "largest over mean device load" in legend
+    ends = [[match.end() for match in re.finditer(r"\S+", line)] for line in (first, second)]
+    names = ["layer", "alpha", "experts", "kept", "eligible", "pruned", "load before", "after", "bound", "gap"]
+    assert ends[0] == ends[1] == [header.index(name) + len(name) for name in names]
+    assert len(total) == len(header) <= 120
+    assert first.split() == ["0", "0.4", "8", "6", "3", "2", "1.4043", "1.1027", "1.1027", "0.00%"]
+    assert second.split()[2:6] == ["16", "2", "15", "14"]
+    assert total.split()[:5] == ["total", "24", "8", "18", "16"]
+    largest, mean = 217.5 + 1000, 394.5 / 2 + 500
+    assert float(total.split()[6]) == pytest.approx(largest / mean, abs=1e-4)
+
+
+def test_table_of_a_plan_without_loads_is_finite():
+    plan = dataclasses.replace(identity_plan((4,), expert_parallel=2, top_k=1), alpha=(math.inf,))
+    assert plan.table().splitlines()[3].split()[-4:] == ["1.0000", "1.0000", "1.0000", "0.00%"]
+    assert " inf " in plan.table()
+
+
+def test_gap_of_sums_that_differ_by_rounding_is_not_negative():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        loads_E = rng.choice([0.1, 0.2, 0.3, 0.7], 16)
+        assert "-" not in rearrange_plan([loads_E], expert_parallel=4, top_k=1, placement="refined").table()
