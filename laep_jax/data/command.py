@@ -1,0 +1,71 @@
+"""`python -m laep_jax train-tokenizer`: a byte-level BPE vocabulary from the training documents of a corpus.
+
+python -m laep_jax train-tokenizer --vocab-size 4096 --out tok.json
+
+Then `DataConfig.tokenizer = "tok.json"`. Needs the extra `tok`.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from laep_jax.config import DataConfig
+from laep_jax.data.corpus import is_heldout, survey
+from laep_jax.data.sources import read_documents
+from laep_jax.data.tokenizer import END_OF_TEXT, import_tokenizers
+from laep_jax.errors import UserError, require
+
+FEWEST = 257  # every byte and the end of a document
+
+
+def main(argv: list[str]) -> int:
+    """Trains a tokenizer and writes it as `tokenizer.json`. `UserError` on a bad corpus or setting."""
+    args = _parser().parse_args(argv)
+    require(args.vocab_size >= FEWEST, "--vocab-size", args.vocab_size, f"must be at least {FEWEST}")
+    config = DataConfig(args.source, args.path, args.text_field, heldout_share=args.heldout_share)
+    corpus = survey(config)
+    tokenizer = train_tokenizer(config, args.vocab_size)
+    try:
+        args.out.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out={str(args.out)!r} cannot be written: {error.strerror}") from error
+    print(f"{args.out}: {tokenizer.get_vocab_size()} tokens from {corpus.num_train} training documents")
+    return 0
+
+
+def train_tokenizer(config: DataConfig, vocab_size: int):
+    """A `tokenizers.Tokenizer` of at most `vocab_size` tokens, fewer where the corpus has no more pairs to merge."""
+    tokenizers = import_tokenizers()
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT[0]],
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_training_texts(config), trainer)
+    return tokenizer
+
+
+def _training_texts(config: DataConfig) -> Iterator[str]:
+    for name, text in read_documents(config):
+        if not is_heldout(name, config.heldout_share):
+            yield text.decode()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m laep_jax train-tokenizer",
+        description="Trains a byte-level BPE tokenizer on the training documents of a corpus.",
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="FILE", help="where to write tokenizer.json")
+    add("--vocab-size", type=int, default=4096, metavar="N", help="largest number of tokens (%(default)s)")
+    add("--source", default=DataConfig.source, help="as DataConfig.source (%(default)s)")
+    add("--path", default=DataConfig.path, help="as DataConfig.path")
+    add("--text-field", default=DataConfig.text_field, metavar="NAME", help="of a JSON line (%(default)s)")
+    add("--heldout-share", type=float, default=DataConfig.heldout_share, metavar="X", help="left out (%(default)s)")
+    return parser

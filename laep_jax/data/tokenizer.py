@@ -1,0 +1,74 @@
+"""Text to token ids: plain bytes, or any Hugging Face `tokenizer.json` (extra `tok`)."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from laep_jax.errors import UserError, require
+
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # first one found ends documents
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """What the data pipeline needs of a tokenizer.
+
+    identity: names this very vocabulary. vocab_size: one above the largest id, the end-of-document
+    id `eod` included. encode: UTF-8 texts to ids, one array each, without `eod`.
+    """
+
+    identity: str
+    vocab_size: int
+    eod: int
+    encode: Callable[[Sequence[bytes]], list[np.ndarray]]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest of uint16 and uint32 that holds every id."""
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+
+def load_tokenizer(tokenizer: str) -> Tokenizer:
+    """The tokenizer of `DataConfig.tokenizer`: "bytes" or a path. `UserError` where there is none."""
+    return BYTES if tokenizer == "bytes" else _load_json(tokenizer)
+
+
+def _encode_bytes(texts: Sequence[bytes]) -> list[np.ndarray]:
+    return [np.frombuffer(text, np.uint8) for text in texts]
+
+
+BYTES = Tokenizer("bytes", vocab_size=257, eod=256, encode=_encode_bytes)
+
+
+def import_tokenizers():
+    """The package `tokenizers`, which only this needs. `UserError` where it is missing."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UserError('a tokenizer.json needs the package tokenizers: pip install "laep_jax[tok]"') from error
+    return tokenizers
+
+
+def _load_json(path: str) -> Tokenizer:
+    require(Path(path).is_file(), "DataConfig.tokenizer", path, 'is neither "bytes" nor a file')
+    tokenizers = import_tokenizers()
+    data = Path(path).read_bytes()
+    try:
+        model = tokenizers.Tokenizer.from_buffer(data)
+        first_free = max(model.get_vocab(with_added_tokens=True).values()) + 1
+    except ValueError as error:
+        raise UserError(f"DataConfig.tokenizer={path!r} is no Hugging Face tokenizer.json: {error}") from error
+    model.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not its end
+    model.no_padding()
+    model.no_truncation()
+    special = {token.content: id for id, token in model.get_added_tokens_decoder().items() if token.special}
+    eod = next((special[token] for token in END_OF_TEXT if token in special), first_free)
+
+    def encode(texts: Sequence[bytes]) -> list[np.ndarray]:
+        encodings = model.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    return Tokenizer(hashlib.sha256(data).hexdigest(), max(first_free, eod + 1), eod, encode)

@@ -1,0 +1,67 @@
+"""The split depends on names alone; the hash on everything; a side without documents is refused."""
+
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from laep_jax.config import DataConfig
+from laep_jax.data.corpus import is_heldout, survey
+from laep_jax.data.sources import read_documents
+from laep_jax.errors import UserError
+
+
+def heldout(config):
+    return {name for name, _ in read_documents(config) if is_heldout(name, config.heldout_share)}
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.text())
+def test_a_larger_share_holds_out_more(low, high, name):
+    low, high = sorted((low, high))
+    assert is_heldout(name, low) <= is_heldout(name, high)
+    assert is_heldout(name, 1.0)
+    assert not is_heldout(name, 0.0)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.5, 0.9])
+def test_share_is_that_of_the_names(share):
+    number = sum(is_heldout(f"{i}.txt", share) for i in range(20_000))
+    assert abs(number - 20_000 * share) < 4 * (20_000 * share * (1 - share)) ** 0.5  # 4 standard deviations
+
+
+def test_split_ignores_neighbours_and_where_the_corpus_lies(folder, config, tmp_path):
+    whole, names = heldout(config()), {name for name, _ in read_documents(config())}
+    assert 0 < len(whole) < len(names)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder, moved)
+    shutil.rmtree(moved / "even")
+    assert heldout(config(path=str(moved))) == {name for name in whole if name.startswith("odd")}
+    assert heldout(config(path=f"{folder}/**/*.txt")) == whole
+
+
+def test_survey_counts_and_its_hash_covers_names_and_texts(folder, config, texts):
+    first = survey(config())
+    assert (first.num_train, first.num_heldout) == tuple(len(side) for side in texts)
+    assert first.num_bytes == sum(len(text) for side in texts for text in side)
+    assert survey(config()) == first
+    hashes = {first.sha256}
+    (folder / "odd" / "01.txt").rename(folder / "odd" / "02.txt")
+    hashes.add(survey(config()).sha256)
+    (folder / "odd" / "02.txt").write_text("other")
+    hashes.add(survey(config()).sha256)
+    assert len(hashes) == 3
+
+
+@pytest.mark.parametrize(("source", "text"), [("text", ""), ("jsonl", "\n\n")])
+def test_a_corpus_without_text_is_refused(tmp_path, source, text):
+    (tmp_path / "x").write_text(text)
+    with pytest.raises(UserError, match=r"DataConfig.path='.*' holds no text"):
+        survey(DataConfig(source, str(tmp_path)))
+
+
+@pytest.mark.parametrize(("share", "side"), [(1e-9, "held-out"), (1 - 1e-9, "training")])
+def test_a_side_without_documents_is_refused(config, folder, share, side):
+    message = rf"DataConfig.heldout_share={share} leaves no {side} document: DataConfig.path='.*texts' holds 40$"
+    with pytest.raises(UserError, match=message):
+        survey(config(heldout_share=share))

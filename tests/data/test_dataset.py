@@ -1,0 +1,152 @@
+"""Batches: the same however many processes there are, all rows each epoch, every held-out token once."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from laep_jax.config import DataConfig
+from laep_jax.data.dataset import make_dataset
+from laep_jax.errors import UserError
+
+FIELDS = {"tokens_BS", "targets_BS", "segments_BS", "positions_BS"}
+
+
+def dataset(config, *, seed=0, process=(0, 1), vocab_size=384):
+    return make_dataset(config, seed=seed, vocab_size=vocab_size, process_index=process[0], process_count=process[1])
+
+
+def same(a, b):
+    return all(np.array_equal(a[name], b[name]) for name in FIELDS)
+
+
+def joined(batches):
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in FIELDS}
+
+
+def rows(batch):
+    """Each row as something to count."""
+    return [row.tobytes() for row in np.stack([batch[name] for name in sorted(FIELDS)], axis=1)]
+
+
+def test_shapes_and_ranges(config):
+    whole, last = dataset(config()), dataset(config(), process=(3, 4))
+    for batches, number in ((whole, 8), (last, 2)):
+        for batch in (batches.train_batch(5), batches.heldout_batch(0)):
+            assert batch.keys() == FIELDS
+            assert all(x.shape == (number, 16) and x.dtype == np.int32 for x in batch.values())
+            assert batch["tokens_BS"].min() >= 0
+            assert batch["tokens_BS"].max() <= 256
+            assert batch["targets_BS"].max() <= 256
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_processes_share_the_batch_of_one(config, count):
+    whole = dataset(config())
+    parts = [dataset(config(), process=(index, count)) for index in range(count)]
+    for step in (0, 3, 1000):
+        assert same(joined([part.train_batch(step) for part in parts]), whole.train_batch(step))
+    for index in range(whole.num_heldout_batches):
+        assert same(joined([part.heldout_batch(index) for part in parts]), whole.heldout_batch(index))
+    assert {part.fingerprint for part in parts} == {whole.fingerprint}
+
+
+def test_a_batch_needs_none_before_it(config):
+    walked = dataset(config())
+    for step in range(8):
+        batch = walked.train_batch(step)
+    assert same(batch, dataset(config()).train_batch(7))
+    assert same(batch, walked.train_batch(7))
+
+
+def test_an_epoch_holds_every_token_once_and_the_next_in_another_order(config, texts):
+    data = dataset(config(batch_size=1))
+    number = sum(len(text) + 1 for text in texts[0])
+    rows_an_epoch = -(-number // 16)
+    epochs = [joined([data.train_batch(e * rows_an_epoch + i) for i in range(rows_an_epoch)]) for e in range(3)]
+    stream = Counter(byte for text in texts[0] for byte in [*text, 256])
+    for epoch in epochs:
+        assert Counter(epoch["tokens_BS"][epoch["segments_BS"] > 0].tolist()) == stream
+        assert Counter(rows(epoch)) == Counter(rows(epochs[0]))
+    orders = [rows(epoch) for epoch in epochs]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_the_order_is_the_same_in_every_version_of_grain(config):
+    """Another order means that a run begun before cannot be resumed: say so in CHANGELOG.md."""
+    data = dataset(config(batch_size=4))
+    assert len(data.train_order[0]) == 4
+    assert [data.train_order[step].tolist() for step in (0, 1000)] == [[297, 371, 234, 141], [8, 340, 328, 66]]
+    assert [data.heldout_order[i] for i in range(4)] == [96, 77, 31, 109]
+
+
+def test_batches_go_through_the_epochs_without_a_gap(config):
+    one, eight = dataset(config(batch_size=1)), dataset(config())
+    for step in (0, 1, 40, 41):
+        assert same(joined([one.train_batch(8 * step + i) for i in range(8)]), eight.train_batch(step))
+
+
+def test_seeds_differ_in_the_order_of_training_only(config):
+    first, again, other = dataset(config(), seed=1), dataset(config(), seed=1), dataset(config(), seed=2)
+    assert same(first.train_batch(0), again.train_batch(0))
+    assert not same(first.train_batch(0), other.train_batch(0))
+    assert same(first.heldout_batch(0), other.heldout_batch(0))
+    assert first.fingerprint == other.fingerprint
+
+
+def test_every_heldout_token_is_counted_once(config, texts):
+    data = dataset(config())
+    batches = [data.heldout_batch(index) for index in range(data.num_heldout_batches)]
+    targets = Counter(int(t) for batch in batches for t in batch["targets_BS"].ravel() if t >= 0)
+    assert targets == Counter(byte for text in texts[1] for byte in [*text, 256][1:])
+    number = sum(len(text) + 1 for text in texts[1])
+    assert sum(int((batch["segments_BS"] > 0).sum()) for batch in batches) == number
+    assert data.num_heldout_batches == -(-number // (8 * 16))
+    assert (batches[-1]["segments_BS"] == 0).any(), "the corpus no longer tests the padding of the last batch"
+
+
+def test_a_few_heldout_batches_come_from_many_documents(config, texts):
+    data = dataset(config(heldout_share=0.5))
+    first = data.heldout_batch(0)["tokens_BS"]
+    in_order = data.tokens.heldout[: 8 * 16].reshape(8, 16)
+    assert not np.array_equal(first, in_order)
+
+
+def test_fewer_rows_than_a_batch_are_repeated(tmp_path):
+    for name in "abcd":
+        (tmp_path / name).write_text(name * 3)
+    config = DataConfig(
+        "text", str(tmp_path), heldout_share=0.3, sequence_length=8, batch_size=8, cache_dir=str(tmp_path / ".c")
+    )
+    batch = dataset(config).train_batch(0)
+    assert len(set(rows(batch))) < 8
+    assert (batch["targets_BS"] >= 0).any(axis=1).all()
+
+
+def test_fingerprint_follows_text_and_tokenizer(config, folder):
+    before = dataset(config())
+    assert dataset(config(batch_size=4)).fingerprint == before.fingerprint
+    path = folder / "odd" / "01.txt"
+    path.write_text(path.read_text().swapcase())
+    assert dataset(config()).fingerprint != before.fingerprint
+
+
+def test_description_is_one_line_that_says_what_was_read(config, texts, folder):
+    text = dataset(config()).description
+    assert text.startswith(f"{folder}: {len(texts[0])} + {len(texts[1])} held-out documents, 0.0 MB, ")
+    assert "tokens (bytes), sha256 " in text
+    assert "\n" not in text
+
+
+def test_standard_library_is_the_default(tmp_path):
+    data = dataset(DataConfig(cache_dir=str(tmp_path)))
+    assert data.description.startswith("Python 3.")
+    assert data.train_batch(0)["tokens_BS"].shape == (32, 128)
+    assert data.num_heldout_batches >= 8
+
+
+def test_refusals(config):
+    with pytest.raises(UserError, match=r"ModelConfig.vocab_size=256 is below the tokenizer's 257"):
+        dataset(config(), vocab_size=256)
+    with pytest.raises(UserError, match=r"DataConfig.batch_size=8 is not divisible by 3 processes"):
+        dataset(config(), process=(0, 3))

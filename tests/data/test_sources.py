@@ -1,0 +1,158 @@
+"""Every source reads what was written, in one order, and refuses what it cannot read."""
+
+import gzip
+import json
+import os
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from laep_jax.config import DataConfig
+from laep_jax.data.sources import read_documents
+from laep_jax.errors import UserError
+
+TEXTS = ["one", "zwei\nüber", "三 💡", "four" * 1000]
+
+
+def documents(source, path, **changes):
+    return [tuple(document) for document in read_documents(DataConfig(source, str(path), **changes))]
+
+
+def write_jsonl(path, values):
+    lines = "".join(json.dumps(value) + "\n" for value in values).encode()
+    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return path
+
+
+def write_records(path, records):
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return path
+
+
+def test_standard_library():
+    found = list(read_documents(DataConfig()))
+    names = [name for name, _ in found]
+    assert names == sorted(set(names))
+    assert {"argparse.py", "json/decoder.py"} <= set(names)
+    left_out = ("site-packages/", "test/", "idlelib/", "_sysconfigdata", "config-")
+    assert not [name for name in names if name.startswith(left_out) or "/test" in name]
+    assert 5e6 < sum(len(text) for _, text in found) < 12e6
+    assert b"class ArgumentParser" in dict(found)["argparse.py"]
+
+
+def test_text_from_a_file_a_folder_and_a_glob(tmp_path):
+    files = {"b.txt": "b\r\n", "a/z.txt": "z", "a/deep/y.md": "ü", "a-b.txt": "c", "empty.txt": "", ".hidden": "no"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    expected = [("a-b.txt", b"c"), ("a/deep/y.md", "ü".encode()), ("a/z.txt", b"z"), ("b.txt", b"b\r\n")]
+    assert documents("text", tmp_path) == expected
+    assert documents("text", tmp_path / "b.txt") == expected[3:]
+    assert documents("text", f"{tmp_path}/**/*.txt") == [expected[0], *expected[2:]]
+    assert documents("text", tmp_path / "a" / "*" / "y.md") == [("deep/y.md", "ü".encode())]
+
+
+def test_jsonl_plain_and_compressed(tmp_path):
+    values = [{"text": text, "id": i} for i, text in enumerate(TEXTS)]
+    plain = documents("jsonl", write_jsonl(tmp_path / "x.jsonl", values))
+    assert plain == [(f"x.jsonl#{i}", text.encode()) for i, text in enumerate(TEXTS, 1)]
+    assert documents("jsonl", write_jsonl(tmp_path / "x.jsonl.gz", values)) == plain
+
+
+def test_jsonl_with_another_field_blank_lines_and_empty_texts(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"body": "a"}\n\n{"body": ""}\n   \n{"body": "b"}')
+    assert documents("jsonl", path, text_field="body") == [("x.jsonl#1", b"a"), ("x.jsonl#5", b"b")]
+
+
+def test_array_record(tmp_path):
+    texts = TEXTS + [f"text {i}" for i in range(3000)]  # more than are read at a time
+    path = write_records(tmp_path / "x.array_record", [text.encode() for text in texts])
+    assert documents("array_record", path) == [(f"x.array_record#{i}", text.encode()) for i, text in enumerate(texts)]
+    assert documents("array_record", write_records(tmp_path / "none", [])) == []
+
+
+def test_array_record_with_a_flipped_bit_is_right_or_refused(tmp_path):
+    path = write_records(tmp_path / "x.array_record", [text.encode() for text in TEXTS])
+    whole, right, refused = path.read_bytes(), documents("array_record", path), 0
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, 400, 60).tolist() + rng.integers(0, len(whole), 60).tolist():
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        try:
+            assert documents("array_record", path) == right
+        except UserError:
+            refused += 1
+    assert refused > 20
+
+
+def write(name, data):
+    def write_to(tmp_path):
+        (tmp_path / name).write_bytes(data)
+        return tmp_path / name
+
+    return write_to
+
+
+@pytest.mark.parametrize(
+    ("source", "make", "message"),
+    [
+        (
+            "text",
+            lambda p: p / "none.txt",
+            "DataConfig.path='{path}' is neither a file, a folder with files nor a glob",
+        ),
+        ("text", lambda p: p / "*.txt", "DataConfig.path='{path}' is neither a file, a folder with files nor a glob"),
+        ("text", lambda p: p, "DataConfig.path='{path}' is neither a file, a folder with files nor a glob of files"),
+        ("text", write("x", b"abc\xff"), "DataConfig.path='{path}' holds a text that is not UTF-8: x, byte 3"),
+        ("jsonl", write("x", b'{"text": "a"}\n{"text": '), "must hold JSON lines, but line 2 of x is none: Expecting"),
+        ("jsonl", write("x", b'{"text": "\xff"}'), "must hold JSON lines, but line 1 of x is none: 'utf-8' codec"),
+        ("jsonl", write("x", b'{"body": "a"}'), "DataConfig.text_field='text' is not in line 1 of x"),
+        ("jsonl", write("x", b'["text"]'), "DataConfig.text_field='text' is not in line 1 of x"),
+        ("jsonl", write("x", b'{"text": 3}'), "DataConfig.text_field='text' holds no string in line 1 of x"),
+        ("jsonl", write("x", rb'{"text": "\ud800"}'), "holds a text that is not UTF-8: line 1 of x: surrogates"),
+        ("jsonl", write("x.gz", b"plain"), "DataConfig.path='{path}' holds a damaged gzip file: {path}"),
+        ("jsonl", write("x.gz", gzip.compress(b'{"text": "a"}')[:-9]), "holds a damaged gzip file"),
+        (
+            "array_record",
+            write("x", b""),
+            "DataConfig.path='{path}' holds no ArrayRecord file or a damaged one: {path}",
+        ),
+        ("array_record", write("x", b"\0" * 200_000), "holds no ArrayRecord file or a damaged one"),
+        (
+            "array_record",
+            lambda p: write_records(p / "x", [b"a", b"\xff"]),
+            "DataConfig.path='{path}' holds a text that is not UTF-8: record 1 of x, byte 0",
+        ),
+    ],
+)
+def test_refusals(tmp_path, source, make, message):
+    path = make(tmp_path)
+    with pytest.raises(UserError) as error:
+        documents(source, path)
+    assert message.format(path=path) in str(error.value)
+    assert "DataConfig." in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_link_to_nowhere_is_refused_not_passed_over(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(UserError, match=r"DataConfig.path='.*' cannot be read: .*b\.txt: No such file"):
+        documents("text", tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_not_passed_over(folder, monkeypatch):
+    def scandir(path, scandir=os.scandir):
+        if str(path).endswith("odd"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"DataConfig.path='.*' cannot be read: .*odd: Permission denied"):
+        documents("text", folder)
