@@ -5,13 +5,28 @@ hidden]. Letters: V vocabulary, D hidden, C half of it (LFA), H heads, K head si
 F ffn, G twice that (gate and up side by side). A stack of layers has one more dimension in front.
 """
 
+import os
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from laep_jax.config import BATCH_AXES, MeshConfig
 
+THREADS_PER_DEVICE = 4
 RULES = {"E": "expert", "H": "expert", "V": "expert", "D": "fsdp"}
+
+
+def make_cpu_devices(number: int) -> None:
+    """Gives a machine without accelerators `number` devices; must come before JAX's first computation.
+
+    XLA's emulated devices share a pool of as many threads as there are devices or cores, and a
+    collective blocks its thread. The devices do not agree on the order of a collective inside a loop and
+    one beside it, so that with one thread a device all of them can come to wait for each other.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", number)
+    os.environ.setdefault("PJRT_NPROC", str(THREADS_PER_DEVICE * number))
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

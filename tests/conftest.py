@@ -6,5 +6,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 8)
+from laep_jax.sharding import make_cpu_devices
+
+make_cpu_devices(8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -53,7 +53,7 @@ def read_leaf(cut: LeafCut, stored: dict[str, ts.TensorStore]) -> jax.Array:
     assert sharding is not None
     sources = [stored[key] for key in cut.sources]
     boxes: dict[jax.Device, tuple[tuple[int, int], ...]] = {
-        device: tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        device: tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(shape).items()
     }
     reads = {bounds: _start_reads(cut, sources, tuple(slice(*b) for b in bounds)) for bounds in set(boxes.values())}

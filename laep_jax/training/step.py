@@ -5,8 +5,8 @@ batch is split into micro-batches; token counts add up over micro-batches and ar
 Letters: A micro-batches, B rows, S sequence, E experts.
 """
 
-import dataclasses
 import functools
+import typing
 from collections.abc import Callable
 
 import jax
@@ -86,9 +86,8 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, mesh: Mesh) -
         "grad_norm": optax.tree.norm(gradients),
         "learning_rate": jnp.asarray(make_schedule(config)(state.step), jnp.float32),
     }
-    params = optax.apply_updates(state.params, updates)
-    new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, router_bias=router_bias)
-    return new, metrics
+    params = typing.cast(dict, optax.apply_updates(state.params, updates))
+    return TrainState(state.step + 1, params, opt_state, router_bias), metrics
 
 
 def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

@@ -1,0 +1,93 @@
+"""Decides, on the host, when to prune or rearrange and how: history, stability and plan (paper section 3).
+
+Every process gets the same counts and so decides alike. NumPy only.
+Letters: E experts of a layer.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from laep_jax.config import Config
+from laep_jax.laep.load import LoadHistory
+from laep_jax.laep.plan import Plan, make_plan, predicted_gain, rearrange_plan
+from laep_jax.laep.stability import StabilityReport, assess, history_capacity
+
+
+class Controller:
+    """Watches one model; after a cut, a new one watches the new model.
+
+    config: resolved. prunes: cuts made so far. history: of an interrupted run, else empty.
+    """
+
+    def __init__(self, config: Config, *, prunes: int = 0, history: LoadHistory | None = None):
+        assert config.mesh.expert is not None
+        self.laep = config.laep
+        self.top_k = config.model.top_k
+        self.expert_parallel = config.mesh.expert
+        self.prunes = prunes
+        self.history = history or LoadHistory(config.model.experts_per_layer, history_capacity(config.laep))
+
+    def record(self, step: int, tokens_per_expert: Sequence[np.ndarray]) -> None:
+        """Adds one step's counts, [E] of each layer."""
+        self.history.record(step, tokens_per_expert)
+
+    def is_due(self, step: int) -> bool:
+        """Whether something is decided after this step: then its counts must have been recorded."""
+        return step % self.laep.window == 0 or (step == self.laep.prune_at_step and not self.prunes)
+
+    def assess(self) -> StabilityReport:
+        return assess(self.history, self.laep, top_k=self.top_k, expert_parallel=self.expert_parallel)
+
+    def wants_prune(self, step: int, report: StabilityReport) -> bool:
+        """`prune_at_step` overrides the test for the first cut; later ones wait for stable loads."""
+        if self.prunes >= self.laep.max_prunes:
+            return False
+        if self.laep.prune_at_step is not None and not self.prunes:
+            return step >= self.laep.prune_at_step
+        return report.stable
+
+    def prune_plan(self, placement_loads: Sequence[np.ndarray] | None = None) -> Plan:
+        """Algorithms 1 and 2 on the last window; `placement_loads` as `laep.plan.make_plan` takes them."""
+        laep = self.laep
+        return make_plan(
+            self._last_window(),
+            expert_parallel=self.expert_parallel,
+            top_k=self.top_k,
+            alpha=laep.alpha,
+            beta=laep.beta,
+            estimator=laep.estimator,
+            inequality=laep.inequality,
+            rounding=laep.rounding,
+            placement=laep.placement,
+            placement_loads=placement_loads,
+        )
+
+    def rearrangement(self) -> Plan | None:
+        """A plan that only moves experts, where that lowers the largest device load enough."""
+        if self.laep.rearrange_gain is None or len(self.history) < self.laep.window:
+            return None
+        plan = rearrange_plan(
+            self.mean_loads(),
+            expert_parallel=self.expert_parallel,
+            top_k=self.top_k,
+            placement=self.laep.placement,
+        )
+        return plan if predicted_gain(plan) > self.laep.rearrange_gain else None
+
+    def mean_loads(self) -> list[np.ndarray]:
+        """Mean tokens a step over the last window, [E] of each layer."""
+        return [tokens_NE.mean(axis=0) for tokens_NE in self._last_window()]
+
+    def device_imbalance(self) -> list[float]:
+        """Largest over mean device load over the last window, by layer."""
+        return [imbalance(loads_E, self.expert_parallel) for loads_E in self.mean_loads()]
+
+    def _last_window(self) -> list[np.ndarray]:
+        return self.history.window(min(self.laep.window, len(self.history)))
+
+
+def imbalance(loads_E: np.ndarray, num_groups: int) -> float:
+    """Largest over mean load of equal groups of neighbouring experts; with E groups, of the experts."""
+    loads_G = loads_E.reshape(num_groups, -1).sum(axis=1)
+    return float(loads_G.max() / loads_G.mean()) if loads_G.any() else 1.0

@@ -1,0 +1,293 @@
+"""The training loop: step, record, stable?, plan, prune, rebuild (paper section 3).
+
+Metrics leave the device one step late. Where something is decided or saved they are fetched first, so
+that an interrupted and resumed run decides as an uninterrupted one. A cut has two phases: the old model
+is saved together with the plan; then the survivors are restored into the smaller model. Whatever stops
+the run between the two, starting again applies the plan.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from laep_jax.config import Config
+from laep_jax.data.dataset import Dataset, make_dataset
+from laep_jax.laep.load import LoadHistory
+from laep_jax.laep.plan import Plan, apply_plan_to_lineage
+from laep_jax.laep.stability import history_capacity
+from laep_jax.model.accounting import model_size
+from laep_jax.sharding import make_mesh, put_batch
+from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.console import RunConsole, stability_text
+from laep_jax.training.controller import Controller, imbalance
+from laep_jax.training.evaluate import by_layer, heldout_loss, masked_loads
+from laep_jax.training.resume import Progress, check_resumable
+from laep_jax.training.runlog import RunLog
+from laep_jax.training.state import TrainState, abstract_state, init_state
+from laep_jax.training.step import make_eval_step, make_train_step
+from laep_jax.training.surgery import cut_config, cut_state
+
+
+def train(config: Config, run_dir: str | os.PathLike[str], *, settings: str = "") -> dict:
+    """Trains to `config.train.num_steps`, from the newest checkpoint in `run_dir` or from the start.
+
+    settings: text for `operative.gin`. Returns what summary.json holds. `UserError`, before anything
+    is compiled or written, where the config does not fit the devices, the corpus or the checkpoint.
+    """
+    run_dir = Path(run_dir)
+    requested = config.resolve(jax.device_count())
+    dataset = make_dataset(
+        config.data,
+        seed=config.train.seed,
+        vocab_size=config.model.vocab_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints))
+        latest = checkpoints.latest()
+        progress = Progress.fresh(requested, dataset.fingerprint)
+        if latest is not None:
+            where = checkpoints.directory / str(latest)
+            progress = Progress.from_meta(checkpoints.read_meta(latest), where)
+            check_resumable(progress, config, dataset.fingerprint, where)
+            requested = config.with_num_experts(progress.num_experts).resolve(jax.device_count())
+        log = stack.enter_context(
+            RunLog(
+                run_dir,
+                num_experts=config.model.experts_per_layer,
+                expert_parallel=requested.mesh.expert or 1,
+                resume_step=progress.step,
+            )
+        )
+        console = stack.enter_context(RunConsole(config.train.num_steps, log_every=config.train.log_every))
+        (run_dir / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+        (run_dir / "operative.gin").write_text(settings)
+        console.event(
+            f"{dataset.description}; {jax.device_count()} {jax.devices()[0].platform} devices: "
+            f"data {requested.mesh.data}, fsdp {requested.mesh.fsdp}, expert {requested.mesh.expert}"
+        )
+        return Run(requested, run_dir, dataset, checkpoints, log, console, progress).train()
+
+
+class Run:
+    """One run in motion: the model as it is now, and everything that changes with it."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        dataset: Dataset,
+        checkpoints: Checkpoints,
+        log: RunLog,
+        console: RunConsole,
+        progress: Progress,
+    ):
+        self.run_dir, self.dataset, self.checkpoints = run_dir, dataset, checkpoints
+        self.log, self.console, self.progress = log, console, progress
+        self.mesh = make_mesh(config.mesh)
+        batches = min(config.train.eval_batches, dataset.num_heldout_batches)
+        self.heldout = [dataset.heldout_batch(i) for i in range(batches)]
+        if progress.step == 0:
+            self._adopt(config, init_state(config, self.mesh), Controller(config))
+            progress.summary["parameters_before"] = self.size.total
+        else:
+            self._resume(config)
+
+    def _adopt(self, config: Config, state: TrainState, controller: Controller) -> None:
+        """Makes this model the run's: its step functions are new, whatever was compiled before is let go."""
+        self.config, self.state, self.controller = config, state, controller
+        self.size = model_size(config.model, sequence_length=config.data.sequence_length)
+        self.train_step = make_train_step(config, self.mesh)
+        self.eval_step = make_eval_step(config, self.mesh)
+        self.step_seconds: list[float | None] = []
+
+    def _resume(self, config: Config) -> None:
+        step, plan = self.progress.step, self.progress.pending_plan
+        self.console.event(f"resuming from step {step}" + (", with a plan to apply" if plan else ""))
+        history = LoadHistory.from_arrays(self.checkpoints.read_history(step), history_capacity(config.laep))
+        controller = Controller(config, prunes=self.progress.prunes, history=history)
+        if plan:
+            self.config, self.controller = config, controller
+            self._cut(Plan.from_json(plan), None, seconds={})
+        else:
+            self._adopt(config, self.checkpoints.restore(step, abstract_state(config, self.mesh)), controller)
+
+    def train(self) -> dict:
+        """Runs to the end; returns the summary."""
+        settings, progress = self.config.train, self.progress
+        pending = None
+        self.clock = time.perf_counter()
+        while progress.step < settings.num_steps:
+            batch = put_batch(self.dataset.train_batch(progress.step), self.mesh)
+            self.state, metrics = self.train_step(self.state, batch)
+            progress.step += 1
+            if pending:
+                self._record(*pending)
+            pending = (progress.step, metrics)
+            if self._is_boundary(progress.step):
+                self._record(*pending)
+                pending = None
+                self._boundary(progress.step)
+                self.clock = time.perf_counter()
+        return self._close()
+
+    def _is_boundary(self, step: int) -> bool:
+        settings = self.config.train
+        due = step % settings.eval_every == 0 or step % settings.checkpoint_every == 0
+        return due or step == settings.num_steps or self.controller.is_due(step)
+
+    def _record(self, step: int, metrics: dict) -> None:
+        """Fetches one step's metrics and hands them to the controller, the log and the console."""
+        counts = by_layer(metrics.pop("tokens_per_expert"))
+        metrics = jax.device_get(metrics)
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        compiled = not self.step_seconds  # the first step of a model includes its compilation
+        self.step_seconds.append(None if compiled else seconds)
+        self.controller.record(step, counts)
+        self.log.record_counts(step, counts, self.progress.lineage)
+        tokens = int(counts[0].sum()) // self.config.model.top_k
+        self.progress.summary["tokens"] += tokens
+        devices = self.controller.expert_parallel
+        loss = float(metrics["loss"])
+        record = {
+            "loss": loss,
+            "grad_norm": float(metrics["grad_norm"]),
+            "learning_rate": float(metrics["learning_rate"]),
+            "tokens_per_second": None if compiled else tokens / seconds,
+            "gflops_per_second": None if compiled else tokens / seconds * self.size.flops_per_token / 1e9,
+            "step_seconds": None if compiled else seconds,
+            "expert_imbalance": [imbalance(loads_E, len(loads_E)) for loads_E in counts],
+            "device_imbalance": [imbalance(loads_E, devices) for loads_E in counts],
+            **{f"aux_{name}": float(value) for name, value in metrics["aux"].items()},
+        }
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss at step {step} is {loss}; the newest checkpoint is before it")
+        self.log.write("train", step, **record)
+        self.console.train(step, record)
+
+    def _boundary(self, step: int) -> None:
+        """Everything that is not training: evaluation, the stability test, saving, cutting."""
+        settings = self.config.train
+        if step % settings.eval_every == 0:
+            self._evaluate(step, "periodic")
+        plan = self._decide(step) if self.controller.is_due(step) and step < settings.num_steps else None
+        if plan:
+            self._save_and_cut(step, plan)
+        elif step % settings.checkpoint_every == 0 and step < settings.num_steps:
+            self._save(step)
+
+    def _evaluate(self, step: int, when: str) -> float:
+        loss = heldout_loss(self.eval_step, self.state, self.heldout, self.mesh)
+        self.log.write("eval", step, heldout_loss=loss, when=when)
+        self.console.event(f"step {step}: held-out loss {loss:.4f} ({when.replace('_', ' ')})")
+        return loss
+
+    def _decide(self, step: int) -> Plan | None:
+        """The plan to carry out after this step, if any."""
+        report = self.controller.assess()
+        self.log.write("stability", step, **dataclasses.asdict(report))
+        self.console.state(stability_text(dataclasses.asdict(report), self.config.laep))
+        if not self.controller.wants_prune(step, report):
+            return self.controller.rearrangement()
+        self.console.event(f"step {step}: pruning, {report.reason}")
+        plan = self.controller.prune_plan()
+        if self.config.laep.placement_loads == "recorded":
+            return plan
+        first = max(0, step - self.config.train.eval_batches)
+        batches = [self.dataset.train_batch(i) for i in range(first, step)]
+        pruned = [layer.pruned for layer in plan.layers]
+        loads = masked_loads(self.eval_step, self.state, pruned, batches, self.mesh)
+        return self.controller.prune_plan([loads_E / len(batches) for loads_E in loads])
+
+    def _save(self, step: int) -> None:
+        self.log.save_loads()
+        self.checkpoints.save(step, self.state, self.controller.history.to_arrays(), self.progress.to_meta())
+
+    def _save_and_cut(self, step: int, plan: Plan) -> None:
+        """First phase: the old model and the plan on disk. Then the second."""
+        summary = self.progress.summary
+        summary["heldout_loss_before_prune"] = self._evaluate(step, "before_prune")
+        summary["device_imbalance_before"] = self.controller.device_imbalance()
+        summary["step_seconds_before"] = self._median_step_seconds()
+        plans = self.run_dir / "plans"
+        plans.mkdir(exist_ok=True)
+        (plans / f"{step}.json").write_text(plan.to_json())
+        self.console.event(plan.table())
+        self.progress.pending_plan = plan.to_json()
+        start = time.perf_counter()
+        self._save(step)
+        self.checkpoints.wait()
+        del self.train_step, self.eval_step
+        self._cut(plan, self.state, {"save": time.perf_counter() - start})
+
+    def _cut(self, plan: Plan, state: TrainState | None, seconds: dict[str, float]) -> None:
+        """Second phase: the survivors in their new places; releases the old state, None on resuming."""
+        progress, old = self.progress, self.config
+        start = time.perf_counter()
+        config = cut_config(old, plan.kept)
+        target = abstract_state(config, self.mesh)
+        if state is not None and old.laep.restore == "memory":
+            cut = cut_state(state, plan.kept, old.model, target)
+        else:
+            jax.tree.map(lambda leaf: leaf.delete(), state)
+            cut = self.checkpoints.restore_cut(progress.step, target, plan.kept, old.model.runs)
+        only_moved = not any(layer.pruned for layer in plan.layers)
+        self._mark_pruned(plan)
+        progress.lineage = apply_plan_to_lineage(progress.lineage, plan)
+        progress.num_experts, progress.pending_plan = plan.num_experts_after, None
+        progress.prunes += not only_moved
+        self._adopt(config, cut, Controller(config, prunes=progress.prunes))
+        self._report_cut(plan, only_moved, seconds | {"restore": time.perf_counter() - start})
+
+    def _mark_pruned(self, plan: Plan) -> None:
+        for layer, (part, ids) in enumerate(zip(plan.layers, self.progress.lineage, strict=True)):
+            if part.pruned:
+                self.log.mark_pruned(self.progress.step, layer, [ids[slot] for slot in part.pruned])
+
+    def _report_cut(self, plan: Plan, only_moved: bool, seconds: dict[str, float]) -> None:
+        step, summary = self.progress.step, self.progress.summary
+        before = model_size(self.config.with_num_experts(plan.num_experts).model, sequence_length=1).total
+        self.log.write(
+            "prune",
+            step,
+            plan=f"plans/{step}.json",
+            rearrange_only=only_moved,
+            experts_before=plan.num_experts,
+            experts_after=plan.num_experts_after,
+            parameters_before=before,
+            parameters_after=self.size.total,
+            lineage=self.progress.lineage,
+            seconds=seconds,
+        )
+        summary["prune_steps"].append(step)
+        summary["parameters_after"] = self.size.total
+        summary["experts_after"] = list(plan.num_experts_after)
+        summary["heldout_loss_after_prune"] = self._evaluate(step, "after_prune")
+
+    def _median_step_seconds(self) -> float | None:
+        measured = [seconds for seconds in self.step_seconds if seconds is not None]
+        return float(np.median(measured)) if measured else None
+
+    def _close(self) -> dict:
+        """The end of the run: last evaluation and checkpoint, summary.json, the closing table."""
+        progress, summary = self.progress, self.progress.summary
+        if summary["steps"] != progress.step:
+            side = "after" if summary["prune_steps"] else "before"
+            summary["heldout_loss_end"] = self._evaluate(progress.step, "end")
+            summary[f"device_imbalance_{side}"] = self.controller.device_imbalance()
+            summary[f"step_seconds_{side}"] = self._median_step_seconds()
+            summary["steps"] = progress.step
+            self._save(progress.step)
+            self.checkpoints.wait()
+        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        self.console.closing_table(summary)
+        return summary

@@ -1,0 +1,78 @@
+"""What a checkpoint's `meta` says of a run beside its arrays, and whether a config may go on from it."""
+
+import dataclasses
+import typing
+from pathlib import Path
+
+from laep_jax.config import Config
+from laep_jax.errors import UserError
+from laep_jax.laep.plan import Lineage, initial_lineage
+
+FREE = {  # fields that change neither parameters nor the batches, and so may differ on resuming
+    "model": {"layers", "remat", "dispatch", "grouped_matmul", "dtype", "router_init"},
+    "data": {"cache_dir"},
+}
+FIXED_PARTS = ("model", "data")
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands. Everything a resumed run needs that is not an array; plain JSON.
+
+    `step`, with the seed in the config, is also the position in the data and the random state.
+    config: as the run began. num_experts: of the model in this checkpoint. lineage: per layer the
+    original id of each slot. pending_plan: a plan (JSON text) to apply before going on. summary: the
+    rows of the closing table so far.
+    """
+
+    step: int
+    config: dict
+    fingerprint: str
+    num_experts: tuple[int, ...]
+    lineage: Lineage
+    prunes: int
+    pending_plan: str | None
+    summary: dict
+
+    @classmethod
+    def fresh(cls, config: Config, fingerprint: str) -> "Progress":
+        """Of a run at step 0."""
+        experts = config.model.experts_per_layer
+        sides = ("before", "after")
+        summary = {
+            f"{name}_{side}": None for name in ("parameters", "device_imbalance", "step_seconds") for side in sides
+        }
+        summary |= {f"heldout_loss_{side}_prune": None for side in sides} | {"heldout_loss_end": None}
+        summary |= {"experts_before": list(experts), "experts_after": None, "prune_steps": [], "steps": 0, "tokens": 0}
+        return cls(0, config.to_dict(), fingerprint, experts, initial_lineage(experts), 0, None, summary)
+
+    @classmethod
+    def from_meta(cls, meta: dict, where: Path) -> "Progress":
+        try:
+            progress = cls(**meta)
+        except TypeError as error:
+            raise UserError(f"checkpoint {where} does not fit this version of laep_jax: {error}") from error
+        progress.num_experts = tuple(progress.num_experts)
+        progress.lineage = tuple(tuple(ids) for ids in progress.lineage)
+        return progress
+
+    def to_meta(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def check_resumable(progress: Progress, config: Config, fingerprint: str, where: Path) -> None:
+    """Raises `UserError` where going on with `config` would not continue the same run."""
+    old, new = Config.from_dict(progress.config), config
+    classes = typing.get_type_hints(Config)
+    pairs: list[tuple] = [("TrainConfig.seed", old.train.seed, new.train.seed)]
+    for part in FIXED_PARTS:
+        for field in dataclasses.fields(classes[part]):
+            if field.name not in FREE[part]:
+                values = (getattr(getattr(side, part), field.name) for side in (old, new))
+                pairs.append((f"{classes[part].__name__}.{field.name}", *values))
+    pairs.append(("the corpus", progress.fingerprint, fingerprint))
+    for name, then, now in pairs:
+        if then != now:
+            raise UserError(
+                f"{name}={now!r} does not fit the checkpoint {where}, made with {then!r}; use another workdir"
+            )

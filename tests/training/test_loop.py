@@ -1,0 +1,238 @@
+"""Whole runs of a tiny model, with a prune in the middle: resuming, both ways to cut, what is refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from laep_jax.data.dataset import make_dataset
+from laep_jax.errors import UserError
+from laep_jax.laep.plan import Plan
+from laep_jax.sharding import make_mesh
+from laep_jax.training import loop
+from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.evaluate import heldout_loss, masked_bias
+from laep_jax.training.loop import train
+from laep_jax.training.state import abstract_state
+from laep_jax.training.step import make_eval_step
+
+PRUNE_STEP, NUM_STEPS = 10, 20
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="session")
+def config(cache_dir) -> Config:
+    return Config(
+        model=ModelConfig(
+            num_layers=3, hidden_size=16, num_heads=4, head_dim=4, ffn_size=8, num_experts=8, router_init=1.0
+        ),
+        mesh=MeshConfig(fsdp=2, expert=4),
+        data=DataConfig(source="synthetic", sequence_length=32, batch_size=16, cache_dir=cache_dir),
+        laep=LaepConfig(alpha=0.9, beta=0.4, window=4, prune_at_step=PRUNE_STEP),
+        optimizer=OptimizerConfig(warmup_steps=2),
+        train=TrainConfig(num_steps=NUM_STEPS, eval_every=8, eval_batches=2, checkpoint_every=6),
+    )
+
+
+def change(config: Config, **parts) -> Config:
+    """The config with fields of its parts changed."""
+    new = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in parts.items()}
+    return dataclasses.replace(config, **new)
+
+
+@pytest.fixture(scope="session")
+def run(config, tmp_path_factory) -> Path:
+    """An uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("run")
+    train(config, run_dir, settings="LaepConfig.alpha = 0.9\n")
+    return run_dir
+
+
+def records(run_dir: Path, kind: str) -> list[dict]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def timeless(record: dict) -> dict:
+    return {name: value for name, value in record.items() if "second" not in name}
+
+
+def final_state(run_dir: Path) -> dict[str, bytes]:
+    """Every stored array of the last checkpoint."""
+    with Checkpoints(run_dir / "checkpoints", keep=9) as checkpoints:
+        step = checkpoints.latest()
+        assert step == NUM_STEPS
+        meta = checkpoints.read_meta(step)
+        config = Config.from_dict(meta["config"]).with_num_experts(tuple(meta["num_experts"]))
+        state = checkpoints.restore(step, abstract_state(config, make_mesh(config.mesh)))
+        arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+        arrays |= checkpoints.read_history(step)
+    return {name: np.asarray(array).tobytes() for name, array in arrays.items()}
+
+
+def assert_same_run(got: Path, want: Path) -> None:
+    """Bit for bit, but for times."""
+    for kind in ("train", "eval", "stability", "prune"):
+        assert list(map(timeless, records(got, kind))) == list(map(timeless, records(want, kind))), kind
+    with np.load(got / "loads.npz") as a, np.load(want / "loads.npz") as b:
+        for name in b.files:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    states = final_state(got), final_state(want)
+    assert states[0].keys() == states[1].keys()
+    different = [name for name in states[0] if states[0][name] != states[1][name]]
+    assert not different
+
+
+def test_a_run_goes_through_the_whole_cycle(run, config):
+    summary = json.loads((run / "summary.json").read_text())
+    [prune] = records(run, "prune")
+    assert prune["step"] == PRUNE_STEP
+    assert summary["prune_steps"] == [PRUNE_STEP]
+    assert summary["experts_before"] == [8, 8, 8]
+    assert 0.25 <= 1 - sum(summary["experts_after"]) / 24 <= 0.5
+    assert set(summary["experts_after"]) <= {4, 8}
+    assert summary["parameters_after"] < summary["parameters_before"]
+    assert summary["steps"] == NUM_STEPS
+    assert all(value is not None for value in summary.values())
+    losses = [record["loss"] for record in records(run, "train")]
+    assert len(losses) == NUM_STEPS
+    assert losses[-1] < losses[0] - 0.3
+    assert [record["step"] for record in records(run, "train")] == list(range(1, NUM_STEPS + 1))
+    assert [(record["step"], record["when"]) for record in records(run, "eval")] == [
+        (8, "periodic"),
+        (PRUNE_STEP, "before_prune"),
+        (PRUNE_STEP, "after_prune"),
+        (16, "periodic"),
+        (NUM_STEPS, "end"),
+    ]
+
+
+def test_recorded_loads_are_every_token_and_none_of_the_pruned(run, config):
+    [prune] = records(run, "prune")
+    with np.load(run / "loads.npz") as loads:
+        tokens_NLE, pruned_at_LE = loads["tokens_per_expert"], loads["pruned_at"]
+    assert tokens_NLE.shape == (NUM_STEPS, 3, 8)
+    np.testing.assert_array_equal(tokens_NLE.sum(2), 2 * 16 * 32)
+    np.testing.assert_array_equal((pruned_at_LE == -1).sum(1), prune["experts_after"])
+    gone_NLE = tokens_NLE[PRUNE_STEP:] * (pruned_at_LE == PRUNE_STEP)
+    assert gone_NLE.sum() == 0
+    for layer, ids in enumerate(prune["lineage"]):
+        assert sorted(ids) == np.flatnonzero(pruned_at_LE[layer] == -1).tolist()
+
+
+class InterruptError(Exception):
+    pass
+
+
+def interrupt_at(step: int):
+    def show(self, at: int, record: dict) -> None:
+        if at == step:
+            raise InterruptError
+
+    return show
+
+
+@pytest.mark.parametrize("step", [3, 9, 15], ids=["before any checkpoint", "before the prune", "after the prune"])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, config, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.RunConsole, "train", interrupt_at(step))
+        with pytest.raises(InterruptError):
+            train(config, tmp_path)
+    train(config, tmp_path)
+    assert_same_run(tmp_path, run)
+
+
+def test_interrupted_in_the_middle_of_the_prune_the_plan_is_applied_from_disk(run, config, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise InterruptError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Checkpoints, "restore_cut", stop)
+        for _ in range(2):  # the second time while it recovers
+            with pytest.raises(InterruptError):
+                train(config, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_decide", stop)  # nothing is decided anew before the plan is applied
+        patch.setattr(loop.RunConsole, "train", interrupt_at(PRUNE_STEP + 1))
+        with pytest.raises(InterruptError):
+            train(config, tmp_path)
+    train(config, tmp_path)
+    assert_same_run(tmp_path, run)
+
+
+def test_cutting_in_memory_gives_the_same_run(run, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Checkpoints, "restore_cut", None)
+    train(change(config, laep={"restore": "memory"}), tmp_path)
+    assert_same_run(tmp_path, run)
+
+
+def test_the_cut_model_has_the_loss_that_masking_predicts(run, config):
+    plan = Plan.from_json((run / "plans" / f"{PRUNE_STEP}.json").read_text())
+    mesh = make_mesh(config.mesh)
+    data = make_dataset(config.data, seed=0, vocab_size=config.model.vocab_size, process_index=0, process_count=1)
+    with Checkpoints(run / "checkpoints", keep=9) as checkpoints:
+        state = checkpoints.restore(PRUNE_STEP, abstract_state(config, mesh))
+    bias = masked_bias(state.router_bias, [layer.pruned for layer in plan.layers])
+    masked = dataclasses.replace(state, router_bias=bias)
+    batches = [data.heldout_batch(i) for i in range(config.train.eval_batches)]
+    predicted = heldout_loss(make_eval_step(config, mesh), masked, batches, mesh)
+    before, after = (record["heldout_loss"] for record in records(run, "eval") if record["step"] == PRUNE_STEP)
+    assert after == pytest.approx(predicted, rel=1e-6)  # float32 sums over experts in another order
+    assert abs(after - before) > 1e-5
+
+
+def test_a_finished_run_only_shows_its_table_again(run, config, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.suffix in (".jsonl", ".npz", ".json")}
+    summary = train(config, run)
+    assert summary == json.loads((run / "summary.json").read_text())
+    assert "held-out loss" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_rearranging_alone_recurs_and_changes_no_loss(run, config, tmp_path):
+    laep = {"prune_at_step": None, "max_prunes": 0}
+    short = change(config, laep=laep, train={"num_steps": 12, "checkpoint_every": 12})
+    train(short, tmp_path / "still")
+    train(change(short, laep={"rearrange_gain": 0.0}), tmp_path / "moved")
+    moves = records(tmp_path / "moved", "prune")
+    assert moves
+    assert all(move["rearrange_only"] and move["experts_after"] == [8, 8, 8] for move in moves)
+    losses = [[record["loss"] for record in records(tmp_path / name, "train")] for name in ("still", "moved")]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)  # sums in another order, twelve steps on
+    assert records(tmp_path / "moved", "eval")[-1]["when"] == "end"
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"train": {"seed": 1}}, r"TrainConfig\.seed=1 does not fit the checkpoint .*, made with 0"),
+        ({"model": {"ffn_size": 16}}, r"ModelConfig\.ffn_size=16 does not fit"),
+        ({"model": {"num_experts": (8, 8, 4)}}, r"ModelConfig\.num_experts=\(8, 8, 4\) does not fit"),
+        ({"data": {"sequence_length": 64}}, r"DataConfig\.sequence_length=64 does not fit"),
+        ({"mesh": {"fsdp": 1, "expert": 8}}, r"num_experts\[\d\]=4 is not divisible by MeshConfig\.expert=8"),
+        ({"mesh": {"fsdp": 3}}, "does not divide 8 devices"),
+        ({"data": {"batch_size": 12}}, r"DataConfig\.batch_size=12 is not divisible by 8 devices"),
+        ({"data": {"source": "text", "path": "nowhere"}}, r"DataConfig\.path='nowhere'"),
+        ({"model": {"vocab_size": 128}}, r"ModelConfig\.vocab_size=128 is below"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_lost(run, config, parts, message):
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    with pytest.raises(UserError, match=message) as error:
+        train(change(config, **parts), run)
+    assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
+
+
+def test_a_new_run_that_is_refused_leaves_nothing(config, tmp_path):
+    with pytest.raises(UserError, match="does not divide"):
+        train(change(config, mesh={"fsdp": 3}), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
