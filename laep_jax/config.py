@@ -225,7 +225,7 @@ class LaepConfig:
     and last sixth of the layers, 0.4 between) or one number a layer. `beta`: cumulative bound as a
     share of the layer's tokens. Windows are `window` steps long; the loads count as stable once,
     `stable_windows` times in a row and not before `min_step`, every layer's rank correlation with
-    the window before and the overlap of the would-be pruned sets reach their thresholds.
+    the window before and the overlap of the sets to prune reach their thresholds.
     `prune_at_step` overrides the test. `rearrange_gain`: also rearrange without pruning when that
     would lower the largest device load by this share (None: never). `placement_loads`: place by the
     loads of the pruned model, measured with the pruned experts masked, or by the recorded ones.

@@ -1,8 +1,9 @@
 """Have the expert loads become stable? The paper prunes then (sections 3.1, 3.2) but never defines it.
 
 Here: between neighbouring windows of steps, in every layer, (a) the rank correlation of the mean
-loads and (b) the overlap of the sets that would be pruned both reach their thresholds, several
-windows in a row and not before a minimum step.
+loads and (b) the overlap of the sets that Algorithm 1 chooses both reach their thresholds, several
+windows in a row and not before a minimum step. The sets are taken before rounding to the devices: where
+a layer's number wavers around a multiple of these, rounding would make it jump by all of them.
 
 Letters: N steps of a window, L layers, E experts.
 """
@@ -40,26 +41,19 @@ def history_capacity(laep: LaepConfig) -> int:
     return laep.window * (laep.stable_windows + 1)
 
 
-def assess(history: LoadHistory, laep: LaepConfig, *, top_k: int, expert_parallel: int) -> StabilityReport:
+def assess(history: LoadHistory, laep: LaepConfig) -> StabilityReport:
     """Tests the last recorded windows. Meant to be asked whenever a window of steps is complete."""
     num_layers = len(history.num_experts)
-    rule = PruningRule(
-        alpha_per_layer(laep.alpha, num_layers),
-        laep.beta,
-        laep.estimator,
-        laep.inequality,
-        laep.rounding,
-        top_k,
-        expert_parallel,
-    )
+    alpha = alpha_per_layer(laep.alpha, num_layers)
+    rule = PruningRule(alpha, laep.beta, laep.estimator, laep.inequality, laep.rounding, top_k=1, expert_parallel=1)
     num_windows = min(len(history) // laep.window, laep.stable_windows + 1)
     windows = [history.window(laep.window, back) for back in range(num_windows)]
     if num_windows < 2:
         reason = f"{len(history)} steps recorded, {2 * laep.window} needed to compare two windows"
         return StabilityReport((None,) * num_layers, (None,) * num_layers, 0, False, reason)
-    pruned = [[prune_layer(tokens_NE, rule, layer).pruned for layer, tokens_NE in enumerate(w)] for w in windows]
+    chosen = [[prune_layer(tokens_NE, rule, layer).eligible for layer, tokens_NE in enumerate(w)] for w in windows]
     ranks = [tuple(map(_load_correlation, new, old)) for new, old in itertools.pairwise(windows)]
-    overlaps = [tuple(map(overlap, new, old)) for new, old in itertools.pairwise(pruned)]
+    overlaps = [tuple(map(overlap, new, old)) for new, old in itertools.pairwise(chosen)]
     shortfalls = [_shortfall(rank, share, laep) for rank, share in zip(ranks, overlaps, strict=True)]
     consecutive = next((i for i, shortfall in enumerate(shortfalls) if shortfall), len(shortfalls))
     reason = shortfalls[0] or _waiting(consecutive, history.last_step, laep)
@@ -83,7 +77,7 @@ def _shortfall(ranks: Sequence[float], overlaps: Sequence[float], laep: LaepConf
         (value - threshold, f"layer {layer}: {name} {value:.4f} < {threshold:g}")
         for name, values, threshold in (
             ("rank correlation", ranks, laep.rank_correlation),
-            ("overlap of the pruned sets", overlaps, laep.overlap),
+            ("overlap of the chosen sets", overlaps, laep.overlap),
         )
         for layer, value in enumerate(values)
         if value < threshold

@@ -37,7 +37,7 @@ class Controller:
         return step % self.laep.window == 0 or (step == self.laep.prune_at_step and not self.prunes)
 
     def assess(self) -> StabilityReport:
-        return assess(self.history, self.laep, top_k=self.top_k, expert_parallel=self.expert_parallel)
+        return assess(self.history, self.laep)
 
     def wants_prune(self, step: int, report: StabilityReport) -> bool:
         """`prune_at_step` overrides the test for the first cut; later ones wait for stable loads."""

@@ -38,7 +38,7 @@ def config(cache_dir) -> Config:
         data=DataConfig(source="synthetic", sequence_length=32, batch_size=16, cache_dir=cache_dir),
         laep=LaepConfig(alpha=0.9, beta=0.4, window=4, prune_at_step=PRUNE_STEP),
         optimizer=OptimizerConfig(warmup_steps=2),
-        train=TrainConfig(num_steps=NUM_STEPS, eval_every=8, eval_batches=2, checkpoint_every=6),
+        train=TrainConfig(num_steps=NUM_STEPS, eval_every=8, eval_batches=2, checkpoint_every=6, keep_checkpoints=9),
     )
 
 

@@ -1,0 +1,119 @@
+"""The programs as a person starts them: train.py from a shell, a second start, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "ModelConfig.num_layers": 2,
+    "ModelConfig.hidden_size": 32,
+    "ModelConfig.ffn_size": 16,
+    "ModelConfig.num_experts": 8,
+    "ModelConfig.router_init": 1.0,
+    "DataConfig.sequence_length": 32,
+    "DataConfig.batch_size": 16,
+    "LaepConfig.alpha": 0.9,
+    "LaepConfig.beta": 0.4,
+    "LaepConfig.window": 4,
+    "LaepConfig.prune_at_step": 6,
+    "TrainConfig.eval_batches": 2,
+    "TrainConfig.log_every": 4,
+    "TrainConfig.num_steps": 12,
+}
+
+
+def start(*arguments: str, program: tuple[str, ...] = ("train.py",)) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")}
+    return subprocess.run(
+        [sys.executable, *program, *arguments],
+        cwd=ROOT,
+        env={**environment, "COLUMNS": "150"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def overrides(tmp_path: Path, **changes) -> list[str]:
+    cache = {"DataConfig.cache_dir": str(tmp_path / "cache")}
+    return [f"--gin.{name}={value}" for name, value in (SMALL | cache | changes).items()]
+
+
+def losses(workdir: Path) -> list[float]:
+    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def test_the_tiny_run_from_a_shell_and_a_second_start_on_fewer_devices(tmp_path):
+    workdir = tmp_path / "x"
+    arguments = ["--gin_file=configs/tiny.gin", f"--workdir={workdir}"]
+    first = start(*arguments, *overrides(tmp_path))
+    assert first.returncode == 0, first.stderr
+    for text in (
+        "Python 3",
+        "8 cpu devices",
+        "step  4/12",
+        "after prune",
+        "parameters",
+        "experts per layer",
+        "step time",
+    ):
+        assert text in first.stdout
+    assert first.stderr == ""
+    assert len(losses(workdir)) == 12
+    assert sum(json.loads((workdir / "summary.json").read_text())["experts_after"]) < 16
+    assert "LaepConfig.alpha = 0.9" in (workdir / "operative.gin").read_text()
+
+    longer = {"TrainConfig.num_steps": 14, "MeshConfig.cpu_devices": 4, "MeshConfig.expert": 2}
+    second = start(*arguments, *overrides(tmp_path, **longer))
+    assert second.returncode == 0, second.stderr
+    assert "resuming from step 12" in second.stdout
+    assert "4 cpu devices: data 1, fsdp 2, expert 2" in second.stdout
+    assert len(losses(workdir)) == 14
+
+    report = start("report", str(workdir), program=("-m", "laep_jax"))
+    assert report.returncode == 0, report.stderr
+    assert {path.name for path in (workdir / "figures").iterdir()} == {
+        "tokens_per_expert.png",
+        "cumulative_load.png",
+        "device_loads.png",
+        "load_heatmap.png",
+        "loss.png",
+    }
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--gin.LaepConfig.alpah=0.2", "LaepConfig has no field 'alpah'; did you mean alpha?"),
+        ("--gin.LaepConfig.alpha=abc", "LaepConfig.alpha='abc' must be one of inf, hybrid"),
+        ("--gin.MeshConfig.expert=3", "does not divide 8 devices"),
+        ("--gin.ModelConfig.top_k=99", "is below top_k=99"),
+        ("--gin.ModelConfig.num_experts=10", "ModelConfig.num_experts[0]=10 is not divisible by MeshConfig.expert="),
+        ("--gin_file=nowhere.gin", "--gin_file='nowhere.gin' is not a file"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, argument, message):
+    result = start(argument, f"--workdir={tmp_path / 'x'}", f"--gin.DataConfig.cache_dir={tmp_path / 'cache'}")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_tools_are_listed_and_an_unknown_one_is_refused():
+    listed = start("--help", program=("-m", "laep_jax"))
+    assert listed.returncode == 0
+    for name in ("plan", "describe", "report", "train-tokenizer"):
+        assert name in listed.stdout
+        assert start(name, "--help", program=("-m", "laep_jax")).returncode == 0
+    unknown = start("pln", program=("-m", "laep_jax"))
+    assert unknown.returncode == 2
+    assert unknown.stderr.startswith("error: there is no command 'pln'")
