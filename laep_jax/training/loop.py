@@ -108,6 +108,7 @@ class Run:
         self.train_step = make_train_step(config, self.mesh)
         self.eval_step = make_eval_step(config, self.mesh)
         self.step_seconds: list[float | None] = []
+        self.console.state("")
 
     def _resume(self, config: Config) -> None:
         step, plan = self.progress.step, self.progress.pending_plan
