@@ -201,7 +201,7 @@ def _rows(summary: dict) -> list[Row]:
         _row("  worst layer", worst, "{:.3f}".format, _difference),
         _row(HELDOUT_AT_CUT, heldout, "{:.4f}".format, _difference),
         (HELDOUT_AT_END, "", *at_end[2:]),
-        _row("step time", pair("step_seconds"), "{:.4g} s".format, lambda before, after: f"x {after / before:.3f}"),
+        _row("step time", pair("step_seconds"), "{:.3f} s".format, lambda before, after: f"x {after / before:.3f}"),
     ]
 
 

@@ -133,7 +133,7 @@ def test_closing_table_of_a_pruned_run():
         "worst layer": ["2.500", "1.200", "-1.3000"],
         "held-out loss at the cut": ["2.5000", "2.5200", "+0.0200"],
         "held-out loss at the end": ["", "2.2500", "-0.2500"],
-        "step time": ["0.5 s", "0.4 s", "x 0.800"],
+        "step time": ["0.500 s", "0.400 s", "x 0.800"],
     }
 
 
@@ -157,7 +157,7 @@ def test_closing_table_of_the_1010b_model_fits_80_columns():
 
 def test_what_was_not_measured_is_a_dash():
     rows, _ = cells(PRUNED | {"step_seconds_after": None, "device_imbalance_after": None})
-    assert rows["step time"] == ["0.5 s", "-", ""]
+    assert rows["step time"] == ["0.500 s", "-", ""]
     assert rows["worst layer"] == ["2.500", "-", ""]
 
 
