@@ -309,6 +309,8 @@ def test_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path):
             checkpoints.save(1, state(1.0, 8), {}, {})
             checkpoints.wait()
             checkpoints.save(2, state(2.0), {}, {})
+            while not any("tmp" in name for name in os.listdir(sys.argv[1])):
+                pass
             os.kill(os.getpid(), signal.SIGKILL)
         """,
     )

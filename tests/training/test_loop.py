@@ -1,7 +1,9 @@
 """Whole runs of a tiny model, with a prune in the middle: resuming, both ways to cut, what is refused."""
 
 import dataclasses
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import jax
@@ -18,7 +20,7 @@ from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.evaluate import heldout_loss, masked_bias
 from laep_jax.training.loop import train
 from laep_jax.training.state import abstract_state
-from laep_jax.training.step import make_eval_step
+from laep_jax.training.step import make_eval_step, make_train_step
 
 PRUNE_STEP, NUM_STEPS = 10, 20
 
@@ -168,10 +170,26 @@ def test_interrupted_in_the_middle_of_the_prune_the_plan_is_applied_from_disk(ru
     assert_same_run(tmp_path, run)
 
 
-def test_cutting_in_memory_gives_the_same_run(run, config, tmp_path, monkeypatch):
+def test_cutting_in_memory_gives_the_same_run_and_lets_the_old_step_go(run, config, tmp_path, monkeypatch):
+    steps = []
+
+    def make(*args):
+        step = make_train_step(*args)
+        steps.append(weakref.ref(step))
+        return step
+
+    def show(self, at: int, record: dict) -> None:
+        if at == PRUNE_STEP + 1:
+            gc.collect()
+            alive.extend(step() is not None for step in steps)
+
+    alive: list[bool] = []
     monkeypatch.setattr(loop.Checkpoints, "restore_cut", None)
+    monkeypatch.setattr(loop, "make_train_step", make)
+    monkeypatch.setattr(loop.RunConsole, "train", show)
     train(change(config, laep={"restore": "memory"}), tmp_path)
     assert_same_run(tmp_path, run)
+    assert alive == [False, True]
 
 
 def test_the_cut_model_has_the_loss_that_masking_predicts(run, config):
