@@ -178,12 +178,14 @@ class Run:
     def _boundary(self, step: int) -> None:
         """Everything that is not training: evaluation, the stability test, saving, cutting."""
         settings = self.config.train
+        if step == settings.num_steps:  # the rest is for `_close`
+            return
         if step % settings.eval_every == 0:
             self._evaluate(step, "periodic")
-        plan = self._decide(step) if self.controller.is_due(step) and step < settings.num_steps else None
+        plan = self._decide(step) if self.controller.is_due(step) else None
         if plan:
             self._save_and_cut(step, plan)
-        elif step % settings.checkpoint_every == 0 and step < settings.num_steps:
+        elif step % settings.checkpoint_every == 0:
             self._save(step)
 
     def _evaluate(self, step: int, when: str) -> float:
