@@ -37,6 +37,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def platform(mesh: Mesh) -> str:
+    """What the mesh's devices are, and so what is compiled for: "cpu", "tpu", "gpu"."""
+    return mesh.devices.flat[0].platform
+
+
 def leaf_name(path: tuple) -> str:
     """The last string key on a pytree path: the parameter's name, also inside optimizer state."""
     names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
