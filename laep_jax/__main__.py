@@ -12,6 +12,7 @@ COMMANDS = {
         "which experts to prune and where to place the rest, from counts of any framework",
     ),
     "describe": ("laep_jax.model.command", "parameters, experts and FLOPs of a config, from shapes alone"),
+    "preflight": ("laep_jax.preflight.command", "a config compiled for a TPU slice: memory, bounds, collectives"),
     "report": ("laep_jax.report.command", "figures of a run directory"),
     "train-tokenizer": ("laep_jax.data.command", "a BPE tokenizer trained on a corpus"),
 }

@@ -74,7 +74,9 @@ class ModelConfig:
 
     `num_experts` has one entry a layer; an int means the same number in each.
     `layers` runs equal neighbouring layers as one `lax.scan` or unrolls it; `remat` names what the
-    backward pass recomputes; neither changes parameters.
+    backward pass recomputes; neither changes parameters. `receive_buffer`: room for the rows a device
+    receives in the ragged all-to-all, in units of what equal loads would bring; more goes in parts. None:
+    room for all rows of the expert-parallel group.
     """
 
     vocab_size: int = 384  # 256 bytes + end of document, padded to a multiple of 128
@@ -94,6 +96,7 @@ class ModelConfig:
     layers: str = "scan"
     remat: str = "none"
     dispatch: str = "all_gather"
+    receive_buffer: float | None = None
     grouped_matmul: str = "auto"  # blocks on CPU, ragged_dot elsewhere
 
     def __post_init__(self):
@@ -132,6 +135,7 @@ class ModelConfig:
         _one_of("ModelConfig.dtype", self.dtype, DTYPES)
         _one_of("ModelConfig.layers", self.layers, ("scan", "unrolled"))
         _one_of("ModelConfig.remat", self.remat, ("none", "full", "save_dispatch"))
+        _at_least(self, 1, "receive_buffer")
         _one_of("ModelConfig.dispatch", self.dispatch, ("all_gather", "ragged_all_to_all"))
         _one_of("ModelConfig.grouped_matmul", self.grouped_matmul, ("auto", "blocks", "ragged_dot"))
 

@@ -6,6 +6,7 @@ F ffn, G twice that (gate and up side by side). A stack of layers has one more d
 """
 
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -29,12 +30,20 @@ def make_cpu_devices(number: int) -> None:
     os.environ.setdefault("PJRT_NPROC", str(THREADS_PER_DEVICE * number))
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh of axes ("data", "fsdp", "expert"), all Auto, from a resolved `MeshConfig`."""
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of axes ("data", "fsdp", "expert"), all Auto, from a resolved `MeshConfig`.
+
+    devices: by default those of this run; `preflight` gives it chips that are not there.
+    """
     assert config.fsdp is not None
     assert config.expert is not None
     sizes = (config.data, config.fsdp, config.expert)
-    return jax.make_mesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def platform(mesh: Mesh) -> str:
+    """What the mesh's devices are, and so what is compiled for: "cpu", "tpu", "gpu"."""
+    return mesh.devices.flat[0].platform
 
 
 def leaf_name(path: tuple) -> str:

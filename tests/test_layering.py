@@ -14,6 +14,7 @@ ORDER = [
     {"gin_config", "sharding", "report"},
     {"model", "data"},
     {"training"},
+    {"preflight"},
     {"__main__"},
 ]
 TRAINING_ORDER = [

@@ -1,15 +1,67 @@
 """Multi-head causal attention within documents, optionally with localized filtering (notes section 1).
 
+On TPU the scores stay inside JAX's splash kernel (`jax.experimental.pallas.ops.tpu.splash_attention`, after
+FlashAttention, arXiv 2205.14135), so that no S x S array is ever in HBM.
 Letters: B batch rows, S sequence, D hidden, H heads, K head size.
 """
+
+import typing
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
-from laep_jax.config import ModelConfig
+from laep_jax.config import BATCH_AXES, ModelConfig
 from laep_jax.model.layers import rotary
 from laep_jax.model.lfa import LocalFilter
+from laep_jax.sharding import platform
+
+LANES = 128  # the kernel wants S and K in multiples of a vector register's lanes
+KERNEL_BLOCK = 512  # queries and keys at once; 512 x 512 float32 scores are 1 MB of VMEM
+
+
+def attend(query_BSHK: jax.Array, key_BSHK: jax.Array, value_BSHK: jax.Array, segments_BS: jax.Array, mesh: Mesh):
+    """[B, S, H, K]: softmax(q k / sqrt(K)) v over the positions up to one's own with the same segment."""
+    _, length, _, size = query_BSHK.shape
+    if platform(mesh) == "tpu" and length % LANES == 0 and size % LANES == 0:
+        rows = PartitionSpec(BATCH_AXES)
+        on_device = jax.shard_map(splash, mesh=mesh, in_specs=(rows, rows, rows, rows), out_specs=rows, check_vma=False)
+        return on_device(query_BSHK, key_BSHK, value_BSHK, segments_BS)
+    same_document_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(  # the scale is 1/sqrt(K) by default
+        query_BSHK, key_BSHK, value_BSHK, mask=same_document_B1SS, is_causal=True
+    )
+
+
+def splash(query_BSHK, key_BSHK, value_BSHK, segments_BS, *, interpret: bool = False) -> jax.Array:
+    """`attend` of one device's rows in the TPU kernel; `interpret` runs it anywhere, slowly."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    _, length, heads, size = query_BSHK.shape
+    block = next(block for block in (KERNEL_BLOCK, KERNEL_BLOCK // 2, LANES) if length % block == 0)
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def one_row(query_SHK, key_SHK, value_SHK, segments_S):
+        segment_ids = splash_attention_kernel.SegmentIds(segments_S, segments_S)
+        query_HSK, key_HSK, value_HSK = (jnp.swapaxes(x, 0, 1) for x in (query_SHK, key_SHK, value_SHK))
+        mixed_HSK = kernel(query_HSK * size**-0.5, key_HSK, value_HSK, segment_ids)
+        return jnp.swapaxes(typing.cast(jax.Array, mixed_HSK), 0, 1)
+
+    return jax.vmap(one_row)(query_BSHK, key_BSHK, value_BSHK, segments_BS)
 
 
 class Attention(nnx.Module):
@@ -28,17 +80,16 @@ class Attention(nnx.Module):
         if config.lfa:
             self.lfa = LocalFilter(config, rngs=rngs)
 
-    def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
+    def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, positions_BS: jax.Array, mesh: Mesh) -> jax.Array:
         filtered_BSD = self.lfa(x_BSD, segments_BS) if self.has_lfa else x_BSD
         query_BSHK = jnp.einsum("bsd,dhk->bshk", filtered_BSD, self.query_DHK[...])
         key_BSHK = jnp.einsum("bsd,dhk->bshk", filtered_BSD, self.key_DHK[...])
         value_BSHK = jnp.einsum("bsd,dhk->bshk", x_BSD, self.value_DHK[...])
-        same_document_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]
-        mixed_BSHK = jax.nn.dot_product_attention(
+        mixed_BSHK = attend(
             rotary(query_BSHK, positions_BS, self.rope_base),
             rotary(key_BSHK, positions_BS, self.rope_base),
             value_BSHK,
-            mask=same_document_B1SS,
-            is_causal=True,  # the scale is 1/sqrt(K) by default
+            segments_BS,
+            mesh,
         )
         return jnp.einsum("bshk,hkd->bsd", mixed_BSHK, self.output_HKD[...])

@@ -6,6 +6,7 @@ Both ways have one interface, run inside `jax.shard_map`, drop no token, and giv
   its own experts on those routed to it, and a reduce-scatter adds the shares. Runs everywhere.
 * `ragged_dispatch`: each row travels to its expert's device only (`jax.lax.ragged_all_to_all`; XLA
   has none for CPU, where an all-gather and the same index arithmetic stand in for it).
+  `bounded_dispatch` is the same in a receive buffer of chosen size.
 
 Letters: T tokens of a device, K top-k slots, E experts, R rows sorted by expert, D hidden, P devices
 of the expert axis.
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+
+from laep_jax.config import BATCH_AXES
 
 AXIS = "expert"
 BLOCK = 128  # rows an expert's matrices are applied to at once on CPU
@@ -38,7 +41,8 @@ class Routes(NamedTuple):
     group_sizes_E: jax.Array
 
 
-Experts = Callable[[jax.Array, Routes], jax.Array]
+Matrices = tuple[jax.Array, ...]  # of this device's experts
+Experts = Callable[..., jax.Array]  # (tokens, routes, *matrices) -> rows
 
 
 def make_routes(ids_TK: jax.Array, num_experts: int) -> Routes:
@@ -114,40 +118,50 @@ combine.defvjp(
 
 
 def all_gather_dispatch(
-    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, experts: Experts, num_experts: int, on_cpu: bool
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, matrices: Matrices, experts: Experts, num_experts: int
 ) -> jax.Array:
     """Applies each token's experts.
 
     Args:
       x_TD: this device's tokens. ids_TK: their experts, `num_experts` for none. weights_TK: float32.
-      experts: applies this device's experts to a buffer of tokens, giving rows by expert.
+      experts: applies this device's experts, given as `matrices`, to a buffer of tokens, giving rows by expert.
       num_experts: of the layer, over all devices of the expert axis.
-      on_cpu: whether XLA compiles for CPU.
 
     Returns:
       y_TD, the weighted sum over each token's experts.
     """
-    del on_cpu  # all_gather and psum_scatter are the same everywhere
     local_experts = num_experts // jax.lax.axis_size(AXIS)
     first = jax.lax.axis_index(AXIS) * local_experts
     gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
     routes = make_routes(gather(ids_TK) - first, local_experts)
-    rows_RD = experts(checkpoint_name(gather(x_TD), DISPATCH_NAMES[1]), routes)
+    rows_RD = experts(checkpoint_name(gather(x_TD), DISPATCH_NAMES[1]), routes, *matrices)
     y_TD = combine(checkpoint_name(rows_RD, DISPATCH_NAMES[2]), gather(weights_TK), routes)
     return jax.lax.psum_scatter(y_TD, AXIS, scatter_dimension=0, tiled=True)
 
 
 def ragged_dispatch(
-    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, experts: Experts, num_experts: int, on_cpu: bool
+    x_TD: jax.Array,
+    ids_TK: jax.Array,
+    weights_TK: jax.Array,
+    matrices: Matrices,
+    experts: Experts,
+    num_experts: int,
+    *,
+    on_cpu: bool,
+    num_rows: int | None = None,
 ) -> jax.Array:
-    """As `all_gather_dispatch`; the receive buffer holds the worst case, all rows of the group."""
+    """As `all_gather_dispatch`.
+
+    on_cpu: whether XLA compiles for CPU. num_rows: of the receive buffer, at least what any device of the
+    group receives; by default the worst case, all rows of the group that can come here.
+    """
     devices = jax.lax.axis_size(AXIS)
     local_experts = num_experts // devices
     num_tokens, top_k = ids_TK.shape
+    num_rows = num_rows or devices * num_tokens * min(top_k, local_experts)
     routes = make_routes(ids_TK, num_experts)  # by expert is by device
     counts_PPe = jax.lax.all_gather(routes.group_sizes_E, AXIS).reshape(devices, devices, local_experts)
     sizes_PP = jnp.sum(counts_PPe, axis=2)  # [sender, receiver]
-    num_rows = devices * num_tokens * min(top_k, local_experts)
     received_RD = exchange(permute(x_TD, routes), sizes_PP, num_rows, on_cpu)
     received_RD = checkpoint_name(received_RD, DISPATCH_NAMES[1])
 
@@ -156,9 +170,74 @@ def ragged_dispatch(
     arrival_R = jnp.searchsorted(ends_N, jnp.arange(num_rows), side="right")
     ids_R = jnp.where(arrival_R < ends_N.size, arrival_R % local_experts, local_experts)
     local_routes = make_routes(ids_R[:, None], local_experts)
-    rows_RD = sum_over_slots_of(experts(received_RD, local_routes), local_routes)
+    rows_RD = sum_over_slots_of(experts(received_RD, local_routes, *matrices), local_routes)
     returned_RD = exchange(rows_RD, sizes_PP.T, routes.slot_of_row_R.size, on_cpu)
     return combine(checkpoint_name(returned_RD, DISPATCH_NAMES[2]), weights_TK, routes)
+
+
+def bounded_dispatch(
+    x_TD: jax.Array,
+    ids_TK: jax.Array,
+    weights_TK: jax.Array,
+    matrices: Matrices,
+    experts: Experts,
+    num_experts: int,
+    *,
+    on_cpu: bool,
+    receive_buffer: float,
+) -> jax.Array:
+    """`ragged_dispatch` with room for `receive_buffer` times the rows that equal loads would bring.
+
+    Where any device of the mesh would receive more, all devices send their tokens in parts so small that even
+    the worst case of one fits. Nothing is dropped and nothing larger is allocated; the backward pass takes the
+    same way and computes it again.
+    """
+    num_tokens, top_k = ids_TK.shape
+    devices = jax.lax.axis_size(AXIS)
+    sizes_E = jnp.sum(jax.nn.one_hot(ids_TK.reshape(-1), num_experts, dtype=jnp.int32), axis=0, dtype=jnp.int32)
+    received_P = jnp.sum(jax.lax.psum(sizes_E, AXIS).reshape(devices, -1), axis=1)
+    num_rows = _round_up(int(receive_buffer * num_tokens * top_k), BLOCK)
+    fits = jax.lax.pmax(jnp.max(received_P), BATCH_AXES) <= num_rows
+    send = functools.partial(ragged_dispatch, experts=experts, num_experts=num_experts, on_cpu=on_cpu)
+
+    def at_once(ids_TK, x_TD, weights_TK, matrices):
+        return send(x_TD, ids_TK, weights_TK, matrices, num_rows=num_rows)
+
+    def in_parts(ids_TK, x_TD, weights_TK, matrices):
+        parts = next(n for n in range(devices, num_tokens + 1) if num_tokens % n == 0)
+        split = [x.reshape(parts, -1, x.shape[-1]) for x in (x_TD, ids_TK, weights_TK)]
+        part = jax.checkpoint(lambda x: send(x[0], x[1], x[2], matrices))
+        return jax.lax.map(part, split).reshape(x_TD.shape)
+
+    return _either(at_once, in_parts, fits, ids_TK, x_TD, weights_TK, matrices)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _either(one: Callable, other: Callable, first: jax.Array, ids: jax.Array, *operands):
+    """`one(ids, *operands)` where `first` holds, else `other`; keeps neither's intermediates.
+
+    `lax.cond` alone would keep those of both for the backward pass.
+    """
+    return jax.lax.cond(first, one, other, ids, *operands)
+
+
+def _either_backward(one, other, residuals, dy):
+    first, ids, operands = residuals
+
+    def gradients(function):
+        return lambda dy, ids, *operands: jax.vjp(functools.partial(function, ids), *operands)[1](dy)
+
+    return None, None, *jax.lax.cond(first, gradients(one), gradients(other), dy, ids, *operands)
+
+
+_either.defvjp(
+    lambda one, other, first, ids, *operands: (_either(one, other, first, ids, *operands), (first, ids, operands)),
+    _either_backward,
+)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 @jax.custom_vjp

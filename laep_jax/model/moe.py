@@ -13,10 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from laep_jax.config import BATCH_AXES, AuxLossConfig, ModelConfig
-from laep_jax.model.dispatch import all_gather_dispatch, ragged_dispatch
+from laep_jax.model.dispatch import all_gather_dispatch, bounded_dispatch, ragged_dispatch
 from laep_jax.model.experts import experts_by_blocks, experts_by_ragged_dot
 from laep_jax.model.router import balance_losses, balance_sums, count_tokens, route
-from laep_jax.sharding import leaf_spec
+from laep_jax.sharding import leaf_spec, platform
 
 
 class MoEAux(NamedTuple):
@@ -61,7 +61,7 @@ class MoE(nnx.Module):
             self.aux_losses,
             gate_up_spec,
             down_spec,
-            mesh.devices.flat[0].platform == "cpu",
+            platform(mesh) == "cpu",
         )
         y_BSD, sums = jax.shard_map(
             on_device,
@@ -109,13 +109,20 @@ def _moe_on_device(
     grouped = experts_by_blocks if by_blocks else experts_by_ragged_dot
     gate_up_EDG = _gather_fsdp(gate_up_EDG, gate_up_spec, x_BSD.dtype)
     down_EFD = _gather_fsdp(down_EFD, down_spec, x_BSD.dtype)
-    dispatch = all_gather_dispatch if config.dispatch == "all_gather" else ragged_dispatch
-    y_TD = dispatch(
+    y_TD = _dispatch(config, on_cpu)(
         x_BSD.reshape(-1, x_BSD.shape[-1]),
         ids_BSK.reshape(-1, config.top_k),
         weights_BSK.reshape(-1, config.top_k),
-        lambda x_TD, routes: grouped(x_TD, routes, gate_up_EDG, down_EFD),
+        (gate_up_EDG, down_EFD),
+        grouped,
         num_experts,
-        on_cpu,
     )
     return y_TD.reshape(x_BSD.shape), {name: total[None] for name, total in sums.items()}
+
+
+def _dispatch(config: ModelConfig, on_cpu: bool):
+    if config.dispatch == "all_gather":
+        return all_gather_dispatch
+    if config.receive_buffer is None:
+        return functools.partial(ragged_dispatch, on_cpu=on_cpu)
+    return functools.partial(bounded_dispatch, on_cpu=on_cpu, receive_buffer=config.receive_buffer)

@@ -3,7 +3,7 @@
 Runs of neighbouring layers with the same expert count are one `lax.scan` over stacked parameters
 (JAX has no ragged axes), so compile time follows the number of runs, not of layers. Parameters are
 plain dictionaries; NNX modules hold the code of one layer and are merged with them inside the trace.
-Letters: B batch rows, S sequence, D hidden, V vocabulary, E experts, N layers of a run.
+Letters: B batch rows, S sequence, D hidden, V vocabulary, E experts, N layers of a run or parts of a sequence.
 """
 
 import functools
@@ -20,6 +20,8 @@ from laep_jax.model.layers import RMSNorm, rms_norm
 from laep_jax.model.moe import MoE, MoEAux
 from laep_jax.sharding import batch_sharding
 
+LOGITS_AT_ONCE = 2**27  # of one row: half a gigabyte in float32
+
 
 class Block(nnx.Module):
     """One layer: x + attention(norm(x)), then x + moe(norm(x))."""
@@ -32,7 +34,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, batch: dict, bias_E: jax.Array, mesh: Mesh) -> tuple[jax.Array, MoEAux]:
         segments_BS = batch["segments_BS"]
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), segments_BS, batch["positions_BS"])
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), segments_BS, batch["positions_BS"], mesh)
         y_BSD, aux = self.moe(self.moe_norm(x_BSD), segments_BS > 0, bias_E, mesh)
         return x_BSD + y_BSD, aux
 
@@ -94,6 +96,32 @@ def _run_layers(x_BSD, params, bias_NE, batch, config: ModelConfig, graph: nnx.G
     return jax.lax.scan(_remat(body, config.remat), x_BSD, (params, bias_NE), unroll=config.layers == "unrolled")
 
 
+def _cross_entropy(x_BSD: jax.Array, unembedding_DV: jax.Array, targets_BS: jax.Array) -> jax.Array:
+    logits_BSV = (x_BSD @ unembedding_DV).astype(jnp.float32)
+    chosen_BS = jnp.take_along_axis(logits_BSV, jnp.maximum(targets_BS, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(targets_BS >= 0, jax.nn.logsumexp(logits_BSV, axis=-1) - chosen_BS, 0.0)
+
+
+def cross_entropy(
+    x_BSD: jax.Array, unembedding_DV: jax.Array, targets_BS: jax.Array, logits_at_once: int = LOGITS_AT_ONCE
+) -> jax.Array:
+    """-log softmax(x W)[target], float32 [B, S], zero where there is no target.
+
+    No row has more than about `logits_at_once` logits in memory: what is more is done in parts of the
+    sequence, whose logits the backward pass computes again.
+    """
+    rows, length, hidden = x_BSD.shape
+    vocab = unembedding_DV.shape[1]
+    divisors = (n for n in range(1, length + 1) if length % n == 0)
+    parts = next(n for n in divisors if n == length or length // n * vocab <= logits_at_once)
+    if parts == 1:
+        return _cross_entropy(x_BSD, unembedding_DV, targets_BS)
+    x_NBSD = jnp.swapaxes(x_BSD.reshape(rows, parts, length // parts, hidden), 0, 1)
+    targets_NBS = jnp.swapaxes(targets_BS.reshape(rows, parts, length // parts), 0, 1)
+    part = jax.checkpoint(lambda x: _cross_entropy(x[0], unembedding_DV, x[1]))
+    return jnp.swapaxes(jax.lax.map(part, (x_NBSD, targets_NBS)), 0, 1).reshape(rows, length)
+
+
 def token_losses(
     params: dict,
     router_bias: dict,
@@ -122,8 +150,5 @@ def token_losses(
         x_BSD, aux = _run_layers(x_BSD, run, bias["bias_E"], batch, config, graph, mesh)
         run_aux.append(aux)
     x_BSD = rms_norm(x_BSD, params["final_norm"]["scale_D"], config.norm_eps)
-    logits_BSV = (x_BSD @ _gathered(params["unembedding_DV"], dtype, mesh)).astype(jnp.float32)
-    targets_BS = batch["targets_BS"]
-    chosen_BS = jnp.take_along_axis(logits_BSV, jnp.maximum(targets_BS, 0)[..., None], axis=-1)[..., 0]
-    loss_BS = jax.nn.logsumexp(logits_BSV, axis=-1) - chosen_BS
-    return jnp.where(targets_BS >= 0, loss_BS, 0.0), run_aux
+    unembedding_DV = _gathered(params["unembedding_DV"], dtype, mesh)
+    return cross_entropy(x_BSD, unembedding_DV, batch["targets_BS"]), run_aux

@@ -7,7 +7,6 @@ Letters: A micro-batches, B rows, S sequence, E experts.
 
 import functools
 import typing
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +89,8 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, mesh: Mesh) -
     return TrainState(state.step + 1, params, opt_state, router_bias), metrics
 
 
-def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`train_step`, jitted; donates its state and keeps the state's shardings."""
+def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
+    """`train_step`, jitted: (state, batch) -> (state, metrics); donates its state and keeps its shardings."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     step = functools.partial(train_step, config=config, mesh=mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -148,14 +148,31 @@ def cut_state(state, kept: Kept, old_model: ModelConfig, abstract_new):
     return tree_unflatten(jax.tree.structure(abstract_new), [new[i] for i in range(len(cuts))])
 
 
-def _cut_leaf(cut: LeafCut, old: dict[str, jax.Array], programs: Callable[..., Callable]) -> jax.Array:
-    leaves = [old[source] for source in cut.sources]
+def _cut_leaf(cut: LeafCut, old: dict[str, jax.Array], programs: Callable[..., jax.stages.Wrapped]) -> jax.Array:
     if not cut.pieces:
-        return jax.device_put(leaves[0], cut.target.sharding)
-    gather = programs(cut.axis, tuple(_whole_experts(leaf, cut.axis) for leaf in leaves), cut.target.sharding)
-    leaf = gather(leaves, [np.int32(piece.start) for piece in cut.pieces], [piece.kept for piece in cut.pieces])
+        return jax.device_put(old[cut.sources[0]], cut.target.sharding)
+    gather, arguments = _gather_call(cut, old, programs)
+    leaf = gather(*arguments)
     assert (leaf.shape, leaf.dtype) == (cut.target.shape, cut.target.dtype), (cut.family, leaf.shape, leaf.dtype)
     return leaf
+
+
+def _gather_call(
+    cut: LeafCut, old: dict, programs: Callable[..., jax.stages.Wrapped]
+) -> tuple[jax.stages.Wrapped, tuple]:
+    """The jitted gather of a leaf, and its arguments; `old` may hold abstract leaves."""
+    leaves = [old[source] for source in cut.sources]
+    gather = programs(cut.axis, tuple(_whole_experts(leaf, cut.axis) for leaf in leaves), cut.target.sharding)
+    return gather, (leaves, [np.int32(piece.start) for piece in cut.pieces], [piece.kept for piece in cut.pieces])
+
+
+def lower_largest_cut(abstract_old, kept: Kept, old_model: ModelConfig, abstract_new) -> jax.stages.Lowered:
+    """The program of `cut_state` that needs most memory, for a state of `jax.ShapeDtypeStruct`s."""
+    old = {leaf_key(path): leaf for path, leaf in tree_flatten_with_path(abstract_old)[0]}
+    changed = [cut for cut in cut_leaves(abstract_new, old_model.runs, kept) if cut.pieces]
+    largest = max(changed, key=lambda cut: sum(math.prod(old[source].shape) for source in cut.sources))
+    gather, arguments = _gather_call(largest, old, _make_gather)
+    return gather.lower(*arguments)
 
 
 def _whole_experts(leaf: jax.Array, axis: int | None) -> NamedSharding:
@@ -177,7 +194,7 @@ def _whole_experts(leaf: jax.Array, axis: int | None) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-def _make_gather(axis: int | None, whole: tuple[NamedSharding, ...], target: NamedSharding) -> Callable[..., jax.Array]:
+def _make_gather(axis: int | None, whole: tuple[NamedSharding, ...], target: NamedSharding) -> jax.stages.Wrapped:
     """A jitted (old leaves, first layers, kept slots) -> new leaf, from one leaf a piece."""
 
     def gather(leaves, starts, kept):

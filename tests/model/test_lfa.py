@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from laep_jax.config import ModelConfig
+from laep_jax.config import MeshConfig, ModelConfig
 from laep_jax.model.attention import Attention
 from laep_jax.model.lfa import LocalFilter
+from laep_jax.sharding import make_mesh
 
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 3, 3, 3], [1, 1, 1, 1, 1, 1, 0, 0]])
 POSITIONS = jnp.array([[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 0, 0]])
@@ -54,10 +55,11 @@ def test_filter_equals_a_direct_loop(lfa_bias):
 @pytest.mark.parametrize("lfa", [False, True])
 def test_attention_sees_only_the_past_of_its_own_document(lfa):
     attention = Attention(model_config(lfa=lfa), rngs=nnx.Rngs(0))
+    mesh = make_mesh(MeshConfig(fsdp=8, expert=1))
     x_SD = jax.random.normal(jax.random.key(1), (8, 16))
 
     def outputs(x_SD):
-        return attention(x_SD[None], SEGMENTS[:1], POSITIONS[:1])[0].sum(-1)
+        return attention(x_SD[None], SEGMENTS[:1], POSITIONS[:1], mesh)[0].sum(-1)
 
     influence_SS = np.abs(jax.jacobian(outputs)(x_SD)).sum(-1) > 0
     documents = np.asarray(SEGMENTS[0])

@@ -82,9 +82,12 @@ MESHES = {"1": (1, 1, 1), "EP2": (2, 2, 2), "EP4": (1, 2, 4), "EP8": (1, 1, 8)}
 @pytest.mark.parametrize(
     ("mesh_sizes", "dispatch", "grouped_matmul"),
     [(sizes, dispatch, "blocks") for sizes in MESHES for dispatch in ("all_gather", "ragged_all_to_all")]
-    + [("EP4", "all_gather", "ragged_dot"), ("EP2", "ragged_all_to_all", "ragged_dot")],
+    + [("EP4", "all_gather", "ragged_dot"), ("EP2", "ragged_all_to_all", "ragged_dot")]
+    + [("1", "bounded", "blocks"), ("EP4", "bounded", "ragged_dot"), ("EP8", "bounded", "blocks")],
 )
 def test_sharded_equals_dense_in_value_gradient_and_counts(mesh_sizes, dispatch, grouped_matmul):
+    bounded = {"dispatch": "ragged_all_to_all", "receive_buffer": 1.0}
+    dispatch = bounded if dispatch == "bounded" else {"dispatch": dispatch}
     data, fsdp, expert = MESHES[mesh_sizes]
     if data * fsdp * expert == 1:
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "expert"))
@@ -93,7 +96,7 @@ def test_sharded_equals_dense_in_value_gradient_and_counts(mesh_sizes, dispatch,
     params, x_BSD, direction_BSD, valid_BS = _inputs()
     params = jax.device_put(params, tree_shardings(params, mesh))
     batch = put_batch({"x": x_BSD, "direction": direction_BSD, "valid": valid_BS}, mesh)
-    apply = _value_and_grad(_layer(mesh, dispatch=dispatch, grouped_matmul=grouped_matmul))
+    apply = _value_and_grad(_layer(mesh, grouped_matmul=grouped_matmul, **dispatch))
     for case, bias_E in BIASES.items():
         (_, (y_BSD, counts_E)), gradients = apply(
             params, batch["x"], batch["direction"], batch["valid"], jnp.float32(bias_E)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from laep_jax.config import AuxLossConfig, MeshConfig, ModelConfig
-from laep_jax.model.transformer import init_params, token_losses
+from laep_jax.model.transformer import cross_entropy, init_params, token_losses
 from laep_jax.sharding import make_mesh, put_batch, tree_shardings
 
 MODEL = ModelConfig(
@@ -99,3 +99,20 @@ def test_a_layers_first_weights_depend_on_its_own_shape_only():
         ModelConfig(**{**_fields(MODEL), "num_experts": (8, 16, 16)}), AuxLossConfig(), jax.random.key(0)
     )
     np.testing.assert_array_equal(wide["runs"][1]["moe"]["down_EFD"][0], narrow["runs"][1]["moe"]["down_EFD"][1])
+
+
+def test_the_loss_in_parts_is_the_loss():
+    keys = jax.random.split(jax.random.key(0), 2)
+    x_BSD, unembedding_DV = jax.random.normal(keys[0], (2, 12, 8)), jax.random.normal(keys[1], (8, 40))
+    targets_BS = np.random.default_rng(0).integers(-1, 40, (2, 12))
+
+    def of(logits_at_once):
+        def total(x_BSD, unembedding_DV):
+            return jnp.sum(cross_entropy(x_BSD, unembedding_DV, targets_BS, logits_at_once))
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(x_BSD, unembedding_DV)
+
+    for logits_at_once in (1, 100, 12 * 40 - 1):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), of(logits_at_once), of(12 * 40)
+        )

@@ -1,0 +1,45 @@
+"""`python -m laep_jax preflight`: a config compiled for a TPU slice that need not be there.
+
+python -m laep_jax preflight --gin_file=configs/paper/1515b.gin --topology=v5p:8x8x16
+
+Exit code 0 where the step and the cut fit into the chips' memory, 1 where they do not, 2 on bad input.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from laep_jax.gin_config import load_config, parse_arguments
+from laep_jax.preflight.chips import CHIPS, find_chip
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compiles, prints, says by its exit code whether all fits. `UserError` on bad input."""
+    gin_files, bindings, rest = parse_arguments(argv)
+    args = _parser().parse_args(rest)
+    chip = find_chip(args.topology)
+    config = load_config(gin_files, bindings)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX looks for devices of its own
+    from laep_jax.preflight.run import as_json, preflight, table
+
+    flight = preflight(config, chip, args.topology, args.loads)
+    print(json.dumps(as_json(flight)) if args.json else table(flight))
+    return 0 if flight.fits else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m laep_jax preflight",
+        description="Compiles the train step and the cut of a config for TPU chips, and says what they need.",
+    )
+    known = ", ".join(f"{name}:{chip.slices[-1]}" for name, chip in CHIPS.items())
+    parser.add_argument("--topology", required=True, metavar="CHIP:SLICE", help=f"for example {known}")
+    parser.add_argument(
+        "--loads", type=Path, metavar="FILE", help="recorded counts, as `plan` takes them: adds stragglers and the cut"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--gin_file", help="a config; may be given more than once")
+    parser.add_argument("--gin.CLASS.FIELD", metavar="VALUE", help="a setting, over what the files say")
+    return parser

@@ -1,0 +1,90 @@
+"""Compiles a run's programs for TPU chips that are not there: the train step, and the cut.
+
+The compiler is in the `libtpu` wheel; `jax.experimental.topologies` describes the slice to it. Arguments are
+shapes with shardings, so nothing is allocated.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from laep_jax.config import Config
+from laep_jax.errors import UserError
+from laep_jax.sharding import batch_sharding, make_mesh
+from laep_jax.training.state import abstract_state
+from laep_jax.training.step import make_train_step
+from laep_jax.training.surgery import Kept, cut_config, lower_largest_cut
+
+BATCH = ("tokens_BS", "targets_BS", "segments_BS", "positions_BS")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program. Bytes are of one chip; `text` is the optimised HLO, None where it does not fit.
+
+    total_bytes: arguments, temporaries and results that do not take an argument's place.
+    """
+
+    argument_bytes: int
+    temporary_bytes: int
+    output_bytes: int
+    total_bytes: int
+    compile_seconds: float
+    text: str | None
+    executable: jax.stages.Compiled | None
+
+
+def topology_devices(topology: str) -> list[jax.Device]:
+    """The chips of a slice. `UserError` where the TPU compiler is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError('preflight needs the TPU compiler of the package libtpu: pip install "jax[tpu]"')
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a chip that only one process may hold
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    shape = (config.data.batch_size, config.data.sequence_length)
+    return {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh)) for name in BATCH}
+
+
+def compile_step(config: Config, devices: list[jax.Device]) -> Program:
+    """The very step that `train.py` runs with this (resolved) config."""
+    mesh = make_mesh(config.mesh, devices)
+    lowered = make_train_step(config, mesh).lower(abstract_state(config, mesh), abstract_batch(config, mesh))
+    return compile_program(lowered)
+
+
+def compile_program(lowered: jax.stages.Lowered) -> Program:
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"total memory required for HLO temporaries \(([\d.]+)G\)", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
+            raise
+        temporary = int(float(needed[1]) * 2**30)
+        return Program(0, temporary, 0, temporary, time.perf_counter() - start, None, None)
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Program(
+        arguments, temporaries, outputs, arguments + temporaries + outputs, seconds, compiled.as_text(), compiled
+    )
+
+
+def compile_cut(config: Config, devices: list[jax.Device], kept: Kept) -> Program:
+    """The part of the cut (`surgery.cut_state`) that needs most memory: it runs beside the whole old state."""
+    mesh = make_mesh(config.mesh, devices)
+    old, new = abstract_state(config, mesh), abstract_state(cut_config(config, kept), mesh)
+    return compile_program(lower_largest_cut(old, kept, config.model, new))

@@ -1,0 +1,87 @@
+"""What a compiled step promises: memory against the chip's, and the least time it can take.
+
+The time is bounded from three sides, each with the chip's published peak, as if it alone mattered: the
+model's FLOPs without recomputation, the bytes that must pass HBM, and the bytes between chips.
+"""
+
+import dataclasses
+import math
+
+import jax
+
+from laep_jax.config import Config
+from laep_jax.model.accounting import model_size
+from laep_jax.preflight.chips import Chip
+from laep_jax.preflight.compiling import Program
+from laep_jax.preflight.hlo import Collective, collectives, kernels
+from laep_jax.sharding import leaf_name, make_mesh
+from laep_jax.training.state import abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """One step on one chip. Bytes and seconds are of a chip; `seconds` are lower bounds by what limits.
+
+    straggler: largest over mean device load, mean over layers; 1.0 where no loads are given. The bound
+    from FLOPs has it on the experts' part.
+    """
+
+    chips: int
+    parameters: int
+    fits: bool
+    hbm_bytes: int
+    argument_bytes: int
+    temporary_bytes: int
+    total_bytes: int
+    flops_per_chip: float
+    straggler: float
+    seconds: dict[str, float]
+    collectives: dict[str, Collective]
+    kernels: dict[str, int]
+    compile_seconds: float
+
+
+def estimate(config: Config, program: Program, chip: Chip, straggler: float = 1.0) -> Estimate:
+    """Of the step compiled from a resolved config."""
+    size = model_size(config.model, sequence_length=config.data.sequence_length)
+    mesh = config.mesh
+    assert mesh.fsdp is not None
+    assert mesh.expert is not None
+    chips = mesh.data * mesh.fsdp * mesh.expert
+    tokens = config.data.batch_size * config.data.sequence_length / chips
+    model = config.model
+    experts = 6 * 3 * model.hidden_size * model.ffn_size * model.top_k * model.num_layers * tokens
+    flops = size.flops_per_token * tokens
+    between = collectives(program.text) if program.text else {}
+    moved = sum(collective.num_bytes for collective in between.values())
+    return Estimate(
+        chips=chips,
+        parameters=size.total,
+        fits=program.text is not None and program.total_bytes <= chip.hbm_bytes,
+        hbm_bytes=chip.hbm_bytes,
+        argument_bytes=program.argument_bytes,
+        temporary_bytes=program.temporary_bytes,
+        total_bytes=program.total_bytes,
+        flops_per_chip=flops,
+        straggler=straggler,
+        seconds={
+            "FLOPs": (flops + (straggler - 1) * experts) / chip.flops,
+            # the state read and written once, every result of a collective written and read once
+            "HBM": (2 * program.argument_bytes + 2 * moved) / chip.hbm_bandwidth,
+            "links": sum(collective.link_bytes for collective in between.values()) / chip.link_bandwidth,
+        },
+        collectives=between,
+        kernels=kernels(program.text) if program.text else {},
+        compile_seconds=program.compile_seconds,
+    )
+
+
+def state_by_leaf(config: Config, devices: list[jax.Device]) -> list[tuple[str, str, int]]:
+    """(name, how it is sharded, bytes on one chip) of all leaves of one name, the largest first."""
+    sizes: dict[str, list] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_state(config, make_mesh(config.mesh, devices)))[0]:
+        name = leaf_name(path) or "counters"
+        spec = leaf.sharding.spec
+        entry = sizes.setdefault(name, [str(tuple(spec)), 0])
+        entry[1] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sorted(((name, spec, size) for name, (spec, size) in sizes.items()), key=lambda row: -row[2])

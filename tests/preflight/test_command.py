@@ -1,0 +1,91 @@
+"""preflight from end to end: real TPU programs of a small model, compiled for slices that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from laep_jax.errors import UserError
+from laep_jax.preflight.chips import CHIPS, find_chip
+from laep_jax.preflight.command import main
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "ModelConfig.num_layers": 2,
+    "ModelConfig.hidden_size": 256,
+    "ModelConfig.num_heads": 2,
+    "ModelConfig.head_dim": 128,
+    "ModelConfig.ffn_size": 256,
+    "ModelConfig.num_experts": 8,
+    "ModelConfig.dtype": "bfloat16",
+    "ModelConfig.remat": "full",
+    "ModelConfig.dispatch": "ragged_all_to_all",
+    "ModelConfig.receive_buffer": 1.5,
+    "MeshConfig.expert": 2,
+    "DataConfig.sequence_length": 1024,
+    "DataConfig.batch_size": 4,
+}
+
+
+def run(*arguments: str, **changes) -> subprocess.CompletedProcess:
+    """In a process of its own: the tests' one has taken CPU devices already."""
+    pytest.importorskip("libtpu", reason='the TPU compiler is not installed: pip install "jax[tpu]"')
+    overrides = [f"--gin.{name}={value}" for name, value in (SMALL | changes).items()]
+    command = [sys.executable, "-m", "laep_jax", "preflight", "--topology=v5e:2x2", *overrides, *arguments]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=900)
+
+
+def test_a_small_model_compiles_and_fits_before_and_after_a_cut(tmp_path):
+    counts_NLE = np.ones((4, 2, 8), np.int64) * 100
+    counts_NLE[:, :, :4] = [1000, 900, 5, 5]
+    np.savez(tmp_path / "counts.npz", tokens_per_expert=counts_NLE)
+    result = run(f"--loads={tmp_path / 'counts.npz'}", "--json", **{"LaepConfig.alpha": 0.4})
+    assert result.returncode == 0, result.stderr
+    step = json.loads(result.stdout)
+    after = step["after"]
+    assert step["fits"]
+    assert step["hbm_bytes"] == 16 * 2**30
+    assert step["argument_bytes"] > sum(leaf["bytes"] for leaf in step["state"])  # the batch comes along
+    assert step["kernels"]["splash attention"] == 4  # forward, again for the backward pass, and its two halves
+    assert step["kernels"]["ragged-all-to-all"] == 12  # six of each way: there and back, twice, and the gradients
+    assert any(name.startswith("ragged-dot") for name in step["kernels"])
+    assert step["collectives"]["ragged-all-to-all"]["count"] == 6 * 2  # in each layer, the usual way only
+    assert after["parameters"] < step["parameters"]
+    assert after["argument_bytes"] < step["argument_bytes"]
+    assert after["temporary_bytes"] < step["temporary_bytes"]  # less skew, smaller buffer
+    assert 1 <= after["straggler"] < step["straggler"] == pytest.approx(1910 * 2 / 2310)
+    assert step["cut_bytes"] > step["argument_bytes"]
+
+
+def test_what_does_not_fit_is_exit_code_1_with_the_largest_named():
+    result = run(**{"ModelConfig.ffn_size": 65536, "ModelConfig.hidden_size": 4096})
+    assert result.returncode == 1, result.stderr
+    assert "DOES NOT FIT" in result.stdout
+    assert "the largest contributors: temporaries" in result.stdout
+    assert "gate_up_EDG with its moments" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [("v9:2x2", "is of no known chip; there are v5e, v5p, v6e"), ("v5e:3x3", "is no slice of v5e; there are v5e:1x1")],
+)
+def test_an_unknown_topology_lists_the_known_ones(topology, message):
+    with pytest.raises(UserError, match=message):
+        main([f"--topology={topology}"])
+
+
+def test_every_chip_has_its_slices_and_peaks():
+    for name, chip in CHIPS.items():
+        assert find_chip(f"{name}:{chip.slices[0]}") is chip
+        assert min(chip.flops, chip.hbm_bytes, chip.hbm_bandwidth, chip.link_bandwidth) > 1e9
+
+
+def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "jax\[tpu\]"'):
+        main(["--topology=v5e:2x2"])

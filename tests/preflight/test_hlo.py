@@ -1,0 +1,64 @@
+"""Reading compiled programs: loops multiply, branches not taken count nothing, bytes and groups by hand."""
+
+import pytest
+
+from laep_jax.preflight import hlo
+
+PROGRAM = """HloModule step
+
+%body (x: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %x = (s32[], f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %gathered = bf16[1,8,16]{2,1,0:T(8,128)(2,1)} all-gather(%x), replica_groups={{0,2},{1,3}}, dimensions={1}
+  %splash_mha_fwd.2 = bf16[8,16]{1,0} custom-call(%gathered), custom_call_target="tpu_custom_call", backend_config={"a": {
+}}, metadata={op_name="splash"}
+  %choice = (f32[8]{0}, (bf16[2]{0}, u32[])) conditional(%p, %x, %x), branch_computations={%rarely, %usually}
+  ROOT %next = (s32[], f32[8,4]) tuple(%i, %x)
+}
+
+%condition (x: (s32[], f32[8,4])) -> pred[] {
+  %x = (s32[], f32[8,4]) parameter(0)
+  %limit = s32[]{:T(128)} constant(12)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%rarely (x: f32[8]) -> f32[8] {
+  %moved.1 = bf16[64,2]{1,0} ragged-all-to-all(%x, %x), replica_groups={{0,1,2,3}}
+}
+
+%usually (x: f32[8]) -> f32[8] {
+  %moved.2 = bf16[16,2]{1,0} ragged-all-to-all(%x, %x), replica_groups={{0,1,2,3}}
+  %ragged-dot-none.3 = bf16[8,16]{1,0} custom-call(%moved.2), custom_call_target="tpu_custom_call"
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %loop = (s32[], f32[8,4]) while(%init), condition=%condition, body=%body
+  %sum = (f32[8]{0}, f32[]{:T(128)}) all-reduce(%a, %b), replica_groups=[2,4]<=[8], to_apply=%add
+}
+"""
+
+
+def test_operations_in_a_loop_count_as_often_as_it_runs():
+    found = hlo.collectives(PROGRAM)
+    assert found["all-gather"] == hlo.Collective(12, 12 * 256, 12 * 128)
+    assert found["all-reduce"] == hlo.Collective(1, 36, int(36 * 2 * 3 / 4))
+
+
+def test_of_a_conditional_the_true_branch_counts():
+    assert hlo.collectives(PROGRAM)["ragged-all-to-all"] == hlo.Collective(12, 12 * 64, 12 * 48)
+
+
+def test_kernels_are_those_of_every_branch():
+    assert hlo.kernels(PROGRAM) == {"splash attention": 1, "ragged-all-to-all": 2, "ragged-dot-none": 1}
+
+
+@pytest.mark.parametrize(
+    ("result", "size"),
+    [("f32[]", 4), ("bf16[3,5]{1,0}", 30), ("(pred[7], (s32[2], u8[3]))", 18), ("token[]", 0)],
+)
+def test_bytes_of_a_type(result, size):
+    assert hlo.array_bytes(result) == size
+
+
+def test_a_reduce_scatter_receives_from_all_others():
+    text = "ENTRY %main (a: f32[8]) -> f32[2] {\n  %s = f32[2]{0} reduce-scatter(%a), replica_groups={{0,1,2,3}}\n}\n"
+    assert hlo.collectives(text)["reduce-scatter"] == hlo.Collective(1, 8, 24)
