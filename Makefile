@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint
+.PHONY: train test test-tpu lint
 
 .venv/base: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -13,11 +13,19 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
+.venv/tpu: requirements-tpu.txt .venv/dev
+	$(BIN)/pip install --quiet --requirement requirements-tpu.txt
+	touch $@
+
 train: .venv/base
 	$(BIN)/python train.py
 
 test: .venv/dev
 	$(BIN)/python -m pytest -m "not slow"
+
+# Programs compiled for TPU; needs no TPU, but its compiler (0.7 GB).
+test-tpu: .venv/tpu
+	$(BIN)/python -m pytest tests/preflight
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .
