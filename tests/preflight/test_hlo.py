@@ -9,7 +9,7 @@ PROGRAM = """HloModule step
 %body (x: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %x = (s32[], f32[8,4]{1,0:T(8,128)}) parameter(0)
   %gathered = bf16[1,8,16]{2,1,0:T(8,128)(2,1)} all-gather(%x), replica_groups={{0,2},{1,3}}, dimensions={1}
-  %splash_mha_fwd.2 = bf16[8,16]{1,0} custom-call(%gathered), custom_call_target="tpu_custom_call", backend_config={"a": {
+  %splash_mha_fwd.2 = bf16[8,16]{1,0} custom-call(%gathered), custom_call_target="tpu_custom_call", config={"a": {
 }}, metadata={op_name="splash"}
   %choice = (f32[8]{0}, (bf16[2]{0}, u32[])) conditional(%p, %x, %x), branch_computations={%rarely, %usually}
   ROOT %next = (s32[], f32[8,4]) tuple(%i, %x)
