@@ -67,6 +67,33 @@ def make_routes(ids_TK: jax.Array, num_experts: int) -> Routes:
     )
 
 
+def arrival_routes(counts_Pe: jax.Array, num_rows: int) -> Routes:
+    """Routes of rows that arrived by sender, then by expert: no sort, the counts say where each piece goes.
+
+    counts_Pe: rows by [sender, expert of this device], together at most `num_rows`.
+    """
+    piece_start_Pe = _exclusive_cumsum(counts_Pe.reshape(-1), axis=0).reshape(counts_Pe.shape)
+    group_start_Pe = _exclusive_cumsum(counts_Pe.T.reshape(-1), axis=0).reshape(counts_Pe.T.shape).T
+    total, row_R = jnp.sum(counts_Pe), jnp.arange(num_rows, dtype=jnp.int32)
+
+    def moved(from_N: jax.Array, to_N: jax.Array, counts_N: jax.Array) -> jax.Array:
+        """Where each row goes whose piece begins at `from_N` and shall begin at `to_N`."""
+        ends_N = from_N + counts_N
+        piece_R = jnp.searchsorted(ends_N, row_R, side="right", method="compare_all")
+        return row_R + (to_N - from_N)[jnp.minimum(piece_R, ends_N.size - 1)]
+
+    row_of_arrival_R = moved(piece_start_Pe.reshape(-1), group_start_Pe.reshape(-1), counts_Pe.reshape(-1))
+    arrival_of_row_R = moved(group_start_Pe.T.reshape(-1), piece_start_Pe.T.reshape(-1), counts_Pe.T.reshape(-1))
+    return checkpoint_name(
+        Routes(
+            jnp.pad(jnp.where(row_R < total, arrival_of_row_R, 0), (0, BLOCK)),
+            jnp.where(row_R < total, row_of_arrival_R, -1)[:, None],
+            jnp.sum(counts_Pe, axis=0),
+        ),
+        DISPATCH_NAMES[0],
+    )
+
+
 def _in_use(routes: Routes) -> jax.Array:
     return jnp.arange(routes.slot_of_row_R.size)[:, None] < jnp.sum(routes.group_sizes_E)
 
@@ -165,11 +192,7 @@ def ragged_dispatch(
     received_RD = exchange(permute(x_TD, routes), sizes_PP, num_rows, on_cpu)
     received_RD = checkpoint_name(received_RD, DISPATCH_NAMES[1])
 
-    # Rows arrive by sender, then by expert.
-    ends_N = jnp.cumsum(counts_PPe[:, jax.lax.axis_index(AXIS)].reshape(-1))
-    arrival_R = jnp.searchsorted(ends_N, jnp.arange(num_rows), side="right")
-    ids_R = jnp.where(arrival_R < ends_N.size, arrival_R % local_experts, local_experts)
-    local_routes = make_routes(ids_R[:, None], local_experts)
+    local_routes = arrival_routes(counts_PPe[:, jax.lax.axis_index(AXIS)], num_rows)
     rows_RD = sum_over_slots_of(experts(received_RD, local_routes, *matrices), local_routes)
     returned_RD = exchange(rows_RD, sizes_PP.T, routes.slot_of_row_R.size, on_cpu)
     return combine(checkpoint_name(returned_RD, DISPATCH_NAMES[2]), weights_TK, routes)
@@ -287,7 +310,8 @@ def _exchange_by_all_gather(x_ND: jax.Array, sizes_PP: jax.Array, num_rows: int)
     x_PND = jax.lax.all_gather(x_ND, AXIS)
     ends_P = jnp.cumsum(sizes_PP[:, me])
     row_R = jnp.arange(num_rows)
-    sender_R = jnp.minimum(jnp.searchsorted(ends_P, row_R, side="right"), ends_P.size - 1)
+    sender_R = jnp.searchsorted(ends_P, row_R, side="right", method="compare_all")
+    sender_R = jnp.minimum(sender_R, ends_P.size - 1)
     piece_R = row_R - (ends_P - sizes_PP[:, me])[sender_R]
     source_R = _exclusive_cumsum(sizes_PP, axis=1)[sender_R, me] + piece_R
     return jnp.where((row_R < ends_P[-1])[:, None], x_PND[sender_R, source_R], 0)
