@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "laep_jax"
 # A room may import those before it and itself. Files not named here belong to their folder.
 ORDER = [
     {"laep_jax", "errors"},
-    {"config"},
+    {"config", "chips"},
     {"laep"},
     {"gin_config", "sharding", "report"},
     {"model", "data"},

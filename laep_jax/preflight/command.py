@@ -11,8 +11,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from laep_jax.chips import CHIPS, find_chip
 from laep_jax.gin_config import load_config, parse_arguments
-from laep_jax.preflight.chips import CHIPS, find_chip
 
 
 def main(argv: Sequence[str]) -> int:

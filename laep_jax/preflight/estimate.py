@@ -9,9 +9,9 @@ import math
 
 import jax
 
+from laep_jax.chips import Chip
 from laep_jax.config import Config
 from laep_jax.model.accounting import model_size
-from laep_jax.preflight.chips import Chip
 from laep_jax.preflight.compiling import Program
 from laep_jax.preflight.hlo import Collective, collectives, kernels
 from laep_jax.sharding import leaf_name, make_mesh

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from laep_jax.chips import GIB, Chip
 from laep_jax.config import Config
 from laep_jax.errors import require
 from laep_jax.laep.command import read_counts
-from laep_jax.laep.placement import device_loads
-from laep_jax.laep.plan import Plan, make_plan
-from laep_jax.preflight.chips import GIB, Chip
+from laep_jax.laep.plan import Plan
 from laep_jax.preflight.compiling import Program, compile_cut, compile_step, topology_devices
 from laep_jax.preflight.estimate import Estimate, estimate, state_by_leaf
+from laep_jax.training.controller import configured_plan, imbalance
 from laep_jax.training.surgery import cut_config
 
 MARGIN = 1.1  # of a receive buffer over the largest mean load of a device, since loads waver
@@ -52,7 +52,8 @@ def preflight(config: Config, chip: Chip, topology: str, loads: Path | None) -> 
     kept = [list(reversed(range(count))) for count in config.model.experts_per_layer]  # the worst case: all move
     if plan and loads:
         kept = plan.kept
-        before = _imbalances(read_counts(loads), config)
+        mean_LE = read_counts(loads).mean(0)
+        before = [imbalance(tokens_E, config.mesh.expert or 1) for tokens_E in mean_LE]
         cut = cut_config(config, kept)
         imbalances = [layer.imbalance_after for layer in plan.layers]
         cut = _with_buffer(cut, imbalances)
@@ -66,29 +67,10 @@ def preflight(config: Config, chip: Chip, topology: str, loads: Path | None) -> 
 
 
 def _plan(config: Config, loads: Path) -> Plan:
-    counts, laep = read_counts(loads), config.laep
-    experts = config.model.experts_per_layer
+    counts, experts = read_counts(loads), config.model.experts_per_layer
     fits = counts.shape[1] == len(experts) and set(experts) == {counts.shape[2]}
     require(fits, "--loads shape", counts.shape, f"does not fit layers of {experts} experts")
-    assert config.mesh.expert is not None
-    return make_plan(
-        counts,
-        expert_parallel=config.mesh.expert,
-        top_k=config.model.top_k,
-        alpha=laep.alpha,
-        beta=laep.beta,
-        estimator=laep.estimator,
-        inequality=laep.inequality,
-        rounding=laep.rounding,
-        placement=laep.placement,
-    )
-
-
-def _imbalances(counts_NLE: np.ndarray, config: Config) -> list[float]:
-    """Largest over mean device load of each layer, experts in their own order."""
-    assert config.mesh.expert is not None
-    loads = [device_loads(tokens_E, np.arange(len(tokens_E)), config.mesh.expert) for tokens_E in counts_NLE.mean(0)]
-    return [float(loads_G.max() / loads_G.mean()) for loads_G in loads]
+    return configured_plan(counts, config.laep, config.model.top_k, config.mesh.expert or 1)
 
 
 def _with_buffer(config: Config, imbalances: Sequence[float]) -> Config:

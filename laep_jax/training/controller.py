@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from laep_jax.config import Config
+from laep_jax.config import Config, LaepConfig
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.plan import Plan, make_plan, predicted_gain, rearrange_plan
 from laep_jax.laep.stability import StabilityReport, assess, history_capacity
@@ -49,19 +49,7 @@ class Controller:
 
     def prune_plan(self, placement_loads: Sequence[np.ndarray] | None = None) -> Plan:
         """Algorithms 1 and 2 on the last window; `placement_loads` as `laep.plan.make_plan` takes them."""
-        laep = self.laep
-        return make_plan(
-            self._last_window(),
-            expert_parallel=self.expert_parallel,
-            top_k=self.top_k,
-            alpha=laep.alpha,
-            beta=laep.beta,
-            estimator=laep.estimator,
-            inequality=laep.inequality,
-            rounding=laep.rounding,
-            placement=laep.placement,
-            placement_loads=placement_loads,
-        )
+        return configured_plan(self._last_window(), self.laep, self.top_k, self.expert_parallel, placement_loads)
 
     def rearrangement(self) -> Plan | None:
         """A plan that only moves experts, where that lowers the largest device load enough."""
@@ -85,6 +73,28 @@ class Controller:
 
     def _last_window(self) -> list[np.ndarray]:
         return self.history.window(min(self.laep.window, len(self.history)))
+
+
+def configured_plan(
+    tokens: np.ndarray | Sequence[np.ndarray],
+    laep: LaepConfig,
+    top_k: int,
+    expert_parallel: int,
+    placement_loads: Sequence[np.ndarray] | None = None,
+) -> Plan:
+    """`laep.plan.make_plan` with the settings of a config."""
+    return make_plan(
+        tokens,
+        expert_parallel=expert_parallel,
+        top_k=top_k,
+        alpha=laep.alpha,
+        beta=laep.beta,
+        estimator=laep.estimator,
+        inequality=laep.inequality,
+        rounding=laep.rounding,
+        placement=laep.placement,
+        placement_loads=placement_loads,
+    )
 
 
 def imbalance(loads_E: np.ndarray, num_groups: int) -> float:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from laep_jax.chips import CHIPS, find_chip
 from laep_jax.errors import UserError
-from laep_jax.preflight.chips import CHIPS, find_chip
 from laep_jax.preflight.command import main
 
 ROOT = Path(__file__).parents[2]

@@ -41,3 +41,12 @@ def find_chip(topology: str) -> Chip:
         known = ", ".join(f"{name}:{known}" for known in CHIPS[name].slices)
         raise UserError(f"--topology={topology!r} is no slice of {name}; there are {known}")
     return CHIPS[name]
+
+
+def peak_flops(kind: str) -> float | None:
+    """Of one device by its `jax.Device.device_kind`; None where it is not known.
+
+    >>> peak_flops("TPU v5 lite"), peak_flops("cpu")
+    (197000000000000.0, None)
+    """
+    return next((chip.flops for chip in CHIPS.values() if chip.kind == kind), None)
