@@ -51,10 +51,21 @@ def connect() -> None:
             cluster_detection_method="deactivate",
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         )
+        if os.environ.get("JAX_PLATFORMS") == "cpu":
+            _silence_gloo()
     elif ADDRESS in os.environ or several_hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
     connected = jax.process_count() == 1 or jax.distributed.is_initialized()
     require(connected, ADDRESS, os.environ.get(ADDRESS), f"must be set: there are {jax.process_count()} hosts")
+
+
+def _silence_gloo() -> None:
+    """gloo tells of every connection on C++'s standard output, in the middle of Python's lines."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 def texts_of_all(text: str) -> list[str]:
