@@ -1,4 +1,4 @@
-"""`python -m laep_jax COMMAND`: the tools around `train.py`. Each command imports only what it needs."""
+"""`python -m laep_jax COMMAND`: training and the tools around it. Each command imports only what it needs."""
 
 import importlib
 import sys
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from laep_jax.errors import UserError, run_main
 
 COMMANDS = {
+    "train": ("laep_jax.training.command", "pre-trains a model, pruning it on the way; the same as train.py"),
+    "launch": ("laep_jax.launch", "the training of several hosts, tried with processes of one machine"),
     "plan": (
         "laep_jax.laep.command",
         "which experts to prune and where to place the rest, from counts of any framework",

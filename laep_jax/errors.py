@@ -21,9 +21,13 @@ def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """The exit code of `main(argv)`: 2 after a `UserError`, 130 after Ctrl-C, each told in one line."""
     try:
         return main(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 130
+    except (UserError, KeyboardInterrupt) as error:
+        return explain(error)
+
+
+def explain(error: BaseException) -> int:
+    """Prints the line of a `UserError` or of Ctrl-C; returns its exit code."""
+    interrupted = isinstance(error, KeyboardInterrupt)
+    text = "interrupted; the same command goes on from the newest checkpoint" if interrupted else f"error: {error}"
+    print(text, file=sys.stderr)
+    return 130 if interrupted else 2

@@ -96,6 +96,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def whole(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device, and so at hand in every process."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch [rows, ...] as global arrays."""
     sharding = batch_sharding(mesh)

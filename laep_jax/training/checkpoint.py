@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.tree_util import tree_flatten_with_path, tree_unflatten
 
 from laep_jax.errors import UserError
+from laep_jax.hosts import is_alone
 from laep_jax.sharding import expert_axis, leaf_name
 from laep_jax.training.cut_restore import open_leaves, read_leaf
 from laep_jax.training.surgery import Kept, Runs, cut_leaves, leaf_key
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the save in progress on any exit.
+
+    Only one of several processes that leaves alone, by an error of its own, does not wait: the others
+    do not come.
 
     directory: made if missing. keep: complete steps to keep, at least 1. Every process of a run makes
     one and calls the same methods in the same order.
@@ -64,8 +68,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        if not is_alone(error):
+            self.close()
 
     def close(self) -> None:
         """Waits for the save in progress, then lets go of Orbax's threads."""
@@ -110,10 +115,15 @@ class Checkpoints:
             self._settle()
 
     def latest(self) -> int | None:
-        """The newest complete step, None without one.
+        """The newest complete step as process 0 finds it, None without one.
 
         A step counts when its `meta` item reads: an empty directory or half of a step does not.
         """
+        found = self._latest() if jax.process_index() == 0 else None
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
+        return None if step < 0 else step
+
+    def _latest(self) -> int | None:
         for step in reversed(self._found_steps()):
             if self._is_complete(step):
                 return step

@@ -29,17 +29,23 @@ class RunConsole:
     """The progress of one run; a context manager that gives the terminal back on any exit.
 
     num_steps: where the run ends. log_every: rhythm of the plain lines. peak_gflops: of all devices
-    together; with it the speed reads as a share of the peak (MFU). console: where to, by default
-    standard output.
+    together; with it the speed reads as a share of the peak (MFU). show: False on every process but
+    the first. console: where to, by default standard output.
     """
 
     def __init__(
-        self, num_steps: int, *, log_every: int, peak_gflops: float | None = None, console: Console | None = None
+        self,
+        num_steps: int,
+        *,
+        log_every: int,
+        peak_gflops: float | None = None,
+        show: bool = True,
+        console: Console | None = None,
     ):
         self._num_steps = num_steps
         self._log_every = log_every
         self._peak_gflops = peak_gflops
-        self._console = console or Console()
+        self._console = console or (Console() if show else Console(quiet=True, force_terminal=False))
         self._state = ""
         self._seconds: float | None = None
         self._live = None

@@ -6,7 +6,6 @@ Letters: L layers, E experts of a layer.
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from laep_jax.sharding import Mesh, put_batch
@@ -38,7 +37,7 @@ def masked_bias(router_bias: dict, pruned: Sequence[Sequence[int]]) -> dict:
         for row_E in mask_LE:
             row_E[list(pruned[layer])] = -np.inf
             layer += 1
-        runs.append({"bias_E": bias_LE + jnp.asarray(mask_LE)})
+        runs.append({"bias_E": bias_LE + mask_LE})
     return {"runs": runs}
 
 

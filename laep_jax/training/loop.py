@@ -8,6 +8,7 @@ the run between the two, starting again applies the plan.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -17,8 +18,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from laep_jax.chips import peak_flops
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
+from laep_jax.hosts import refused_together, require_same
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.plan import Plan, apply_plan_to_lineage
 from laep_jax.laep.stability import history_capacity
@@ -29,7 +32,7 @@ from laep_jax.training.console import RunConsole, stability_text
 from laep_jax.training.controller import Controller, imbalance
 from laep_jax.training.evaluate import by_layer, heldout_loss, masked_loads
 from laep_jax.training.resume import Progress, check_resumable
-from laep_jax.training.runlog import RunLog
+from laep_jax.training.runlog import NoLog, RunLog
 from laep_jax.training.state import TrainState, abstract_state, init_state
 from laep_jax.training.step import make_eval_step, make_train_step
 from laep_jax.training.surgery import cut_config, cut_state
@@ -41,40 +44,76 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, settings: str = ""
     settings: text for `operative.gin`. Returns what summary.json holds. `UserError`, before anything
     is compiled or written, where the config does not fit the devices, the corpus or the checkpoint.
     """
-    run_dir = Path(run_dir)
-    requested = config.resolve(jax.device_count())
-    dataset = make_dataset(
+    run_dir, first = Path(run_dir), jax.process_index() == 0
+    with refused_together():
+        resolved = config.resolve(jax.device_count())
+        dataset = _open_dataset(config)
+    _require_same_run(config, dataset)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints))
+        latest = checkpoints.latest()
+        with refused_together():
+            progress = _find_progress(resolved, dataset.fingerprint, checkpoints, latest)
+            resolved = config.with_num_experts(progress.num_experts).resolve(jax.device_count())
+            experts, expert_parallel = config.model.experts_per_layer, resolved.mesh.expert or 1
+            log = NoLog()
+            if first:
+                log = stack.enter_context(
+                    RunLog(run_dir, num_experts=experts, expert_parallel=expert_parallel, resume_step=progress.step)
+                )
+        peak = peak_flops(jax.devices()[0].device_kind)
+        console = stack.enter_context(
+            RunConsole(
+                config.train.num_steps,
+                log_every=config.train.log_every,
+                peak_gflops=peak and peak * jax.device_count() / 1e9,
+                show=first,
+            )
+        )
+        log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
+        log.write_file("operative.gin", settings)
+        console.event(_opening_line(resolved, dataset))
+        return Run(resolved, dataset, checkpoints, log, console, progress).train()
+
+
+def _open_dataset(config: Config) -> Dataset:
+    return make_dataset(
         config.data,
         seed=config.train.seed,
         vocab_size=config.model.vocab_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints))
-        latest = checkpoints.latest()
-        progress = Progress.fresh(requested, dataset.fingerprint)
-        if latest is not None:
-            where = checkpoints.directory / str(latest)
-            progress = Progress.from_meta(checkpoints.read_meta(latest), where)
-            check_resumable(progress, config, dataset.fingerprint, where)
-            requested = config.with_num_experts(progress.num_experts).resolve(jax.device_count())
-        log = stack.enter_context(
-            RunLog(
-                run_dir,
-                num_experts=config.model.experts_per_layer,
-                expert_parallel=requested.mesh.expert or 1,
-                resume_step=progress.step,
-            )
-        )
-        console = stack.enter_context(RunConsole(config.train.num_steps, log_every=config.train.log_every))
-        (run_dir / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-        (run_dir / "operative.gin").write_text(settings)
-        console.event(
-            f"{dataset.description}; {jax.device_count()} {jax.devices()[0].platform} devices: "
-            f"data {requested.mesh.data}, fsdp {requested.mesh.fsdp}, expert {requested.mesh.expert}"
-        )
-        return Run(requested, run_dir, dataset, checkpoints, log, console, progress).train()
+
+
+def _require_same_run(config: Config, dataset: Dataset) -> None:
+    """Every process was started with the same settings and has the same corpus; the cache may lie elsewhere."""
+    shared = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=""))
+    require_same("the config", hashlib.sha256(repr(shared).encode()).hexdigest())
+    require_same("the corpus", dataset.fingerprint)
+
+
+def _find_progress(config: Config, fingerprint: str, checkpoints: Checkpoints, step: int | None) -> Progress:
+    """Where the run stands, by its newest checkpoint, if there is one and `config` continues it."""
+    if step is None:
+        return Progress.fresh(config, fingerprint)
+    where = checkpoints.directory / str(step)
+    progress = Progress.from_meta(checkpoints.read_meta(step), where)
+    check_resumable(progress, config, fingerprint, where)
+    return progress
+
+
+def _opening_line(config: Config, dataset: Dataset) -> str:
+    hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return (
+        f"{dataset.description}; {jax.device_count()} {jax.devices()[0].platform} devices{hosts}: "
+        f"data {config.mesh.data}, fsdp {config.mesh.fsdp}, expert {config.mesh.expert}"
+    )
+
+
+def _require_same_plan(step: int, plan: Plan | None) -> None:
+    """Stops the run where processes would cut differently: their counts, NumPy or memory are not the same."""
+    require_same(f"the plan after step {step}", plan.sha256() if plan else "no plan")
 
 
 class Run:
@@ -83,15 +122,14 @@ class Run:
     def __init__(
         self,
         config: Config,
-        run_dir: Path,
         dataset: Dataset,
         checkpoints: Checkpoints,
-        log: RunLog,
+        log: RunLog | NoLog,
         console: RunConsole,
         progress: Progress,
     ):
-        self.run_dir, self.dataset, self.checkpoints = run_dir, dataset, checkpoints
-        self.log, self.console, self.progress = log, console, progress
+        self.dataset, self.checkpoints, self.log = dataset, checkpoints, log
+        self.console, self.progress = console, progress
         self.mesh = make_mesh(config.mesh)
         batches = min(config.train.eval_batches, dataset.num_heldout_batches)
         self.heldout = [dataset.heldout_batch(i) for i in range(batches)]
@@ -199,17 +237,21 @@ class Run:
         report = self.controller.assess()
         self.log.write("stability", step, **dataclasses.asdict(report))
         self.console.state(stability_text(dataclasses.asdict(report), self.config.laep))
-        if not self.controller.wants_prune(step, report):
-            return self.controller.rearrangement()
+        prunes = self.controller.wants_prune(step, report)
+        plan = self.controller.prune_plan() if prunes else self.controller.rearrangement()
+        _require_same_plan(step, plan)
+        if plan is None or not prunes:
+            return plan
         self.console.event(f"step {step}: pruning, {report.reason}")
-        plan = self.controller.prune_plan()
         if self.config.laep.placement_loads == "recorded":
             return plan
         first = max(0, step - self.config.train.eval_batches)
         batches = [self.dataset.train_batch(i) for i in range(first, step)]
         pruned = [layer.pruned for layer in plan.layers]
         loads = masked_loads(self.eval_step, self.state, pruned, batches, self.mesh)
-        return self.controller.prune_plan([loads_E / len(batches) for loads_E in loads])
+        plan = self.controller.prune_plan([loads_E / len(batches) for loads_E in loads])
+        _require_same_plan(step, plan)
+        return plan
 
     def _save(self, step: int) -> None:
         self.log.save_loads()
@@ -221,9 +263,7 @@ class Run:
         summary["heldout_loss_before_prune"] = self._evaluate(step, "before_prune")
         summary["device_imbalance_before"] = self.controller.device_imbalance()
         summary["step_seconds_before"] = self._median_step_seconds()
-        plans = self.run_dir / "plans"
-        plans.mkdir(exist_ok=True)
-        (plans / f"{step}.json").write_text(plan.to_json())
+        self.log.write_file(f"plans/{step}.json", plan.to_json())
         self.console.event(plan.table())
         self.progress.pending_plan = plan.to_json()
         start = time.perf_counter()
@@ -291,6 +331,6 @@ class Run:
             summary["steps"] = progress.step
             self._save(progress.step)
             self.checkpoints.wait()
-        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        self.log.write_file("summary.json", json.dumps(summary, indent=1) + "\n")
         self.console.closing_table(summary)
         return summary

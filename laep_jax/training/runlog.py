@@ -93,6 +93,12 @@ class RunLog:
         for tag, value in _scalars(kind, {name: record[name] for name in fields}):
             self._tensorboard.add_scalar(tag, value, step)
 
+    def write_file(self, name: str, text: str) -> None:
+        """Puts a file into the run directory, whole or not at all."""
+        path = self._dir / name
+        path.parent.mkdir(exist_ok=True)
+        _replace(path, lambda file: file.write(text.encode()))
+
     def record_counts(
         self, step: int, tokens_per_expert: Sequence[np.ndarray], lineage: Sequence[Sequence[int]]
     ) -> None:
@@ -157,6 +163,20 @@ class RunLog:
         self._steps = steps[kept].tolist()
         self._tokens_LE = list(tokens_NLE[kept])
         self._pruned_at_LE = np.where(pruned_at_LE > self._resume_step, ALIVE, pruned_at_LE)
+
+
+class NoLog:
+    """The log of every process but the first: the same methods, and nothing comes of them."""
+
+    def write(self, kind: str, step: int, **fields: Any) -> None: ...
+
+    def write_file(self, name: str, text: str) -> None: ...
+
+    def record_counts(self, step: int, tokens_per_expert: Sequence, lineage: Sequence) -> None: ...
+
+    def mark_pruned(self, step: int, layer: int, ids: Sequence[int]) -> None: ...
+
+    def save_loads(self) -> None: ...
 
 
 def _identity(record: dict) -> tuple:

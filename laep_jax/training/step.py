@@ -15,7 +15,7 @@ import optax
 from laep_jax.config import Config
 from laep_jax.model.router import update_bias
 from laep_jax.model.transformer import token_losses
-from laep_jax.sharding import Mesh
+from laep_jax.sharding import Mesh, whole
 from laep_jax.training.optimizer import make_optimizer, make_schedule
 from laep_jax.training.state import TrainState, abstract_state
 
@@ -90,10 +90,13 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, mesh: Mesh) -
 
 
 def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
-    """`train_step`, jitted: (state, batch) -> (state, metrics); donates its state and keeps its shardings."""
+    """`train_step`, jitted: (state, batch) -> (state, metrics).
+
+    Donates its state and keeps its shardings; metrics are whole everywhere.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     step = functools.partial(train_step, config=config, mesh=mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole(mesh)))
 
 
 def make_eval_step(config: Config, mesh: Mesh):
@@ -103,4 +106,4 @@ def make_eval_step(config: Config, mesh: Mesh):
         loss_BS, run_aux = token_losses(params, router_bias, batch, config.model, config.aux_loss, mesh)
         return jnp.sum(loss_BS), jnp.sum(batch["targets_BS"] >= 0), [part.tokens_per_expert_E for part in run_aux]
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, out_shardings=whole(mesh))

@@ -72,6 +72,17 @@ def test_an_epoch_holds_every_token_once_and_the_next_in_another_order(config, t
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
+def test_other_numbers_of_processes_within_an_epoch_neither_repeat_nor_skip_a_row(config, texts):
+    parts = {count: [dataset(config(), process=(index, count)) for index in range(count)] for count in (1, 2, 4)}
+    rows_an_epoch = -(-sum(len(text) + 1 for text in texts[0]) // 16)
+    steps = -(-rows_an_epoch // 8)  # the last batch of 8 reaches into the next epoch
+    read = []
+    for step in range(steps):
+        count = (2, 4, 1)[3 * step // steps]
+        read += [row for p in parts[count] for row in p.train_order[step * count + p.process_index].tolist()]
+    assert sorted(read[:rows_an_epoch]) == list(range(rows_an_epoch))
+
+
 def test_the_order_is_the_same_in_every_version_of_grain(config):
     """Another order means that a run begun before cannot be resumed: say so in CHANGELOG.md."""
     data = dataset(config(batch_size=4))

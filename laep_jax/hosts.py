@@ -1,0 +1,129 @@
+"""The processes of one run: how they find each other, agree, and part. With one process nothing happens here.
+
+Every process runs the same program on its own devices and its own rows of each batch. Computations over
+the whole mesh, Orbax and `texts_of_all` wait until all have come to them, so that whatever is decided
+must be decided alike everywhere; process 0 alone writes what people read.
+"""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from laep_jax.errors import UserError, explain, require
+
+ADDRESS, NUMBER, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+HEARTBEAT_TIMEOUT = 30  # seconds until a silent process counts as dead and the others end; JAX waits 100
+MESSAGE = 1024  # bytes
+SHARED_ERRORS = (UserError, FloatingPointError)  # every process comes to them, at the same place
+
+
+def num_processes() -> int:
+    """What JAX_NUM_PROCESSES says, 1 without it. JAX itself can tell only after its devices are made."""
+    text = os.environ.get(NUMBER, "1")
+    require(text.isdecimal() and int(text) > 0, NUMBER, text, "must be a positive number")
+    return int(text)
+
+
+def connect() -> None:
+    """Connects the processes of a run, if there are several; must come before JAX's first computation.
+
+    There are several where JAX_COORDINATOR_ADDRESS is set (`python -m laep_jax launch` sets it with
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID; without these two JAX asks Slurm, Open MPI or the TPU's
+    metadata), and on TPU hosts of which GKE names several, or several slices. Plain Cloud TPU VMs name
+    nobody in the environment: there set JAX_COORDINATOR_ADDRESS on every host.
+    """
+    several_hosts = any("," in os.environ.get(name, "") for name in TPU_HOSTS)
+    if ADDRESS in os.environ and NUMBER in os.environ:
+        number, index = num_processes(), os.environ.get(INDEX, "")
+        rule = f"must be a number below {NUMBER}={number}"
+        require(index.isdecimal() and int(index) < number, INDEX, index, rule)
+        jax.distributed.initialize(
+            os.environ[ADDRESS],
+            number,
+            int(index),
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+        )
+        if os.environ.get("JAX_PLATFORMS") == "cpu":
+            _silence_gloo()
+    elif ADDRESS in os.environ or several_hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+    connected = jax.process_count() == 1 or jax.distributed.is_initialized()
+    require(connected, ADDRESS, os.environ.get(ADDRESS), f"must be set: there are {jax.process_count()} hosts")
+
+
+def _silence_gloo() -> None:
+    """gloo tells of every connection on C++'s standard output, in the middle of Python's lines."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
+def texts_of_all(text: str) -> list[str]:
+    """What each process says, by its index. Waits for all of them."""
+    said = np.frombuffer(text.encode()[:MESSAGE].ljust(MESSAGE, b"\0"), np.uint8)
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(said)]
+
+
+def require_same(name: str, text: str) -> None:
+    """`UserError` on every process, naming each text and who says it, unless all say the same."""
+    texts = texts_of_all(text)
+    if len(set(texts)) > 1:
+        said = [f"{text} on {', '.join(_indices(texts, text))}" for text in dict.fromkeys(texts)]
+        raise UserError(f"{name} differs between the processes: {'; '.join(said)}")
+
+
+def _indices(texts: list[str], wanted: str) -> list[str]:
+    return [str(index) for index, text in enumerate(texts) if text == wanted]
+
+
+@contextlib.contextmanager
+def refused_together() -> Iterator[None]:
+    """A `UserError` of one process inside becomes one of all. Nothing inside may wait for the others."""
+    refusal = None
+    try:
+        yield
+    except UserError as error:
+        refusal = error
+    refusals = texts_of_all(str(refusal or ""))
+    if refusal:
+        raise refusal
+    for index, text in enumerate(refusals):
+        if text:
+            raise UserError(f"process {index}: {text}")
+
+
+def is_alone(error: BaseException | None) -> bool:
+    """Whether the other processes know nothing of this error and would be waited for in vain."""
+    return error is not None and jax.process_count() > 1 and not isinstance(error, SHARED_ERRORS)
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Ends this process where an error is its own, without JAX's goodbye to the others.
+
+    That goodbye waits minutes for processes that themselves hang in a collective with this one. Its
+    death is what lets them go: the connection breaks, or the heartbeat stops.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not is_alone(error):
+            raise
+        code = 1
+        if isinstance(error, KeyboardInterrupt):
+            code = explain(error)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,93 @@
+"""When processes connect, and what one process alone makes of the rest; several are in test_several_hosts.py."""
+
+import jax
+import pytest
+
+from laep_jax import hosts
+from laep_jax.errors import UserError
+
+NAMES = (hosts.ADDRESS, hosts.NUMBER, hosts.INDEX, *hosts.TPU_HOSTS, "MEGASCALE_COORDINATOR_ADDRESS", "JAX_PLATFORMS")
+HEARTBEAT = {"heartbeat_timeout_seconds": hosts.HEARTBEAT_TIMEOUT}
+ALL_GIVEN = {hosts.ADDRESS: "10.0.0.1:99", hosts.NUMBER: "4", hosts.INDEX: "3"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments"),
+    [
+        ({}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_PROCESS_ADDRESSES": "local"}, None),
+        (ALL_GIVEN, ("10.0.0.1:99", 4, 3)),
+        ({hosts.ADDRESS: "10.0.0.1:99"}, ()),
+        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, ()),
+        ({"TPU_PROCESS_ADDRESSES": "t-0:8471,t-1:8471"}, ()),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "t-0", "TPU_WORKER_HOSTNAMES": "t-0"}, ()),
+    ],
+)
+def test_processes_connect_where_there_are_several(environment, monkeypatch, variables, arguments):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs)))
+    environment(variables)
+    hosts.connect()
+    expected = HEARTBEAT | ({"cluster_detection_method": "deactivate"} if arguments else {})
+    assert calls == ([] if arguments is None else [(arguments, expected)])
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (ALL_GIVEN | {hosts.NUMBER: "two"}, "JAX_NUM_PROCESSES='two' must be a positive number"),
+        (ALL_GIVEN | {hosts.INDEX: "4"}, "JAX_PROCESS_ID='4' must be a number below JAX_NUM_PROCESSES=4"),
+        ({hosts.ADDRESS: "10.0.0.1:99", hosts.NUMBER: "4"}, "JAX_PROCESS_ID='' must be a number below"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(environment, variables, message):
+    environment(variables)
+    with pytest.raises(UserError, match=message):
+        hosts.connect()
+
+
+def test_hosts_that_are_not_connected_are_refused(environment, monkeypatch):
+    environment({})
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UserError, match=r"JAX_COORDINATOR_ADDRESS=None must be set: there are 4 hosts"):
+        hosts.connect()
+
+
+def test_alone_everything_agrees():
+    assert hosts.texts_of_all("äh") == ["äh"]
+    hosts.require_same("the plan", "abc")
+    with hosts.refused_together():
+        pass
+    with pytest.raises(UserError, match=r"^no$"), hosts.refused_together():
+        raise UserError("no")
+    with pytest.raises(RuntimeError), hosts.leaving_at_once():
+        raise RuntimeError
+
+
+def test_a_difference_names_every_text_and_process(monkeypatch):
+    monkeypatch.setattr(hosts, "texts_of_all", lambda text: ["a", "b", "a"])
+    with pytest.raises(UserError, match=r"^the plan differs between the processes: a on 0, 2; b on 1$"):
+        hosts.require_same("the plan", "a")
+
+
+@pytest.mark.parametrize(
+    ("error", "alone"),
+    [
+        (None, False),
+        (UserError("no"), False),
+        (FloatingPointError("nan"), False),
+        (OSError(), True),
+        (SystemExit(), True),
+    ],
+)
+def test_which_errors_are_a_process_s_own(monkeypatch, error, alone):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert hosts.is_alone(error) == alone

@@ -1,0 +1,284 @@
+"""Whole runs in several real processes, as several hosts would do them, against one process with all devices."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from laep_jax.gin_config import load_config
+from laep_jax.training.loop import train
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "configs" / "tiny.gin")  # what train.py takes where no file is named
+CUT, SAVED, NUM_STEPS = 4, 6, 10
+SETTINGS = {
+    "ModelConfig.num_layers": 2,
+    "ModelConfig.hidden_size": 16,
+    "ModelConfig.num_heads": 4,
+    "ModelConfig.head_dim": 4,
+    "ModelConfig.ffn_size": 8,
+    "ModelConfig.num_experts": 8,
+    "ModelConfig.router_init": 1.0,
+    "MeshConfig.fsdp": 2,
+    "MeshConfig.expert": 4,
+    "DataConfig.source": "'synthetic'",
+    "DataConfig.sequence_length": 32,
+    "DataConfig.batch_size": 16,
+    "LaepConfig.alpha": (1.2, 0.0),  # cuts the first layer only: one run of two layers becomes two runs
+    "LaepConfig.beta": 0.6,
+    "LaepConfig.window": 4,
+    "LaepConfig.prune_at_step": CUT,
+    "OptimizerConfig.warmup_steps": 2,
+    "TrainConfig.eval_batches": 1,
+    "TrainConfig.checkpoint_every": SAVED,
+    "TrainConfig.num_steps": NUM_STEPS,
+}
+# Losses are float32 means over 512 tokens, and devices of several processes add in another order: a few
+# units in the last place (6e-8 each) a step, growing slowly. Another batch differs a hundred times more.
+NOISE = 1e-5
+PATIENCE = 900  # seconds; other work may share the cores
+
+HOOKED = """
+import os, pathlib, sys, time
+import jax
+from laep_jax.errors import UserError, run_main
+from laep_jax.training import command, loop
+here, arguments = pathlib.Path(sys.argv[1]), sys.argv[2:]
+index = os.environ["JAX_PROCESS_ID"]
+(here / f"{index}.pid").write_text(str(os.getpid()))
+HOOK
+code = run_main(command.main, arguments)
+(here / f"{index}.code").write_text(str(code))
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def bindings(shared) -> list[str]:
+    cache = {"DataConfig.cache_dir": repr(str(shared / "tokens"))}
+    return [f"{name} = {value}" for name, value in (SETTINGS | cache).items()]
+
+
+@pytest.fixture(scope="module")
+def launched(shared, bindings):
+    """Starts a training in several processes; hook: Python lines that each of them runs first."""
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "programs"),  # every start would compile the same programs
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")}
+
+    def launch(workdir: Path, processes: int, *more: str, hook: str = "") -> subprocess.CompletedProcess:
+        gin = [f"--gin.{binding.replace(' = ', '=', 1)}" for binding in bindings]
+        arguments = [f"--workdir={workdir}", *gin, *more]
+        program = ["-m", "laep_jax", "launch", f"--num-processes={processes}", "--"]
+        if hook:
+            workdir.mkdir()
+            (workdir / "hooked.py").write_text(HOOKED.replace("HOOK", hook))
+            command = [sys.executable, str(workdir / "hooked.py"), str(workdir), *arguments]
+            program = [
+                "-c",
+                f"import sys\nfrom laep_jax.launch import launch\nsys.exit(launch({command}, {processes}))",
+            ]
+            arguments = []
+        result = subprocess.run(
+            [sys.executable, *program, *arguments],
+            cwd=ROOT,
+            env=environment | compiled | {"PYTHONPATH": str(ROOT), "COLUMNS": "150"},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        lines = result.stderr.splitlines(keepends=True)  # with an older JAX grain regrets a profiler
+        result.stderr = "".join(line for line in lines if "Grain multiprocess" not in line)
+        return result
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def one(shared, bindings) -> Path:
+    """The run of one process with eight devices."""
+    train(load_config([TINY], bindings), shared / "one")
+    return shared / "one"
+
+
+@pytest.fixture(scope="module")
+def two(shared, launched) -> Path:
+    """The run of two processes with four devices each."""
+    result = launched(shared / "two", 2)
+    assert result.returncode == 0, result.stderr
+    assert "8 cpu devices in 2 processes: data 1, fsdp 2, expert 4" in result.stdout
+    assert result.stdout.count("held-out loss at the end") == 1
+    assert "Gloo" not in result.stdout
+    assert "[process" not in result.stderr
+    return shared / "two"
+
+
+def records(workdir: Path, kind: str) -> list[dict]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in records(workdir, "train")}
+
+
+def assert_same_training(got: Path, want: Path) -> None:
+    assert list(losses(got)) == list(losses(want)) == list(range(1, NUM_STEPS + 1))  # every step once
+    np.testing.assert_allclose(list(losses(got).values()), list(losses(want).values()), rtol=NOISE)
+    heldout = [[(r["step"], r["when"]) for r in records(workdir, "eval")] for workdir in (got, want)]
+    assert heldout[0] == heldout[1]
+    heldout = [[r["heldout_loss"] for r in records(workdir, "eval")] for workdir in (got, want)]
+    np.testing.assert_allclose(*heldout, rtol=NOISE)
+    [cut], [other] = records(got, "prune"), records(want, "prune")
+    for name in ("step", "experts_before", "experts_after", "lineage", "parameters_after"):
+        assert cut[name] == other[name], name
+    with np.load(got / "loads.npz") as a, np.load(want / "loads.npz") as b:
+        moved = np.abs(a["tokens_per_expert"] - b["tokens_per_expert"]).sum(axis=(1, 2))
+        np.testing.assert_array_equal(a["pruned_at"], b["pruned_at"])
+    assert moved.max() <= 4, moved  # a token next to a tie may choose another expert
+
+
+def rewind(run: Path, step: int, to: Path) -> Path:
+    """A copy of a run as an interruption would have left it behind the checkpoint of `step`."""
+    shutil.copytree(run, to)
+    for checkpoint in (to / "checkpoints").iterdir():
+        if int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+    (to / "summary.json").unlink()
+    return to
+
+
+def test_two_processes_train_as_one_does(one, two):
+    assert_same_training(two, one)
+    [cut] = records(two, "prune")
+    assert cut["experts_before"] == [8, 8]
+    assert cut["experts_after"] == [4, 8]
+    values = np.array(list(losses(one).values()))
+    assert np.abs(np.diff(values)).min() > 10 * NOISE * values.max()  # so a batch out of its place would show
+
+
+def test_two_processes_leave_what_one_leaves(one, two):
+    def files(workdir: Path) -> set[str]:
+        paths = [path.relative_to(workdir) for path in workdir.rglob("*") if "checkpoints" not in path.parts]
+        return {str(path) for path in paths if "tfevents" not in path.name}
+
+    assert files(two) == files(one)
+    assert len(list((two / "tensorboard").iterdir())) == 1
+    names = sorted(int(path.name) for path in (two / "checkpoints").iterdir())
+    assert names == [CUT, SAVED, NUM_STEPS]
+
+
+@pytest.mark.parametrize("step", [CUT, SAVED], ids=["with a plan to apply", "after the cut"])
+def test_one_process_goes_on_from_a_checkpoint_of_two(two, tmp_path, bindings, step):
+    workdir = rewind(two, step, tmp_path / "x")
+    train(load_config([TINY], bindings), workdir)
+    assert_same_training(workdir, two)
+
+
+def test_four_processes_go_on_from_a_checkpoint_of_two(two, tmp_path, launched):
+    workdir = rewind(two, CUT, tmp_path / "x")
+    result = launched(workdir, 4)
+    assert result.returncode == 0, result.stderr
+    assert "resuming from step 4, with a plan to apply" in result.stdout
+    assert_same_training(workdir, two)
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_does(one, tmp_path, launched):
+    result = launched(tmp_path / "x", 4)
+    assert result.returncode == 0, result.stderr
+    assert_same_training(tmp_path / "x", one)
+
+
+def codes(workdir: Path) -> list[str]:
+    return [path.read_text() for path in sorted(workdir.glob("*.code"))]
+
+
+def assert_all_gone(workdir: Path) -> None:
+    pids = [int(path.read_text()) for path in workdir.glob("*.pid")]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_processes_with_different_plans_stop(tmp_path, launched):
+    hook = """
+import dataclasses
+def prune_plan(self, loads=None, plan=loop.Controller.prune_plan):
+    print("sha256", plan(self, loads).sha256(), file=sys.stderr)
+    self.laep = dataclasses.replace(self.laep, beta=0.6 if index == "0" else 0.3)
+    return plan(self, loads)
+loop.Controller.prune_plan = prune_plan
+"""
+    result = launched(tmp_path / "x", 2, hook=hook)
+    assert result.returncode == 2
+    [sha] = [line.split()[1] for line in result.stderr.splitlines() if line.startswith("sha256")]
+    [line] = [line for line in result.stderr.splitlines() if "error" in line]
+    assert line.startswith(f"error: the plan after step {CUT} differs between the processes: {sha} on 0; ")
+    assert line.endswith(" on 1")
+    assert codes(tmp_path / "x") == ["2", "2"]
+    assert [path.name for path in (tmp_path / "x" / "checkpoints").iterdir()] == []
+    assert_all_gone(tmp_path / "x")
+
+
+def test_a_process_that_fails_takes_the_others_along(tmp_path, launched):
+    hook = """
+def record(self, step, metrics, record=loop.Run._record):
+    if step == 2 and index == "1":
+        (here / "failed").write_text(str(time.time()))
+        raise OSError("no space left")
+    record(self, step, metrics)
+loop.Run._record = record
+"""
+    result = launched(tmp_path / "x", 2, hook=hook)
+    assert time.time() - float((tmp_path / "x" / "failed").read_text()) < 30  # 5 s of grace on a busy machine
+    assert result.returncode != 0
+    assert "[process 1] OSError: no space left" in result.stderr
+    assert_all_gone(tmp_path / "x")
+
+
+def test_what_one_process_refuses_all_refuse(tmp_path, launched):
+    hook = """
+def make_dataset(*args, **kwargs):
+    raise UserError("DataConfig.path='x' is not there")
+if index == "1":
+    loop.make_dataset = make_dataset
+"""
+    result = launched(tmp_path / "x", 2, hook=hook)
+    assert result.returncode == 2
+    assert result.stderr == "error: process 1: DataConfig.path='x' is not there\n"
+    assert codes(tmp_path / "x") == ["2", "2"]
+    assert_all_gone(tmp_path / "x")
+    assert not (tmp_path / "x" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--gin.MeshConfig.cpu_devices=7", "MeshConfig.cpu_devices=7 is not divisible by 2 processes"),
+        ("--gin.MeshConfig.expert=3", "does not divide 8 devices"),
+    ],
+    ids=["before connecting", "after connecting"],
+)
+def test_bad_settings_are_told_once(tmp_path, launched, argument, message):
+    result = launched(tmp_path / "x", 2, argument)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
