@@ -233,7 +233,8 @@ class LaepConfig:
     `prune_at_step` overrides the test. `rearrange_gain`: also rearrange without pruning when that
     would lower the largest device load by this share (None: never). `placement_loads`: place by the
     loads of the pruned model, measured with the pruned experts masked, or by the recorded ones.
-    `restore`: cut through the checkpoint or in device memory.
+    `max_runs`: restore experts until neighbouring layers form at most so many runs of equal count, since
+    each is compiled by itself. `restore`: cut through the checkpoint or in device memory.
     """
 
     alpha: float | str | tuple[float, ...] = "hybrid"
@@ -251,6 +252,7 @@ class LaepConfig:
     prune_at_step: int | None = None
     max_prunes: int = 1
     rearrange_gain: float | None = None
+    max_runs: int | None = None
     restore: str = "orbax"
 
     def __post_init__(self):
@@ -264,7 +266,7 @@ class LaepConfig:
                 require(value >= 0, "LaepConfig.alpha", self.alpha, "must not be negative")
         _in_range(self, 0, 1, "beta", "overlap")
         _in_range(self, -1, 1, "rank_correlation")
-        _at_least(self, 1, "window", "stable_windows", "prune_at_step")
+        _at_least(self, 1, "window", "stable_windows", "prune_at_step", "max_runs")
         _at_least(self, 0, "min_step", "max_prunes", "rearrange_gain")
         _one_of("LaepConfig.estimator", self.estimator, ("vote", "mean"))
         _one_of("LaepConfig.inequality", self.inequality, ("le", "lt"))

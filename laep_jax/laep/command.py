@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
         inequality=args.inequality,
         rounding=args.rounding,
         placement=args.placement,
+        max_runs=args.max_runs,
     )
     print(plan.table())
     if args.out:
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         ("placement", METHODS, "of the survivors on the devices"),
     ):
         add(f"--{name}", choices=allowed, default=getattr(LaepConfig, name), help=f"{text} (%(default)s)")
+    add("--max-runs", type=int, metavar="R", help="restore experts until neighbouring layers form at most R equal runs")
     add(
         "--out", type=Path, metavar="FILE", help="where to write the plan as JSON; without it only the table is printed"
     )

@@ -20,6 +20,7 @@ from laep_jax.laep import plan_json
 from laep_jax.laep.load import as_counts
 from laep_jax.laep.placement import METHODS, device_loads, lower_bound, place
 from laep_jax.laep.pruning import Pruning, PruningRule, alpha_per_layer, prune_layer
+from laep_jax.laep.runs import restore
 
 Lineage = tuple[tuple[int, ...], ...]  # per layer: the original id of each slot
 
@@ -174,9 +175,11 @@ def make_plan(
     rounding: str,
     placement: str,
     placement_loads: Sequence[np.ndarray] | None = None,
+    max_runs: int | None = None,
 ) -> Plan:
     """Both algorithms: prune by the recorded counts, then place the survivors.
 
+    max_runs: restore experts until neighbouring layers form at most so many runs of equal count.
     tokens: counts [N, L, E], or [N, E] of each layer. placement_loads: mean tokens an iteration, [E]
     of each layer, measured with the pruned experts masked; by default the recorded means, which leave
     out that the tokens of pruned experts go elsewhere. `UserError` on bad counts or settings.
@@ -186,6 +189,9 @@ def make_plan(
         alpha_per_layer(alpha, len(counts)), beta, estimator, inequality, rounding, top_k, expert_parallel
     )
     choices = [prune_layer(tokens_NE, rule, layer) for layer, tokens_NE in enumerate(counts)]
+    if max_runs is not None:
+        require(max_runs >= 1, "max_runs", max_runs, "must be at least 1")
+        choices = restore(choices, [tokens_NE.sum(axis=0) for tokens_NE in counts], max_runs)
     if placement_loads is None:  # whole sums instead of means: ties and order are then exact
         loads, iterations = [tokens_NE.sum(axis=0) for tokens_NE in counts], len(counts[0])
     else:

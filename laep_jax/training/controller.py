@@ -94,6 +94,7 @@ def configured_plan(
         rounding=laep.rounding,
         placement=laep.placement,
         placement_loads=placement_loads,
+        max_runs=laep.max_runs,
     )
 
 
