@@ -79,7 +79,10 @@ def test_a_refusal_of_all_is_told_once(tmp_path, capfd):
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_launcher_ends_all(tmp_path, sent, code):
     command = program(tmp_path, "everybody()\n(here / 'ready').touch()\ntime.sleep(600)\n")
-    start = "import sys\nfrom laep_jax import launch\nlaunch.sys.executable, *arguments = sys.argv[1:]\n"
+    start = "import signal, sys\nfrom laep_jax import launch\nlaunch.sys.executable, *arguments = sys.argv[1:]\n"
+    start += (
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
+    )
     start += "launch.GRACE = 0.5\nsys.exit(launch.main(arguments))\n"
     fake = tmp_path / "python"  # in the place of `python -m laep_jax train`
     fake.write_text(f"#!/bin/sh\nexec {' '.join(command)}\n")
