@@ -162,7 +162,8 @@ class MeshConfig:
     """Sizes of the mesh axes `data`, `fsdp`, `expert`; None means: from the devices there are.
 
     The batch is split over all three. Parameters are sharded over `fsdp` and `expert` and repeated
-    over `data`. `cpu_devices` emulated devices are made on a machine without accelerators.
+    over `data`. `cpu_devices` emulated devices are made on a machine without accelerators; processes of
+    one run share them.
     """
 
     data: int = 1

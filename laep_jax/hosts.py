@@ -6,10 +6,12 @@ must be decided alike everywhere; process 0 alone writes what people read.
 """
 
 import contextlib
+import hashlib
+import itertools
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -69,21 +71,24 @@ def _silence_gloo() -> None:
 
 
 def texts_of_all(text: str) -> list[str]:
-    """What each process says, by its index. Waits for all of them."""
+    """What each process says, by its index, no more than MESSAGE bytes of it. Waits for all of them."""
     said = np.frombuffer(text.encode()[:MESSAGE].ljust(MESSAGE, b"\0"), np.uint8)
     return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(said)]
 
 
-def require_same(name: str, text: str) -> None:
-    """`UserError` on every process, naming each text and who says it, unless all say the same."""
-    texts = texts_of_all(text)
-    if len(set(texts)) > 1:
-        said = [f"{text} on {', '.join(_indices(texts, text))}" for text in dict.fromkeys(texts)]
-        raise UserError(f"{name} differs between the processes: {'; '.join(said)}")
+def require_same(values: Mapping[str, object]) -> None:
+    """`UserError` on every process, naming the first value that differs and who has which, if one does.
 
-
-def _indices(texts: list[str], wanted: str) -> list[str]:
-    return [str(index) for index, text in enumerate(texts) if text == wanted]
+    values: by name; the same names everywhere.
+    """
+    texts = {name: str(value) for name, value in values.items()}
+    digests = np.array([list(hashlib.sha256(text.encode()).digest()) for text in texts.values()], np.uint8)
+    differs = np.any(np.ptp(multihost_utils.process_allgather(digests), axis=0), axis=1)
+    for name in itertools.compress(texts, differs):
+        of_all = texts_of_all(texts[name])
+        holders = {text: [str(index) for index, other in enumerate(of_all) if other == text] for text in of_all}
+        found = "; ".join(f"{text} on {', '.join(indices)}" for text, indices in holders.items())
+        raise UserError(f"{name} differs between the processes: {found}")
 
 
 @contextlib.contextmanager

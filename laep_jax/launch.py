@@ -55,14 +55,14 @@ def launch(command: Sequence[str], num_processes: int) -> int:
                 output = None if index == 0 else said[index]
                 children.append(_start(command, address, num_processes, index, output))
             failed = _wait_for_failure(children)
-            if failed is None:
+            if not failed:
                 return 0
             _wait(children, GRACE)
         except KeyboardInterrupt:  # a terminal sends it to the processes as well
             _wait(children, GRACE)
             return 128 + signal.SIGINT
-        _tell_failures(children, said)
-        return _exit_code(failed)
+        _tell(failed, children, said)
+        return _exit_code(max(children[index].returncode for index in failed))  # signals are negative
 
 
 def _free_port() -> int:
@@ -87,13 +87,13 @@ def _start(
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=error)
 
 
-def _wait_for_failure(children: Sequence[subprocess.Popen]) -> int | None:
-    """Returns the code of the first process to fail, or None when all have ended well."""
+def _wait_for_failure(children: Sequence[subprocess.Popen]) -> list[int]:
+    """The first to fail, with those who failed at the same time; nobody when all have ended well."""
     while True:
         codes = [child.poll() for child in children]
-        failed = [code for code in codes if code]
+        failed = [index for index, code in enumerate(codes) if code]
         if failed or None not in codes:
-            return failed[0] if failed else None
+            return failed
         time.sleep(POLL)
 
 
@@ -112,14 +112,14 @@ def _kill(children: Sequence[subprocess.Popen]) -> None:
         child.wait()
 
 
-def _tell_failures(children: Sequence[subprocess.Popen], said: Sequence[IO[bytes]]) -> None:
-    """Prints what the processes but the first said that failed by themselves.
+def _tell(failed: Sequence[int], children: Sequence[subprocess.Popen], said: Sequence[IO[bytes]]) -> None:
+    """Prints what the processes that failed said; the first, which writes to the terminal, has told already.
 
-    A refusal (code 2) is the same in all of them, and the first has told it already.
+    A refusal (code 2) is the same in all of them. Who fails later does so because of these.
     """
-    codes = [child.poll() for child in children]
-    for index, code in enumerate(codes):
-        if index and code and not (code == codes[0] == 2):
+    for index in failed:
+        code = children[index].returncode
+        if index and not (code == children[0].returncode == 2):
             said[index].seek(0)
             for line in said[index].read().decode(errors="replace").splitlines():
                 print(f"[process {index}] {line}", file=sys.stderr)

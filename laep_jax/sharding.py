@@ -19,7 +19,7 @@ RULES = {"E": "expert", "H": "expert", "V": "expert", "D": "fsdp"}
 
 
 def make_cpu_devices(number: int) -> None:
-    """Gives a machine without accelerators `number` devices; must come before JAX's first computation.
+    """Gives this process `number` devices on a machine without accelerators; before JAX's first computation.
 
     XLA's emulated devices share a pool of as many threads as there are devices or cores, and a
     collective blocks its thread. The devices do not agree on the order of a collective inside a loop and

@@ -1,6 +1,7 @@
 """When processes connect, and what one process alone makes of the rest; several are in test_several_hosts.py."""
 
 import jax
+import numpy as np
 import pytest
 
 from laep_jax import hosts
@@ -63,7 +64,7 @@ def test_hosts_that_are_not_connected_are_refused(environment, monkeypatch):
 
 def test_alone_everything_agrees():
     assert hosts.texts_of_all("äh") == ["äh"]
-    hosts.require_same("the plan", "abc")
+    hosts.require_same({"the plan": "abc", "TrainConfig.seed": 0})
     with hosts.refused_together():
         pass
     with pytest.raises(UserError, match=r"^no$"), hosts.refused_together():
@@ -73,9 +74,15 @@ def test_alone_everything_agrees():
 
 
 def test_a_difference_names_every_text_and_process(monkeypatch):
-    monkeypatch.setattr(hosts, "texts_of_all", lambda text: ["a", "b", "a"])
+    def gather(mine):
+        others = mine.copy()
+        others[-1] = 0
+        return np.stack([mine, others, mine])
+
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(hosts, "texts_of_all", lambda text: [text, "b", text])
     with pytest.raises(UserError, match=r"^the plan differs between the processes: a on 0, 2; b on 1$"):
-        hosts.require_same("the plan", "a")
+        hosts.require_same({"TrainConfig.seed": 0, "the plan": "a"})
 
 
 @pytest.mark.parametrize(

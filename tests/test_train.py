@@ -114,7 +114,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, argument, message):
 def test_the_tools_are_listed_and_an_unknown_one_is_refused():
     listed = start("--help", program=("-m", "laep_jax"))
     assert listed.returncode == 0
-    for name in ("plan", "describe", "report", "train-tokenizer"):
+    for name in ("train", "launch", "plan", "describe", "report", "train-tokenizer"):
         assert name in listed.stdout
         assert start(name, "--help", program=("-m", "laep_jax")).returncode == 0
     unknown = start("pln", program=("-m", "laep_jax"))

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.tree_util import tree_flatten_with_path, tree_unflatten
 
 from laep_jax.errors import UserError
-from laep_jax.hosts import is_alone
+from laep_jax.hosts import is_alone, refused_together, texts_of_all
 from laep_jax.sharding import expert_axis, leaf_name
 from laep_jax.training.cut_restore import open_leaves, read_leaf
 from laep_jax.training.surgery import Kept, Runs, cut_leaves, leaf_key
@@ -63,6 +64,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
         )
         self._unsynced: int | None = None
+        self._require_shared()
         self._settle()
 
     def __enter__(self) -> "Checkpoints":
@@ -179,6 +181,18 @@ class Checkpoints:
         self._check(step, expected)
         stored = open_leaves(self._path(step) / "state", expected)
         return tree_unflatten(jax.tree.structure(abstract_state), [read_leaf(cut, stored) for cut in cuts])
+
+    def _require_shared(self) -> None:
+        """`UserError` unless every process finds what process 0 puts here: Orbax would wait for it for ever."""
+        marker = self.directory / f".{texts_of_all(uuid.uuid4().hex)[0]}"
+        if jax.process_index() == 0:
+            marker.touch()
+        multihost_utils.sync_global_devices("marker")
+        with refused_together():
+            if not marker.exists():
+                raise UserError(f"{self.directory} must be on a file system that all processes share")
+        if jax.process_index() == 0:
+            marker.unlink()
 
     def _path(self, step: int, suffix: str = "") -> Path:
         return self.directory / f"{step}{suffix}"

@@ -8,7 +8,6 @@ the run between the two, starting again applies the plan.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -43,6 +42,7 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, settings: str = ""
 
     settings: text for `operative.gin`. Returns what summary.json holds. `UserError`, before anything
     is compiled or written, where the config does not fit the devices, the corpus or the checkpoint.
+    With several processes (`laep_jax.hosts`) each calls it alike; `run_dir` is one that all see.
     """
     run_dir, first = Path(run_dir), jax.process_index() == 0
     with refused_together():
@@ -88,9 +88,10 @@ def _open_dataset(config: Config) -> Dataset:
 
 def _require_same_run(config: Config, dataset: Dataset) -> None:
     """Every process was started with the same settings and has the same corpus; the cache may lie elsewhere."""
-    shared = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=""))
-    require_same("the config", hashlib.sha256(repr(shared).encode()).hexdigest())
-    require_same("the corpus", dataset.fingerprint)
+    parts = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    settings = {f"{type(part).__name__}.{name}": value for part in parts for name, value in vars(part).items()}
+    del settings["DataConfig.cache_dir"]
+    require_same(settings | {"the corpus": dataset.fingerprint})
 
 
 def _find_progress(config: Config, fingerprint: str, checkpoints: Checkpoints, step: int | None) -> Progress:
@@ -113,7 +114,7 @@ def _opening_line(config: Config, dataset: Dataset) -> str:
 
 def _require_same_plan(step: int, plan: Plan | None) -> None:
     """Stops the run where processes would cut differently: their counts, NumPy or memory are not the same."""
-    require_same(f"the plan after step {step}", plan.sha256() if plan else "no plan")
+    require_same({f"the plan after step {step}": plan.sha256() if plan else "no plan"})
 
 
 class Run:

@@ -251,19 +251,34 @@ loop.Run._record = record
     assert_all_gone(tmp_path / "x")
 
 
-def test_what_one_process_refuses_all_refuse(tmp_path, launched):
-    hook = """
+REFUSED = {
+    "corpus": """
 def make_dataset(*args, **kwargs):
     raise UserError("DataConfig.path='x' is not there")
 if index == "1":
     loop.make_dataset = make_dataset
-"""
+""",
+    "settings": "arguments.append(f'--gin.TrainConfig.seed={index}')",
+    "run directory": "arguments[0] += index",
+}
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        (REFUSED["corpus"], "process 1: DataConfig.path='x' is not there"),
+        (REFUSED["settings"], "TrainConfig.seed differs between the processes: 0 on 0; 1 on 1"),
+        (REFUSED["run directory"], "process 1: x1/checkpoints must be on a file system that all processes share"),
+    ],
+    ids=REFUSED,
+)
+def test_what_fits_one_process_only_all_refuse(tmp_path, launched, hook, message):
     result = launched(tmp_path / "x", 2, hook=hook)
     assert result.returncode == 2
-    assert result.stderr == "error: process 1: DataConfig.path='x' is not there\n"
+    assert result.stderr.replace(f"{tmp_path}/", "") == f"error: {message}\n"
     assert codes(tmp_path / "x") == ["2", "2"]
     assert_all_gone(tmp_path / "x")
-    assert not (tmp_path / "x" / "checkpoints").exists()
+    assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
 @pytest.mark.parametrize(
