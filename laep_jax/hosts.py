@@ -27,8 +27,8 @@ SHARED_ERRORS = (UserError, FloatingPointError)  # every process comes to them, 
 
 
 def num_processes() -> int:
-    """What JAX_NUM_PROCESSES says, 1 without it. JAX itself can tell only after its devices are made."""
-    text = os.environ.get(NUMBER, "1")
+    """What JAX_NUM_PROCESSES says beside an address, else 1. JAX can tell only after its devices are made."""
+    text = os.environ.get(NUMBER, "1") if ADDRESS in os.environ else "1"
     require(text.isdecimal() and int(text) > 0, NUMBER, text, "must be a positive number")
     return int(text)
 

@@ -13,6 +13,7 @@ def test_an_installation_without_configs_asks_for_one(monkeypatch, tmp_path):
 
 
 def test_emulated_devices_divide_by_the_processes(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:99")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
     with pytest.raises(UserError, match=r"MeshConfig\.cpu_devices=8 is not divisible by 3 processes"):
         command.main([])
