@@ -75,8 +75,8 @@ class ModelConfig:
     `num_experts` has one entry a layer; an int means the same number in each.
     `layers` runs equal neighbouring layers as one `lax.scan` or unrolls it; `remat` names what the
     backward pass recomputes; neither changes parameters. `receive_buffer`: room for the rows a device
-    receives in the ragged all-to-all, in units of what equal loads would bring; more goes in parts. None:
-    room for all rows of the expert-parallel group.
+    receives in the ragged all-to-all, in units of what equal loads would bring; more goes in parts. After a
+    cut it follows the loads. None: room for all rows of the expert-parallel group.
     """
 
     vocab_size: int = 384  # 256 bytes + end of document, padded to a multiple of 128

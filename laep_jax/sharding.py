@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from laep_jax.config import BATCH_AXES, MeshConfig
+from laep_jax.errors import require
 
 THREADS_PER_DEVICE = 4
 RULES = {"E": "expert", "H": "expert", "V": "expert", "D": "fsdp"}
@@ -33,12 +35,22 @@ def make_cpu_devices(number: int) -> None:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of axes ("data", "fsdp", "expert"), all Auto, from a resolved `MeshConfig`.
 
-    devices: by default those of this run; `preflight` gives it chips that are not there.
+    devices: by default those of this run; `preflight` gives it chips that are not there. Where they are of
+    several TPU slices, `data` goes across the slices, so that gradients alone pass the network between them.
+    `UserError` where it cannot.
     """
     assert config.fsdp is not None
     assert config.expert is not None
     sizes = (config.data, config.fsdp, config.expert)
-    return jax.make_mesh(sizes, BATCH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    devices = list(devices or jax.devices())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        places = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        require(config.data % slices == 0, "MeshConfig.data", config.data, f"is not divisible by {slices} slices")
+        within = (config.data // slices, config.fsdp, config.expert)
+        places = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(places, BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def platform(mesh: Mesh) -> str:

@@ -21,6 +21,7 @@ TRAINING_ORDER = [
     {"optimizer", "surgery", "runlog", "console", "controller"},
     {"state", "cut_restore"},
     {"step", "checkpoint", "evaluate", "resume"},
+    {"executable"},
     {"loop"},
     {"command"},
 ]

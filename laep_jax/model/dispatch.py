@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from laep_jax.config import BATCH_AXES
 
 AXIS = "expert"
+WITHIN_REPLICA = BATCH_AXES[1:]  # replicas may be on different TPU slices, and have nothing to agree on here
 BLOCK = 128  # rows an expert's matrices are applied to at once on CPU
 DISPATCH_NAMES = ("moe_routes", "moe_dispatched", "moe_expert_output")
 
@@ -211,16 +212,16 @@ def bounded_dispatch(
 ) -> jax.Array:
     """`ragged_dispatch` with room for `receive_buffer` times the rows that equal loads would bring.
 
-    Where any device of the mesh would receive more, all devices send their tokens in parts so small that even
-    the worst case of one fits. Nothing is dropped and nothing larger is allocated; the backward pass takes the
-    same way and computes it again.
+    Where any device of a data-parallel replica would receive more, all devices of the replica send their tokens in
+    parts so small that even the worst case of one fits. Nothing is dropped and nothing larger is allocated; the
+    backward pass takes the same way and computes it again.
     """
     num_tokens, top_k = ids_TK.shape
     devices = jax.lax.axis_size(AXIS)
     sizes_E = jnp.sum(jax.nn.one_hot(ids_TK.reshape(-1), num_experts, dtype=jnp.int32), axis=0, dtype=jnp.int32)
     received_P = jnp.sum(jax.lax.psum(sizes_E, AXIS).reshape(devices, -1), axis=1)
     num_rows = _round_up(int(receive_buffer * num_tokens * top_k), BLOCK)
-    fits = jax.lax.pmax(jnp.max(received_P), BATCH_AXES) <= num_rows
+    fits = jax.lax.pmax(jnp.max(received_P), WITHIN_REPLICA) <= num_rows
     send = functools.partial(ragged_dispatch, experts=experts, num_experts=num_experts, on_cpu=on_cpu)
 
     def at_once(ids_TK, x_TD, weights_TK, matrices):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from laep_jax.chips import CHIPS, find_chip
+from laep_jax.errors import require
 from laep_jax.gin_config import load_config, parse_arguments
 
 
@@ -20,11 +21,12 @@ def main(argv: Sequence[str]) -> int:
     gin_files, bindings, rest = parse_arguments(argv)
     args = _parser().parse_args(rest)
     chip = find_chip(args.topology)
+    require(args.slices >= 1, "--slices", args.slices, "must be at least 1")
     config = load_config(gin_files, bindings)
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX looks for devices of its own
     from laep_jax.preflight.run import as_json, preflight, table
 
-    flight = preflight(config, chip, args.topology, args.loads)
+    flight = preflight(config, chip, args.topology, slices=args.slices, loads=args.loads, save=args.save)
     print(json.dumps(as_json(flight)) if args.json else table(flight))
     return 0 if flight.fits else 1
 
@@ -39,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--loads", type=Path, metavar="FILE", help="recorded counts, as `plan` takes them: adds stragglers and the cut"
     )
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many such slices; `data` goes across")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="the step's executable, for `train.py --executable`")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--gin_file", help="a config; may be given more than once")
     parser.add_argument("--gin.CLASS.FIELD", metavar="VALUE", help="a setting, over what the files say")

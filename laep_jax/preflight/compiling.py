@@ -11,17 +11,13 @@ import re
 import time
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from laep_jax.config import Config
 from laep_jax.errors import UserError
-from laep_jax.sharding import batch_sharding, make_mesh
+from laep_jax.sharding import make_mesh
 from laep_jax.training.state import abstract_state
-from laep_jax.training.step import make_train_step
+from laep_jax.training.step import abstract_batch, make_train_step
 from laep_jax.training.surgery import Kept, cut_config, lower_largest_cut
-
-BATCH = ("tokens_BS", "targets_BS", "segments_BS", "positions_BS")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +36,15 @@ class Program:
     executable: jax.stages.Compiled | None
 
 
-def topology_devices(topology: str) -> list[jax.Device]:
-    """The chips of a slice. `UserError` where the TPU compiler is not installed."""
+def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
+    """The chips of so many slices. `UserError` where the TPU compiler is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError('preflight needs the TPU compiler of the package libtpu: pip install "jax[tpu]"')
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a chip that only one process may hold
     from jax.experimental import topologies
 
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-
-
-def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (config.data.batch_size, config.data.sequence_length)
-    return {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh)) for name in BATCH}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices)
 
 
 def compile_step(config: Config, devices: list[jax.Device]) -> Program:

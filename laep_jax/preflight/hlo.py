@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+BETWEEN_SLICES = "send"  # what goes over the data-center network, once reduced within the slice
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([\w-]+)\((.*)$")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.-]+) \(.*\{$")
@@ -116,7 +117,7 @@ def collectives(text: str) -> dict[str, Collective]:
     found: dict[str, Collective] = {}
     for op, times in executed(text):
         kind = op.opcode.removesuffix("-start")
-        if kind in COLLECTIVES and times:
+        if kind in (*COLLECTIVES, BETWEEN_SLICES) and times:
             old = found.get(kind, Collective(0, 0, 0))
             size = times * array_bytes(op.result)
             received = int(size * _received(kind, group_size(op.rest)))

@@ -1,7 +1,6 @@
 """Everything that `preflight` finds out about a config on a slice, and how it tells it."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +9,26 @@ from laep_jax.chips import GIB, Chip
 from laep_jax.config import Config
 from laep_jax.errors import require
 from laep_jax.laep.command import read_counts
-from laep_jax.laep.plan import Plan
+from laep_jax.laep.runs import merge_runs
+from laep_jax.model.accounting import model_size
 from laep_jax.preflight.compiling import Program, compile_cut, compile_step, topology_devices
 from laep_jax.preflight.estimate import Estimate, estimate, state_by_leaf
-from laep_jax.training.controller import configured_plan, imbalance
-from laep_jax.training.surgery import cut_config
+from laep_jax.sharding import make_mesh
+from laep_jax.training.controller import configured_plan, imbalance, with_receive_buffer
+from laep_jax.training.executable import save_step
+from laep_jax.training.surgery import Kept, cut_config
 
-MARGIN = 1.1  # of a receive buffer over the largest mean load of a device, since loads waver
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model to compile. imbalances: largest over mean device load, by layer; none where no loads are known."""
+
+    config: Config
+    imbalances: tuple[float, ...] = ()
+
+    @property
+    def straggler(self) -> float:
+        return float(np.mean(self.imbalances)) if self.imbalances else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +36,7 @@ class Preflight:
     """step: as the config has it. after: the same after the cut that the loads ask for, None without loads.
 
     cut_bytes: what the cut needs at most on one chip, the old state included. state: (name, sharding, bytes) of
-    the old state's leaves, the largest first.
+    the old state's leaves, the largest first. merging: what `LaepConfig.max_runs` costs, empty where it is not set.
     """
 
     topology: str
@@ -35,6 +47,7 @@ class Preflight:
     cut_bytes: int
     cut: Program
     state: list[tuple[str, str, int]]
+    merging: str
 
     @property
     def fits(self) -> bool:
@@ -43,40 +56,79 @@ class Preflight:
         return all(step.fits for step in steps) and self.cut_bytes <= self.chip.hbm_bytes
 
 
-def preflight(config: Config, chip: Chip, topology: str, loads: Path | None) -> Preflight:
-    """Compiles the step and the cut of `config` for a slice. `UserError` where config and slice do not fit."""
-    devices = topology_devices(topology)
+def preflight(
+    config: Config, chip: Chip, topology: str, *, slices: int = 1, loads: Path | None = None, save: Path | None = None
+) -> Preflight:
+    """Compiles the step and the cut of `config` for slices of one kind. `UserError` where they do not fit together.
+
+    loads: recorded counts. save: file for the executable of the step.
+    """
+    devices = topology_devices(topology, slices)
     config = config.resolve(len(devices))
-    plan = None if loads is None else _plan(config, loads)
-    straggler, after = 1.0, None
-    kept = [list(reversed(range(count))) for count in config.model.experts_per_layer]  # the worst case: all move
-    if plan and loads:
-        kept = plan.kept
-        mean_LE = read_counts(loads).mean(0)
-        before = [imbalance(tokens_E, config.mesh.expert or 1) for tokens_E in mean_LE]
-        cut = cut_config(config, kept)
-        imbalances = [layer.imbalance_after for layer in plan.layers]
-        cut = _with_buffer(cut, imbalances)
-        after = estimate(cut, compile_step(cut, devices), chip, float(np.mean(imbalances)))
-        config, straggler = _with_buffer(config, before), float(np.mean(before))
-    step = compile_step(config, devices)
-    surgery = compile_cut(config, devices, kept)
-    state = state_by_leaf(config, devices)
-    cut_bytes = sum(size for _, _, size in state) + surgery.temporary_bytes + surgery.output_bytes
-    return Preflight(topology, chip, config, estimate(config, step, chip, straggler), after, cut_bytes, surgery, state)
+    if loads:
+        before, kept, after, merging = _with_loads(config, read_counts(loads))
+    else:
+        before, merging = _with_max_runs(config)
+        kept = [list(reversed(range(count))) for count in before.config.model.experts_per_layer]  # at worst all move
+        after = None
+    step = compile_step(before.config, devices)
+    if save and step.executable:
+        save_step(save, step.executable, before.config, make_mesh(before.config.mesh, devices))
+    cut = compile_cut(before.config, devices, kept)
+    state = state_by_leaf(before.config, devices)
+    return Preflight(
+        topology=topology if slices == 1 else f"{slices} slices {topology}",
+        chip=chip,
+        config=before.config,
+        step=estimate(before.config, step, chip, before.straggler),
+        after=estimate(after.config, compile_step(after.config, devices), chip, after.straggler) if after else None,
+        cut_bytes=sum(size for _, _, size in state) + cut.temporary_bytes + cut.output_bytes,
+        cut=cut,
+        state=state,
+        merging=merging,
+    )
 
 
-def _plan(config: Config, loads: Path) -> Plan:
-    counts, experts = read_counts(loads), config.model.experts_per_layer
-    fits = counts.shape[1] == len(experts) and set(experts) == {counts.shape[2]}
-    require(fits, "--loads shape", counts.shape, f"does not fit layers of {experts} experts")
-    return configured_plan(counts, config.laep, config.model.top_k, config.mesh.expert or 1)
+def _with_loads(config: Config, counts_NLE: np.ndarray) -> tuple[Model, Kept, Model, str]:
+    """The model, the cut that these loads ask for, the model after it, and what `max_runs` costs there."""
+    experts = config.model.experts_per_layer
+    fits = counts_NLE.shape[1] == len(experts) and set(experts) == {counts_NLE.shape[2]}
+    require(fits, "--loads shape", counts_NLE.shape, f"does not fit layers of {experts} experts")
+    expert_parallel = config.mesh.expert or 1
+
+    def plan_with(max_runs: int | None):
+        laep = dataclasses.replace(config.laep, max_runs=max_runs)
+        return configured_plan(counts_NLE, laep, config.model.top_k, expert_parallel)
+
+    plan = plan_with(config.laep.max_runs)
+    old = tuple(imbalance(tokens_E, expert_parallel) for tokens_E in counts_NLE.mean(0))
+    new = tuple(layer.imbalance_after for layer in plan.layers)
+    cut = cut_config(config, plan.kept)
+    merging = _cost_of_merging(cut_config(config, plan_with(None).kept), cut) if config.laep.max_runs else ""
+    return (
+        Model(with_receive_buffer(config, old), old),
+        plan.kept,
+        Model(with_receive_buffer(cut, new), new),
+        merging,
+    )
 
 
-def _with_buffer(config: Config, imbalances: Sequence[float]) -> Config:
-    """A receive buffer with room for the fullest device of the worst layer."""
-    room = min(MARGIN * max(imbalances), float(config.mesh.expert or 1))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, receive_buffer=room))
+def _with_max_runs(config: Config) -> tuple[Model, str]:
+    if config.laep.max_runs is None:
+        return Model(config), ""
+    merged = config.with_num_experts(merge_runs(config.model.experts_per_layer, config.laep.max_runs))
+    return Model(merged), _cost_of_merging(config, merged)
+
+
+def _cost_of_merging(config: Config, merged: Config) -> str:
+    (before, old), (after, new) = (
+        (model_size(c.model, sequence_length=1).total, sum(c.model.experts_per_layer)) for c in (config, merged)
+    )
+    return (
+        f"LaepConfig.max_runs={config.laep.max_runs}: {len(config.model.runs)} runs of equal layers became "
+        f"{len(merged.model.runs)}; {new - old:,} experts more, "
+        f"parameters {before / 1e9:,.3f} B to {after / 1e9:,.3f} B ({after / before - 1:+.1%})"
+    )
 
 
 def as_json(flight: Preflight) -> dict:
@@ -86,6 +138,7 @@ def as_json(flight: Preflight) -> dict:
         "topology": flight.topology,
         "fits": flight.fits,
         "receive_buffer": flight.config.model.receive_buffer,
+        "max_runs": flight.merging,
         "cut_bytes": flight.cut_bytes,
         "cut_compile_seconds": flight.cut.compile_seconds,
         "after": dataclasses.asdict(flight.after) if flight.after else None,
@@ -100,6 +153,7 @@ def table(flight: Preflight) -> str:
         f"{flight.topology}: {flight.step.chips:,} chips {flight.chip.kind}; "
         f"mesh data {mesh.data} x fsdp {mesh.fsdp} x expert {mesh.expert}; "
         f"{data.batch_size:,} sequences of {data.sequence_length:,} tokens",
+        *([flight.merging] if flight.merging else []),
         "",
         "the state on one chip      GB  sharding",
         *(f"  {name:<20}{size / 1e9:>8.3f}  {spec}" for name, spec, size in flight.state),

@@ -26,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", type=Path, help="where the run lives (default: runs/ and the config's name)")
     parser.add_argument("--gin_file", help="a config; may be given more than once")
     parser.add_argument("--gin.CLASS.FIELD", metavar="VALUE", help="a setting, over what the files say")
-    workdir = parser.parse_args(rest).workdir
+    parser.add_argument("--executable", type=Path, metavar="FILE", help="the step as `preflight --save` compiled it")
+    arguments = parser.parse_args(rest)
     if not gin_files and not DEFAULT_CONFIG.is_file():
         raise UserError("--gin_file is needed: this installation of laep_jax has no configs/tiny.gin beside it")
     gin_files = gin_files or [str(DEFAULT_CONFIG)]
@@ -36,5 +37,6 @@ def main(argv: Sequence[str]) -> int:
     make_cpu_devices(devices // processes)
     with leaving_at_once():
         connect()
-        train(config, workdir or Path("runs") / Path(gin_files[-1]).stem, settings=operative_config(config))
+        workdir = arguments.workdir or Path("runs") / Path(gin_files[-1]).stem
+        train(config, workdir, settings=operative_config(config), executable=arguments.executable)
     return 0

@@ -4,6 +4,7 @@ Every process gets the same counts and so decides alike. NumPy only.
 Letters: E experts of a layer.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,8 @@ from laep_jax.config import Config, LaepConfig
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.plan import Plan, make_plan, predicted_gain, rearrange_plan
 from laep_jax.laep.stability import StabilityReport, assess, history_capacity
+
+BUFFER_MARGIN = 1.1  # of a receive buffer over the largest mean load of a device, since loads waver
 
 
 class Controller:
@@ -73,6 +76,17 @@ class Controller:
 
     def _last_window(self) -> list[np.ndarray]:
         return self.history.window(min(self.laep.window, len(self.history)))
+
+
+def with_receive_buffer(config: Config, imbalances: Sequence[float]) -> Config:
+    """The config with room for the fullest device of the worst layer, where its receive buffer is bounded.
+
+    imbalances: largest over mean device load, by layer.
+    """
+    if config.model.receive_buffer is None:
+        return config
+    room = min(BUFFER_MARGIN * max(imbalances), float(config.mesh.expert or 1))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, receive_buffer=room))
 
 
 def configured_plan(

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from laep_jax.chips import peak_flops
-from laep_jax.config import Config
+from laep_jax.config import Config, ModelConfig
 from laep_jax.data.dataset import Dataset, make_dataset
 from laep_jax.hosts import refused_together, require_same
 from laep_jax.laep.load import LoadHistory
@@ -28,8 +28,9 @@ from laep_jax.model.accounting import model_size
 from laep_jax.sharding import make_mesh, put_batch
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.console import RunConsole, stability_text
-from laep_jax.training.controller import Controller, imbalance
+from laep_jax.training.controller import Controller, imbalance, with_receive_buffer
 from laep_jax.training.evaluate import by_layer, heldout_loss, masked_loads
+from laep_jax.training.executable import load_step
 from laep_jax.training.resume import Progress, check_resumable
 from laep_jax.training.runlog import NoLog, RunLog
 from laep_jax.training.state import TrainState, abstract_state, init_state
@@ -37,10 +38,13 @@ from laep_jax.training.step import make_eval_step, make_train_step
 from laep_jax.training.surgery import cut_config, cut_state
 
 
-def train(config: Config, run_dir: str | os.PathLike[str], *, settings: str = "") -> dict:
+def train(
+    config: Config, run_dir: str | os.PathLike[str], *, settings: str = "", executable: Path | None = None
+) -> dict:
     """Trains to `config.train.num_steps`, from the newest checkpoint in `run_dir` or from the start.
 
-    settings: text for `operative.gin`. Returns what summary.json holds. `UserError`, before anything
+    settings: text for `operative.gin`. executable: a file of `preflight --save`, for the model that the run began
+    with. Returns what summary.json holds. `UserError`, before anything
     is compiled or written, where the config does not fit the devices, the corpus or the checkpoint.
     With several processes (`laep_jax.hosts`) each calls it alike; `run_dir` is one that all see.
     """
@@ -54,7 +58,10 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, settings: str = ""
         latest = checkpoints.latest()
         with refused_together():
             progress = _find_progress(resolved, dataset.fingerprint, checkpoints, latest)
-            resolved = config.with_num_experts(progress.num_experts).resolve(jax.device_count())
+            ready = {}
+            if executable and progress.num_experts == config.model.experts_per_layer:
+                ready[config.model] = load_step(executable, resolved, make_mesh(resolved.mesh))
+            resolved = progress.current(config).resolve(jax.device_count())
             experts, expert_parallel = config.model.experts_per_layer, resolved.mesh.expert or 1
             log = NoLog()
             if first:
@@ -73,7 +80,7 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, settings: str = ""
         log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
         log.write_file("operative.gin", settings)
         console.event(_opening_line(resolved, dataset))
-        return Run(resolved, dataset, checkpoints, log, console, progress).train()
+        return Run(resolved, dataset, checkpoints, log, console, progress, ready).train()
 
 
 def _open_dataset(config: Config) -> Dataset:
@@ -118,7 +125,10 @@ def _require_same_plan(step: int, plan: Plan | None) -> None:
 
 
 class Run:
-    """One run in motion: the model as it is now, and everything that changes with it."""
+    """One run in motion: the model as it is now, and everything that changes with it.
+
+    ready: train steps that need not be compiled.
+    """
 
     def __init__(
         self,
@@ -128,9 +138,10 @@ class Run:
         log: RunLog | NoLog,
         console: RunConsole,
         progress: Progress,
+        ready: dict[ModelConfig, jax.stages.Compiled],
     ):
         self.dataset, self.checkpoints, self.log = dataset, checkpoints, log
-        self.console, self.progress = console, progress
+        self.console, self.progress, self.ready = console, progress, ready
         self.mesh = make_mesh(config.mesh)
         batches = min(config.train.eval_batches, dataset.num_heldout_batches)
         self.heldout = [dataset.heldout_batch(i) for i in range(batches)]
@@ -144,7 +155,7 @@ class Run:
         """Makes this model the run's: its step functions are new, whatever was compiled before is let go."""
         self.config, self.state, self.controller = config, state, controller
         self.size = model_size(config.model, sequence_length=config.data.sequence_length)
-        self.train_step = make_train_step(config, self.mesh)
+        self.train_step = self.ready.pop(config.model, None) or make_train_step(config, self.mesh)
         self.eval_step = make_eval_step(config, self.mesh)
         self.step_seconds: list[float | None] = []
         self.console.state("")
@@ -277,7 +288,7 @@ class Run:
         """Second phase: the survivors in their new places; releases the old state, None on resuming."""
         progress, old = self.progress, self.config
         start = time.perf_counter()
-        config = cut_config(old, plan.kept)
+        config = with_receive_buffer(cut_config(old, plan.kept), [layer.imbalance_after for layer in plan.layers])
         target = abstract_state(config, self.mesh)
         if state is not None and old.laep.restore == "memory":
             cut = cut_state(state, plan.kept, old.model, target)
@@ -288,6 +299,7 @@ class Run:
         self._mark_pruned(plan)
         progress.lineage = apply_plan_to_lineage(progress.lineage, plan)
         progress.num_experts, progress.pending_plan = plan.num_experts_after, None
+        progress.fitted_buffer = config.model.receive_buffer
         progress.prunes += not only_moved
         self._adopt(config, cut, Controller(config, prunes=progress.prunes))
         self._report_cut(plan, only_moved, seconds | {"restore": time.perf_counter() - start})

@@ -9,7 +9,7 @@ from laep_jax.errors import UserError
 from laep_jax.laep.plan import Lineage, initial_lineage
 
 FREE = {  # fields that change neither parameters nor the batches, and so may differ on resuming
-    "model": {"layers", "remat", "dispatch", "grouped_matmul", "dtype", "router_init"},
+    "model": {"layers", "remat", "dispatch", "receive_buffer", "grouped_matmul", "dtype", "router_init"},
     "data": {"cache_dir"},
 }
 FIXED_PARTS = ("model", "data")
@@ -20,15 +20,17 @@ class Progress:
     """Where a run stands. Everything a resumed run needs that is not an array; plain JSON.
 
     `step`, with the seed in the config, is also the position in the data and the random state.
-    config: as the run began. num_experts: of the model in this checkpoint. lineage: per layer the
-    original id of each slot. pending_plan: a plan (JSON text) to apply before going on. summary: the
-    rows of the closing table so far.
+    config: as the run began. num_experts: of the model in this checkpoint. fitted_buffer: the receive
+    buffer that the last cut's loads need, None before a cut. lineage: per layer the original id of each
+    slot. pending_plan: a plan (JSON text) to apply before going on. summary: the rows of the closing
+    table so far.
     """
 
     step: int
     config: dict
     fingerprint: str
     num_experts: tuple[int, ...]
+    fitted_buffer: float | None
     lineage: Lineage
     prunes: int
     pending_plan: str | None
@@ -44,7 +46,17 @@ class Progress:
         }
         summary |= {f"heldout_loss_{side}_prune": None for side in sides} | {"heldout_loss_end": None}
         summary |= {"experts_before": list(experts), "experts_after": None, "prune_steps": [], "steps": 0, "tokens": 0}
-        return cls(0, config.to_dict(), fingerprint, experts, initial_lineage(experts), 0, None, summary)
+        return cls(
+            step=0,
+            config=config.to_dict(),
+            fingerprint=fingerprint,
+            num_experts=experts,
+            fitted_buffer=None,
+            lineage=initial_lineage(experts),
+            prunes=0,
+            pending_plan=None,
+            summary=summary,
+        )
 
     @classmethod
     def from_meta(cls, meta: dict, where: Path) -> "Progress":
@@ -55,6 +67,13 @@ class Progress:
         progress.num_experts = tuple(progress.num_experts)
         progress.lineage = tuple(tuple(ids) for ids in progress.lineage)
         return progress
+
+    def current(self, config: Config) -> Config:
+        """The config of the model in this checkpoint, for a run that `config` began or goes on with."""
+        changes: dict = {"num_experts": self.num_experts}
+        if self.fitted_buffer is not None and config.model.receive_buffer is not None:
+            changes["receive_buffer"] = self.fitted_buffer
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 
     def to_meta(self) -> dict:
         return dataclasses.asdict(self)

@@ -10,17 +10,25 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from laep_jax.config import Config
 from laep_jax.model.router import update_bias
 from laep_jax.model.transformer import token_losses
-from laep_jax.sharding import Mesh, whole
+from laep_jax.sharding import Mesh, batch_sharding, whole
 from laep_jax.training.optimizer import make_optimizer, make_schedule
 from laep_jax.training.state import TrainState, abstract_state
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array | list[jax.Array] | dict[str, jax.Array]]
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a batch."""
+    shape = (config.data.batch_size, config.data.sequence_length)
+    names = ("tokens_BS", "targets_BS", "segments_BS", "positions_BS")
+    return {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh)) for name in names}
 
 
 def _micro_batches(batch: Batch, number: int) -> Batch:

@@ -254,3 +254,21 @@ def test_a_new_run_that_is_refused_leaves_nothing(config, tmp_path):
     with pytest.raises(UserError, match="does not divide"):
         train(change(config, mesh={"fsdp": 3}), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_receive_buffer_follows_the_loads_at_a_cut_and_stays_so_on_resuming(config, tmp_path, monkeypatch):
+    buffers = []
+
+    def recording(config, mesh):
+        buffers.append(config.model.receive_buffer)
+        return make_train_step(config, mesh)
+
+    monkeypatch.setattr(loop, "make_train_step", recording)
+    bounded = change(config, model={"dispatch": "ragged_all_to_all", "receive_buffer": 4.0}, train={"num_steps": 12})
+    train(bounded, tmp_path)
+    plan = Plan.from_json((tmp_path / "plans" / f"{PRUNE_STEP}.json").read_text())
+    worst = max(layer.imbalance_after for layer in plan.layers)
+    assert buffers == [4.0, pytest.approx(min(1.1 * worst, 4))]
+    assert buffers[1] < 4.0
+    train(change(bounded, train={"num_steps": 14}), tmp_path)
+    assert buffers[2:] == buffers[1:2]

@@ -1,0 +1,76 @@
+"""A step compiled here, written, and loaded by a run: the same losses, and every misfit named."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from laep_jax.errors import UserError
+from laep_jax.sharding import make_mesh
+from laep_jax.training import loop
+from laep_jax.training.executable import load_step, save_step
+from laep_jax.training.loop import train
+from laep_jax.training.state import abstract_state
+from laep_jax.training.step import abstract_batch, make_train_step
+
+CONFIG = Config(
+    model=ModelConfig(num_layers=2, hidden_size=16, num_heads=2, head_dim=8, ffn_size=8, num_experts=8),
+    mesh=MeshConfig(fsdp=2, expert=4),
+    data=DataConfig(source="synthetic", sequence_length=32, batch_size=16),
+    train=TrainConfig(num_steps=3, eval_batches=1),
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    mesh = make_mesh(CONFIG.mesh)
+    file = tmp_path_factory.mktemp("step") / "step.bin"
+    lowered = make_train_step(CONFIG, mesh).lower(abstract_state(CONFIG, mesh), abstract_batch(CONFIG, mesh))
+    save_step(file, lowered.compile(), CONFIG, mesh)
+    return file
+
+
+def losses(run_dir) -> list[float]:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def test_a_run_with_the_executable_compiles_no_step_and_has_the_same_losses(saved, tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, cache_dir=str(tmp_path / "cache")))
+    train(config, tmp_path / "compiled")
+
+    def forbidden(*_):
+        raise AssertionError("a step was compiled")
+
+    monkeypatch.setattr(loop, "make_train_step", forbidden)
+    train(config, tmp_path / "loaded", executable=saved)
+    assert len(losses(tmp_path / "loaded")) == 3
+    assert losses(tmp_path / "loaded") == losses(tmp_path / "compiled")
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"), [("model", "ffn_size", 16), ("data", "batch_size", 32), ("train", "num_steps", 4)]
+)
+def test_another_config_is_refused_by_name(saved, part, field, value):
+    other = dataclasses.replace(CONFIG, **{part: dataclasses.replace(getattr(CONFIG, part), **{field: value})})
+    with pytest.raises(UserError, match=rf"{part}.{field}={value} does not fit --executable"):
+        load_step(saved, other, make_mesh(CONFIG.mesh))
+
+
+def test_another_machine_is_refused(saved):
+    mesh = make_mesh(MeshConfig(fsdp=1, expert=4), jax.devices()[:4])
+    with pytest.raises(UserError, match=r"devices='4 cpu' does not fit --executable=.*, made for 8 cpu"):
+        load_step(saved, CONFIG, mesh)
+
+
+def test_what_is_no_such_file_is_refused(tmp_path):
+    (tmp_path / "x").write_bytes(b"\x80\n")
+    for file, message in ((tmp_path / "x", "is no file of"), (tmp_path / "y", "cannot be read")):
+        with pytest.raises(UserError, match=message):
+            load_step(file, CONFIG, make_mesh(CONFIG.mesh))
+    with pytest.raises(UserError, match=r"--save=.*cannot be written"):
+        mesh = make_mesh(CONFIG.mesh)
+        lowered = make_train_step(CONFIG, mesh).lower(abstract_state(CONFIG, mesh), abstract_batch(CONFIG, mesh))
+        save_step(tmp_path / "no" / "z", lowered.compile(), CONFIG, mesh)
