@@ -1,5 +1,7 @@
 """The one exception for what a user can get wrong, and how a program ends with it."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -18,11 +20,19 @@ def require(condition: bool, field: str, value: object, rule: str) -> None:
 
 
 def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """The exit code of `main(argv)`: 2 after a `UserError`, 130 after Ctrl-C, each told in one line."""
+    """The exit code of `main(argv)`: 2 after a `UserError`, 130 after Ctrl-C, each told in one line.
+
+    Where nobody reads what is printed any more, as behind `| head`, it ends like a program that SIGPIPE ends.
+    """
     try:
-        return main(argv)
+        code = main(argv)
+        sys.stdout.flush()
     except (UserError, KeyboardInterrupt) as error:
         return explain(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at the end complains
+        return 128 + signal.SIGPIPE
+    return code
 
 
 def explain(error: BaseException) -> int:

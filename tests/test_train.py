@@ -111,6 +111,14 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, argument, message):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_ends_quietly(unbuffered):
+    command = f"{sys.executable} -m laep_jax describe --gin_file=configs/tiny.gin | head -c 1"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (len(result.stdout), result.stderr) == (1, "")
+
+
 def test_the_tools_are_listed_and_an_unknown_one_is_refused():
     listed = start("--help", program=("-m", "laep_jax"))
     assert listed.returncode == 0

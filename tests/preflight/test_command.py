@@ -61,6 +61,24 @@ def test_a_small_model_compiles_and_fits_before_and_after_a_cut(tmp_path):
     assert step["cut_bytes"] > step["argument_bytes"]
 
 
+def test_two_slices_merged_runs_and_the_executable(tmp_path):
+    changes = {"MeshConfig.data": 2, "DataConfig.batch_size": 8, "ModelConfig.num_experts": (8, 4)}
+    result = run("--slices=2", f"--save={tmp_path / 'step'}", **changes, **{"LaepConfig.max_runs": 1})
+    assert result.returncode == 0, result.stderr
+    assert "2 slices v5e:2x2: 8 chips" in result.stdout
+    assert "max_runs=1: 2 runs of equal layers became 1; 4 experts more, parameters" in result.stdout
+    assert "\n  send  " in result.stdout  # gradients between the slices
+    made_for = json.loads((tmp_path / "step").read_bytes().partition(b"\n")[0])
+    assert made_for["devices"] == "8 TPU v5 lite"
+    assert made_for["model.num_experts"] == [8, 8]
+
+
+def test_slices_that_the_data_axis_does_not_fill_are_refused():
+    result = run("--slices=2", **{"DataConfig.batch_size": 8})
+    assert result.returncode == 2
+    assert "MeshConfig.data=1 is not divisible by 2 slices" in result.stderr
+
+
 def test_what_does_not_fit_is_exit_code_1_with_the_largest_named():
     result = run(**{"ModelConfig.ffn_size": 65536, "ModelConfig.hidden_size": 4096})
     assert result.returncode == 1, result.stderr

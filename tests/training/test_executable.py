@@ -24,11 +24,15 @@ CONFIG = Config(
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def step() -> jax.stages.Compiled:
     mesh = make_mesh(CONFIG.mesh)
+    return make_train_step(CONFIG, mesh).lower(abstract_state(CONFIG, mesh), abstract_batch(CONFIG, mesh)).compile()
+
+
+@pytest.fixture(scope="module")
+def saved(step, tmp_path_factory):
     file = tmp_path_factory.mktemp("step") / "step.bin"
-    lowered = make_train_step(CONFIG, mesh).lower(abstract_state(CONFIG, mesh), abstract_batch(CONFIG, mesh))
-    save_step(file, lowered.compile(), CONFIG, mesh)
+    save_step(file, step, CONFIG, make_mesh(CONFIG.mesh))
     return file
 
 
@@ -65,12 +69,10 @@ def test_another_machine_is_refused(saved):
         load_step(saved, CONFIG, mesh)
 
 
-def test_what_is_no_such_file_is_refused(tmp_path):
+def test_what_is_no_such_file_is_refused(step, tmp_path):
     (tmp_path / "x").write_bytes(b"\x80\n")
     for file, message in ((tmp_path / "x", "is no file of"), (tmp_path / "y", "cannot be read")):
         with pytest.raises(UserError, match=message):
             load_step(file, CONFIG, make_mesh(CONFIG.mesh))
     with pytest.raises(UserError, match=r"--save=.*cannot be written"):
-        mesh = make_mesh(CONFIG.mesh)
-        lowered = make_train_step(CONFIG, mesh).lower(abstract_state(CONFIG, mesh), abstract_batch(CONFIG, mesh))
-        save_step(tmp_path / "no" / "z", lowered.compile(), CONFIG, mesh)
+        save_step(tmp_path / "no" / "z", step, CONFIG, make_mesh(CONFIG.mesh))
