@@ -300,6 +300,8 @@ class DataConfig:
         _one_of("DataConfig.source", self.source, ("stdlib", "text", "jsonl", "array_record", "synthetic"))
         reads_path = self.source in ("text", "jsonl", "array_record")
         require(bool(self.path) == reads_path, "DataConfig.path", self.path, f"does not go with source={self.source!r}")
+        for name in ("path", "cache_dir"):
+            require("://" not in getattr(self, name), f"DataConfig.{name}", getattr(self, name), "must be mounted")
         _at_least(self, 2, "sequence_length")
         _at_least(self, 1, "batch_size")
         require(0 < self.heldout_share < 1, "DataConfig.heldout_share", self.heldout_share, "must lie between 0 and 1")

@@ -36,7 +36,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """A mesh of axes ("data", "fsdp", "expert"), all Auto, from a resolved `MeshConfig`.
 
     devices: by default those of this run; `preflight` gives it chips that are not there. Where they are of
-    several TPU slices, `data` goes across the slices, so that gradients alone pass the network between them.
+    several TPU slices, `data` goes across the slices, so that only sums over the batch pass the network between them.
     `UserError` where it cannot.
     """
     assert config.fsdp is not None

@@ -23,7 +23,7 @@ DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "tiny.gin"  # of a chec
 def main(argv: Sequence[str]) -> int:
     gin_files, bindings, rest = parse_arguments(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, help="where the run lives (default: runs/ and the config's name)")
+    parser.add_argument("--workdir", help="the folder where the run lives (default: runs/ and the config's name)")
     parser.add_argument("--gin_file", help="a config; may be given more than once")
     parser.add_argument("--gin.CLASS.FIELD", metavar="VALUE", help="a setting, over what the files say")
     parser.add_argument("--executable", type=Path, metavar="FILE", help="the step as `preflight --save` compiled it")
@@ -32,11 +32,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--gin_file is needed: this installation of laep_jax has no configs/tiny.gin beside it")
     gin_files = gin_files or [str(DEFAULT_CONFIG)]
     config = load_config(gin_files, bindings)
+    require("://" not in (arguments.workdir or ""), "--workdir", arguments.workdir, "must be a mounted folder")
     devices, processes = config.mesh.cpu_devices, num_processes()
     require(devices % processes == 0, "MeshConfig.cpu_devices", devices, f"is not divisible by {processes} processes")
     make_cpu_devices(devices // processes)
     with leaving_at_once():
         connect()
-        workdir = arguments.workdir or Path("runs") / Path(gin_files[-1]).stem
+        workdir = arguments.workdir or f"runs/{Path(gin_files[-1]).stem}"
         train(config, workdir, settings=operative_config(config), executable=arguments.executable)
     return 0

@@ -17,3 +17,8 @@ def test_emulated_devices_divide_by_the_processes(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
     with pytest.raises(UserError, match=r"MeshConfig\.cpu_devices=8 is not divisible by 3 processes"):
         command.main([])
+
+
+def test_a_bucket_is_no_folder():
+    with pytest.raises(UserError, match=r"--workdir='gs://bucket/run' must be a mounted folder"):
+        command.main(["--workdir=gs://bucket/run"])
