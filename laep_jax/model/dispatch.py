@@ -43,7 +43,7 @@ class Routes(NamedTuple):
 
 
 Matrices = tuple[jax.Array, ...]  # of this device's experts
-Experts = Callable[..., jax.Array]  # (tokens, routes, *matrices) -> rows
+Experts = Callable[..., jax.Array]  # (x_TD, weights_TK, routes, *matrices) -> y_TD
 
 
 def make_routes(ids_TK: jax.Array, num_experts: int) -> Routes:
@@ -134,9 +134,8 @@ def _combine_backward(residuals, dy_TD: jax.Array):
     rows_RD, weights_TK, routes = residuals
     slot_R = routes.slot_of_row_R
     drows_RD = dy_TD[slot_R // weights_TK.shape[1]] * weights_TK.reshape(-1)[slot_R][:, None]
-    dweights_TK = jnp.einsum(
-        "tkd,td->tk", _rows_of_slots(rows_RD, routes), dy_TD, preferred_element_type=weights_TK.dtype
-    )
+    of_slots_TKD = _rows_of_slots(rows_RD, routes).astype(weights_TK.dtype)
+    dweights_TK = jnp.sum(of_slots_TKD * dy_TD[:, None, :], axis=-1)
     return jnp.where(_in_use(routes), drows_RD, 0).astype(rows_RD.dtype), dweights_TK, None
 
 
@@ -152,19 +151,20 @@ def all_gather_dispatch(
 
     Args:
       x_TD: this device's tokens. ids_TK: their experts, `num_experts` for none. weights_TK: float32.
-      experts: applies this device's experts, given as `matrices`, to a buffer of tokens, giving rows by expert.
+      experts: adds up, for each token of a buffer, this device's experts, given as `matrices`.
       num_experts: of the layer, over all devices of the expert axis.
 
     Returns:
       y_TD, the weighted sum over each token's experts.
     """
-    local_experts = num_experts // jax.lax.axis_size(AXIS)
+    devices = jax.lax.axis_size(AXIS)
+    local_experts = num_experts // devices
     first = jax.lax.axis_index(AXIS) * local_experts
-    gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
+    alone = devices == 1  # XLA:CPU copies what it gathers from one device
+    gather = (lambda x: x) if alone else functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
     routes = make_routes(gather(ids_TK) - first, local_experts)
-    rows_RD = experts(checkpoint_name(gather(x_TD), DISPATCH_NAMES[1]), routes, *matrices)
-    y_TD = combine(checkpoint_name(rows_RD, DISPATCH_NAMES[2]), gather(weights_TK), routes)
-    return jax.lax.psum_scatter(y_TD, AXIS, scatter_dimension=0, tiled=True)
+    y_TD = experts(checkpoint_name(gather(x_TD), DISPATCH_NAMES[1]), gather(weights_TK), routes, *matrices)
+    return y_TD if alone else jax.lax.psum_scatter(y_TD, AXIS, scatter_dimension=0, tiled=True)
 
 
 def ragged_dispatch(
@@ -194,7 +194,7 @@ def ragged_dispatch(
     received_RD = checkpoint_name(received_RD, DISPATCH_NAMES[1])
 
     local_routes = arrival_routes(counts_PPe[:, jax.lax.axis_index(AXIS)], num_rows)
-    rows_RD = sum_over_slots_of(experts(received_RD, local_routes, *matrices), local_routes)
+    rows_RD = experts(received_RD, jnp.ones((num_rows, 1), weights_TK.dtype), local_routes, *matrices)
     returned_RD = exchange(rows_RD, sizes_PP.T, routes.slot_of_row_R.size, on_cpu)
     return combine(checkpoint_name(returned_RD, DISPATCH_NAMES[2]), weights_TK, routes)
 
@@ -262,18 +262,6 @@ _either.defvjp(
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-@jax.custom_vjp
-def sum_over_slots_of(rows_RD: jax.Array, routes: Routes) -> jax.Array:
-    """`sum_over_slots` with `permute` as its backward pass."""
-    return sum_over_slots(rows_RD, routes)
-
-
-sum_over_slots_of.defvjp(
-    lambda rows_RD, routes: (sum_over_slots(rows_RD, routes), routes),
-    lambda routes, dy_TD: (permute(dy_TD, routes), None),
-)
 
 
 def _exclusive_cumsum(sizes: jax.Array, axis: int) -> jax.Array:

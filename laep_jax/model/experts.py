@@ -1,32 +1,34 @@
-"""The experts' SwiGLU over rows sorted by expert: a block loop for CPU, `ragged_dot` elsewhere.
+"""The experts' SwiGLU over rows sorted by expert, and the weighted sum of each token's rows.
 
-`jax.lax.ragged_dot` on XLA:CPU multiplies every row with every expert, so its cost grows with the
-number of experts; the block loop costs what the tokens cost.
-Letters: T tokens, R rows by expert, D hidden, E experts of this device, F ffn, G = 2F, gate first.
+A block loop for CPU, `ragged_dot` elsewhere. `jax.lax.ragged_dot` on XLA:CPU multiplies every row with
+every expert, so its cost grows with the number of experts; the block loop costs what the tokens cost.
+Letters: T tokens, K top-k slots, R rows by expert, D hidden, E experts of this device, F ffn, G = 2F, gate
+first, B rows of a block.
 """
 
 import jax
 import jax.numpy as jnp
 
-from laep_jax.model.dispatch import BLOCK, Routes, permute, sum_over_slots
+from laep_jax.model.dispatch import BLOCK, Routes, combine, permute, sum_over_slots
 
 
-def _swiglu(x_BD: jax.Array, gate_up_DG: jax.Array, down_FD: jax.Array) -> jax.Array:
-    gate_BF, up_BF = jnp.split(x_BD @ gate_up_DG, 2, axis=-1)
-    return (jax.nn.silu(gate_BF) * up_BF) @ down_FD
+def _gated(both_BG: jax.Array) -> jax.Array:
+    gate_BF, up_BF = jnp.split(both_BG, 2, axis=-1)
+    return jax.nn.silu(gate_BF) * up_BF
 
 
-def experts_by_ragged_dot(x_TD: jax.Array, routes: Routes, gate_up_EDG: jax.Array, down_EFD: jax.Array) -> jax.Array:
-    """[T, D] -> [R, D], every row through its expert; rows past the last expert's are zero.
+def experts_by_ragged_dot(
+    x_TD: jax.Array, weights_TK: jax.Array, routes: Routes, gate_up_EDG: jax.Array, down_EFD: jax.Array
+) -> jax.Array:
+    """[T, D] -> [T, D]: the weighted sum of each token's experts, of those that are here.
 
     TPU kernels leave rows past the sum of the group sizes uninitialised, hence the masks.
     """
     sizes_E = routes.group_sizes_E
     in_use_R1 = jnp.arange(routes.slot_of_row_R.size)[:, None] < jnp.sum(sizes_E)
     both_RG = jax.lax.ragged_dot(permute(x_TD, routes), gate_up_EDG, sizes_E)
-    gate_RF, up_RF = jnp.split(jnp.where(in_use_R1, both_RG, 0), 2, axis=-1)
-    y_RD = jax.lax.ragged_dot(jax.nn.silu(gate_RF) * up_RF, down_EFD, sizes_E)
-    return jnp.where(in_use_R1, y_RD, 0)
+    y_RD = jax.lax.ragged_dot(_gated(jnp.where(in_use_R1, both_RG, 0)), down_EFD, sizes_E)
+    return combine(jnp.where(in_use_R1, y_RD, 0), weights_TK, routes)
 
 
 def _loop(routes: Routes, body, carry):
@@ -48,43 +50,68 @@ def _loop(routes: Routes, body, carry):
     return jax.lax.fori_loop(0, last_E[-1], step, carry)
 
 
-def _block(x_TD: jax.Array, routes: Routes, start: jax.Array) -> jax.Array:
-    slots = jax.lax.dynamic_slice(routes.slot_of_row_R, (start,), (BLOCK,))
-    return x_TD[slots // routes.row_of_slot_TK.shape[1]]
+def _slots(routes: Routes, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice(routes.slot_of_row_R, (start,), (BLOCK,))
 
 
 @jax.custom_vjp
-def experts_by_blocks(x_TD: jax.Array, routes: Routes, gate_up_EDG: jax.Array, down_EFD: jax.Array) -> jax.Array:
-    """[T, D] -> [R, D] as `experts_by_ragged_dot`, but rows past the last expert's are arbitrary.
+def experts_by_blocks(
+    x_TD: jax.Array, weights_TK: jax.Array, routes: Routes, gate_up_EDG: jax.Array, down_EFD: jax.Array
+) -> jax.Array:
+    """As `experts_by_ragged_dot`.
 
     The whole SwiGLU of a block is done while it is in the cache and nothing of its middle is kept:
-    the backward pass computes it again, block by block.
+    the backward pass computes it again, block by block, but for the last product.
     """
+    top_k = weights_TK.shape[1]
 
     def body(expert, start, _, out_RD):
-        y_BD = _swiglu(_block(x_TD, routes, start), gate_up_EDG[expert], down_EFD[expert])
+        x_BD = x_TD[_slots(routes, start) // top_k]
+        y_BD = _gated(x_BD @ gate_up_EDG[expert]) @ down_EFD[expert]
         return jax.lax.dynamic_update_slice(out_RD, y_BD, (start, 0))
 
-    return _loop(routes, body, jnp.zeros((routes.slot_of_row_R.size, x_TD.shape[1]), x_TD.dtype))
+    rows_RD = _loop(routes, body, jnp.zeros((routes.slot_of_row_R.size, x_TD.shape[1]), x_TD.dtype))
+    return combine(rows_RD, weights_TK, routes)
 
 
-def _blocks_backward(residuals, dy_RD: jax.Array):
-    x_TD, routes, gate_up_EDG, down_EFD = residuals
+def _blocks_backward(residuals, dy_TD: jax.Array):
+    x_TD, weights_TK, routes, gate_up_EDG, down_EFD = residuals
 
     def body(expert, start, rows_in_use, carry):
-        dx_RD, dgate_up_EDG, ddown_EFD = carry
-        _, backward = jax.vjp(_swiglu, _block(x_TD, routes, start), gate_up_EDG[expert], down_EFD[expert])
-        dy_BD = jax.lax.dynamic_slice(dy_RD, (start, 0), (BLOCK, dy_RD.shape[1]))
-        dx_BD, dgate_up_DG, ddown_FD = backward(jnp.where(jnp.arange(BLOCK)[:, None] < rows_in_use, dy_BD, 0))
+        dx_RD, dweights_R, dgate_up_EDG, ddown_EFD = carry
+        slots_B = _slots(routes, start)
+        tokens_B = slots_B // weights_TK.shape[1]
+        weights_B1 = weights_TK.reshape(-1)[slots_B][:, None].astype(x_TD.dtype)
+        x_BD = x_TD[tokens_B]
+        dy_BD = jnp.where(jnp.arange(BLOCK)[:, None] < rows_in_use, dy_TD[tokens_B], 0)
+        hidden_BF, of_both = jax.vjp(_gated, x_BD @ gate_up_EDG[expert])
+        dhidden_BF = dy_BD @ down_EFD[expert].T  # of the row before its weight
+        [dboth_BG] = of_both(dhidden_BF * weights_B1)
+        dweights_B = jnp.sum(hidden_BF * dhidden_BF, axis=1, dtype=jnp.float32)
         return (
-            jax.lax.dynamic_update_slice(dx_RD, dx_BD, (start, 0)),
-            dgate_up_EDG.at[expert].add(dgate_up_DG),
-            ddown_EFD.at[expert].add(ddown_FD),
+            jax.lax.dynamic_update_slice(dx_RD, dboth_BG @ gate_up_EDG[expert].T, (start, 0)),
+            jax.lax.dynamic_update_slice(dweights_R, dweights_B, (start,)),
+            dgate_up_EDG.at[expert].add(x_BD.T @ dboth_BG),
+            ddown_EFD.at[expert].add(hidden_BF.T @ (dy_BD * weights_B1)),
         )
 
-    zeros = (jnp.zeros_like(dy_RD), jnp.zeros(gate_up_EDG.shape, jnp.float32), jnp.zeros(down_EFD.shape, jnp.float32))
-    dx_RD, dgate_up_EDG, ddown_EFD = _loop(routes, body, zeros)
-    return sum_over_slots(dx_RD, routes), None, dgate_up_EDG.astype(gate_up_EDG.dtype), ddown_EFD.astype(down_EFD.dtype)
+    num_rows, hidden_size = routes.slot_of_row_R.size, x_TD.shape[1]
+    zeros = (
+        jnp.zeros((num_rows, hidden_size), x_TD.dtype),
+        jnp.zeros((num_rows,), jnp.float32),
+        jnp.zeros(gate_up_EDG.shape, jnp.float32),
+        jnp.zeros(down_EFD.shape, jnp.float32),
+    )
+    dx_RD, dweights_R, dgate_up_EDG, ddown_EFD = _loop(routes, body, zeros)
+    row_TK = routes.row_of_slot_TK
+    dweights_TK = jnp.where(row_TK >= 0, dweights_R[jnp.maximum(row_TK, 0)], 0).astype(weights_TK.dtype)
+    return (
+        sum_over_slots(dx_RD, routes),
+        dweights_TK,
+        None,
+        dgate_up_EDG.astype(gate_up_EDG.dtype),
+        ddown_EFD.astype(down_EFD.dtype),
+    )
 
 
 experts_by_blocks.defvjp(lambda *args: (experts_by_blocks(*args), args), _blocks_backward)

@@ -66,7 +66,7 @@ class MoE(nnx.Module):
         y_BSD, sums = jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(rows, rows, whole, whole, gate_up_spec, down_spec),
+            in_specs=(rows, rows, whole, whole, _with_idle_axes(gate_up_spec, mesh), _with_idle_axes(down_spec, mesh)),
             out_specs=(rows, rows),
             check_vma=False,  # the loops with custom_vjp inside mix values that vary over different axes
         )(x_BSD, valid_BS, self.router_DE[...], bias_E, gate_up_EDG, down_EFD)
@@ -76,11 +76,21 @@ class MoE(nnx.Module):
         return y_BSD, MoEAux(tokens_per_expert_E, losses)
 
 
+def _with_idle_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """The same sharding with mesh axes of size 1 named in the first dimension.
+
+    shard_map adds gradients up over axes that a spec does not name; XLA:CPU copies what it adds up on one device.
+    """
+    idle = tuple(axis for axis, size in mesh.shape.items() if size == 1 and axis not in spec)
+    first = (spec[0],) if spec[0] else ()
+    return PartitionSpec((*idle, *first), *spec[1:])
+
+
 def _gather_fsdp(weight: jax.Array, spec: PartitionSpec, dtype) -> jax.Array:
     """This device's experts, whole along fsdp, in the compute dtype (cast first: fewer bytes travel)."""
     weight = weight.astype(dtype)
     for axis, name in enumerate(spec):
-        if name == "fsdp":
+        if name == "fsdp" and jax.lax.axis_size(name) > 1:  # XLA:CPU copies what it gathers from one device
             weight = jax.lax.all_gather(weight, "fsdp", axis=axis, tiled=True)
     return weight
 
