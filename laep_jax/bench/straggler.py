@@ -35,24 +35,25 @@ from laep_jax.launch import launch
 
 EXPERT_PARALLEL = (8, 16, 32, 64)  # rank by rank
 EXPERTS_PER_DEVICE = 8  # of connected processes: the paper's 64 experts at EP 8
+HIDDEN, FFN = 4608, 16384  # of the 1515B model
 PAPER = {"base": 62.14, "pruned": 82.25, "rearranged": 92.60, "uniform": 84.74}  # Table 5, TFLOPS of the whole step
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much is computed. num_tokens: of a process where they are connected, of all ranks where they are not."""
+    """How much is computed. rows_per_expert: in the mean of a step; the last of an expert's blocks of 128 is padded."""
 
     hidden: int
     ffn: int
-    num_tokens: int
+    rows_per_expert: int
     num_layers: int
     repetitions: int
 
 
-CONNECTED = Scale(hidden=128, ffn=2048, num_tokens=2048, num_layers=6, repetitions=5)
-ALONE = Scale(hidden=128, ffn=256, num_tokens=16384, num_layers=12, repetitions=3)
-SHORT_CONNECTED = Scale(hidden=128, ffn=2048, num_tokens=1024, num_layers=4, repetitions=3)
-SHORT_ALONE = Scale(hidden=64, ffn=128, num_tokens=8192, num_layers=6, repetitions=2)
+CONNECTED = Scale(hidden=128, ffn=2048, rows_per_expert=1024, num_layers=6, repetitions=5)
+ALONE = Scale(hidden=128, ffn=256, rows_per_expert=512, num_layers=12, repetitions=3)
+SHORT_CONNECTED = Scale(hidden=128, ffn=2048, rows_per_expert=256, num_layers=4, repetitions=3)
+SHORT_ALONE = Scale(hidden=64, ffn=128, rows_per_expert=256, num_layers=6, repetitions=2)
 
 
 def run(arguments: Sequence[str]) -> dict:
@@ -90,11 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _replays(recorded_LE: np.ndarray | None, num_experts: int, degrees: Sequence[int], scale: Scale, num_tokens: int):
+def _replays(recorded_LE: np.ndarray | None, num_experts: int, degrees: Sequence[int], scale: Scale) -> list[Replay]:
     """One routing and its plan for every expert-parallel degree, of a sample of the layers."""
     rng = np.random.default_rng(0)
     loads_LE = replay.synthetic_loads(num_experts, rng) if recorded_LE is None else recorded_LE
     layers = replay.sample_layers(len(loads_LE), scale.num_layers)
+    num_tokens = scale.rows_per_expert * num_experts // replay.TOP_K
     logits_LTE = replay.draw_logits(loads_LE[layers], num_tokens, rng)
     alpha = replay.alpha_of_layers(len(loads_LE), layers)
     return [replay.make_replay(logits_LTE, alpha, degree) for degree in degrees]
@@ -103,7 +105,7 @@ def _replays(recorded_LE: np.ndarray | None, num_experts: int, degrees: Sequence
 def connected(recorded_LE: np.ndarray | None, num_processes: int, scale: Scale) -> dict:
     """Seconds of a step at EP = `num_processes`: `measured`, `elapsed`, `fixed`; `predicted` and `error`."""
     num_experts = EXPERTS_PER_DEVICE * num_processes if recorded_LE is None else recorded_LE.shape[1]
-    [routing] = _replays(recorded_LE, num_experts, [num_processes], scale, scale.num_tokens * num_processes)
+    [routing] = _replays(recorded_LE, num_experts, [num_processes], scale)
     slots = replay.routes(routing)
     task = {
         # the last variant routes nobody: what is left does not depend on the routing
@@ -117,7 +119,7 @@ def connected(recorded_LE: np.ndarray | None, num_processes: int, scale: Scale) 
     measured = dict(zip(slots, measured_V, strict=True))
     predicted = to_base(replay.largest_loads(routing))
     return {
-        "connected": _setting(routing, scale),
+        "connected": _setting(recorded_LE, routing, scale),
         "measured": measured,
         "elapsed": dict(zip(slots, elapsed_V.tolist(), strict=False)),
         "fixed": fixed,
@@ -130,7 +132,7 @@ def rank_by_rank(recorded_LE: np.ndarray | None, scale: Scale) -> dict:
     """By EP and variant: seconds of a step, throughput relative to `base`, and the plan's prediction of it."""
     num_experts = 64 if recorded_LE is None else recorded_LE.shape[1]
     degrees = [degree for degree in EXPERT_PARALLEL if num_experts % degree == 0]
-    routings = _replays(recorded_LE, num_experts, degrees, scale, scale.num_tokens)
+    routings = _replays(recorded_LE, num_experts, degrees, scale)
     sizes = [replay.group_sizes(routing) for routing in routings]
     # equal ranks are timed once
     ranks_XS = [np.unique(np.concatenate([*map(np.concatenate, by_variant.values())]), axis=0) for by_variant in sizes]
@@ -143,7 +145,7 @@ def rank_by_rank(recorded_LE: np.ndarray | None, scale: Scale) -> dict:
         str(routing.num_devices): _rank_figures(routing, by_variant, cpu_of_rank)
         for routing, by_variant in zip(routings, sizes, strict=True)
     }
-    return {"alone": _setting(routings[0], scale), "rank_by_rank": figures}
+    return {"alone": _setting(recorded_LE, routings[0], scale), "rank_by_rank": figures}
 
 
 def _rank_figures(
@@ -179,8 +181,10 @@ def _measure(kind: str, num_processes: int, scale: Scale, task: Mapping[str, Any
         return np.stack([np.load(Path(folder) / f"seconds_{index}.npy") for index in range(num_processes)])
 
 
-def _setting(routing: Replay, scale: Scale) -> dict:
+def _setting(recorded_LE: np.ndarray | None, routing: Replay, scale: Scale) -> dict:
     return dataclasses.asdict(scale) | {
+        "layers_of_model": replay.NUM_LAYERS if recorded_LE is None else len(recorded_LE),
+        "times_smaller_row": HIDDEN * FFN / (scale.hidden * scale.ffn),  # in FLOPs
         "num_tokens": routing.ids_LTK.shape[1],
         "num_layers": len(routing.ids_LTK),
         "num_devices": routing.num_devices,
@@ -191,8 +195,9 @@ def _setting(routing: Replay, scale: Scale) -> dict:
 
 def _says(setting: Mapping) -> str:
     return (
-        f"{setting['num_layers']} layers of {setting['num_experts']} experts, hidden {setting['hidden']}, ffn "
-        f"{setting['ffn']}; {setting['num_tokens']:,} tokens a step, top {replay.TOP_K}"
+        f"{setting['num_layers']} of {setting['layers_of_model']} layers, {setting['num_experts']} experts, top "
+        f"{replay.TOP_K}, {setting['num_tokens']:,} tokens a step;\nhidden {setting['hidden']}, ffn {setting['ffn']}: "
+        f"a row costs 1/{setting['times_smaller_row']:,.0f} of the 1515B model's FLOPs"
     )
 
 

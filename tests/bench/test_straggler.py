@@ -150,6 +150,8 @@ def test_recorded_counts_are_sampled_by_layer(tmp_path):
     np.save(tmp_path / "counts.npy", counts_NLE)
     loads_LE = straggler._recorded(tmp_path / "counts.npy")
     assert loads_LE[1].tolist() == [2, 2, 2, 2, 2, 2000, 2, 2]
-    [routing] = straggler._replays(loads_LE, 8, [2], straggler.SHORT_ALONE, 100)
+    [routing] = straggler._replays(
+        loads_LE, 8, [2], straggler.Scale(1, 1, rows_per_expert=25, num_layers=3, repetitions=1)
+    )
     assert routing.tokens_LE.argmax(axis=1)[1] == 5
     assert routing.tokens_LE[1, 5] == pytest.approx(100, abs=10)  # of every token's two, one
