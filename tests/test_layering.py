@@ -15,6 +15,7 @@ ORDER = [
     {"model", "data"},
     {"training"},
     {"preflight"},
+    {"bench"},
     {"__main__"},
 ]
 TRAINING_ORDER = [
