@@ -38,6 +38,6 @@ def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 def explain(error: BaseException) -> int:
     """Prints the line of a `UserError` or of Ctrl-C; returns its exit code."""
     interrupted = isinstance(error, KeyboardInterrupt)
-    text = "interrupted; the same command goes on from the newest checkpoint" if interrupted else f"error: {error}"
+    text = "interrupted; a run started again goes on from its newest checkpoint" if interrupted else f"error: {error}"
     print(text, file=sys.stderr)
     return 130 if interrupted else 2

@@ -107,9 +107,9 @@ def alone(task: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def rank_alone(sizes_S: jax.Array, x_RD: jax.Array, gate_up_SDG: jax.Array, down_SFD: jax.Array):
     """The experts' result and all gradients of it, for rows that lie by expert."""
-    routes = arrival_routes(sizes_S[None], x_RD.shape[0])
+    routes, weights_R1 = arrival_routes(sizes_S[None], x_RD.shape[0]), jnp.ones((x_RD.shape[0], 1))
     return with_gradients(
-        lambda x_RD, *matrices: experts_by_blocks(x_RD, routes, *matrices), x_RD, gate_up_SDG, down_SFD
+        lambda x_RD, *matrices: experts_by_blocks(x_RD, weights_R1, routes, *matrices), x_RD, gate_up_SDG, down_SFD
     )
 
 
