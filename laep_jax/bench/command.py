@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from laep_jax.errors import UserError
 
 BENCHES = {
+    "moe": ("laep_jax.bench.moe", "the expert block against a dense SwiGLU on as many rows"),
+    "plan": ("laep_jax.bench.plan", "the time of a plan, and its placement against EPLB and the lower bound"),
     "straggler": (
         "laep_jax.bench.straggler",
         "waiting for the fullest device, before LAEP and after, against the plan",

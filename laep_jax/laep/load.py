@@ -47,7 +47,7 @@ def _layer_counts(tokens_NE: np.ndarray, layer: int) -> np.ndarray:
     _require_all(tokens_NE >= 0, tokens_NE, layer, "must not be negative")
     with np.errstate(over="ignore"):
         total = float(tokens_NE.sum(dtype=np.float64))
-    require(total < 2**62, f"sum of {name}", total, "must be below 2**62")
+    require(total < 2**48, f"sum of {name}", total, "must be below 2**48")
     return tokens_NE.astype(np.int64)
 
 

@@ -109,8 +109,11 @@ def eligible_experts(tokens: np.ndarray, alpha: float, beta: float, inequality: 
     >>> eligible_experts(np.array([40, 1, 30, 2, 27]), alpha=0.4, beta=0.1, inequality="le").tolist()
     [False, True, False, True, False]
     """
-    order = np.argsort(tokens, axis=-1, kind="stable")
-    loads = np.take_along_axis(tokens, order, axis=-1)
+    bits = (tokens.shape[-1] - 1).bit_length()
+    assert tokens.max() < 2 ** (62 - bits), tokens.max()
+    # load and expert in one number: NumPy sorts those several times faster than it sorts indices by load
+    ascending = np.sort(tokens.astype(np.int64) << bits | np.arange(tokens.shape[-1]), axis=-1)
+    loads, order = ascending >> bits, ascending & (2**bits - 1)
     total = tokens.sum(axis=-1, keepdims=True)
     fits = loads.cumsum(axis=-1) <= _most_allowed(total, _exact(beta), inequality)
     if not math.isinf(alpha):
