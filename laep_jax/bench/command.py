@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from laep_jax.errors import UserError
 
 BENCHES = {
+    "memory": ("laep_jax.bench.memory", "temporaries of the step by the size of its receive buffer, before and after"),
     "moe": ("laep_jax.bench.moe", "the expert block against a dense SwiGLU on as many rows"),
     "plan": ("laep_jax.bench.plan", "the time of a plan, and its placement against EPLB and the lower bound"),
     "straggler": (

@@ -99,7 +99,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
 def layer_form(num_experts: int, devices: int, grouped_matmul: str, loads: dict[str, float]) -> Form:
     """The layer's gradients with respect to parameters and tokens; adds its routing to `loads`."""
     config = dataclasses.replace(MODEL, num_experts=num_experts, grouped_matmul=grouped_matmul)
-    mesh = make_mesh(MeshConfig(fsdp=1, expert=devices))
+    mesh = make_mesh(MeshConfig(fsdp=1, expert=devices), jax.devices()[:devices])
     graph, parameters = nnx.split(MoE(config, num_experts, AuxLossConfig(), rngs=nnx.Rngs(params=0)))
     params = nnx.to_pure_dict(parameters)
     params["router_DE"] = normal(1, config.hidden_size, num_experts) / config.hidden_size**0.5

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from laep_jax.model.dispatch import BLOCK, Routes, combine, permute, sum_over_slots
 
+REST_BLOCK = 32  # rows, for what BLOCK leaves over
+
 
 def _gated(both_BG: jax.Array) -> jax.Array:
     gate_BF, up_BF = jnp.split(both_BG, 2, axis=-1)
@@ -32,26 +34,30 @@ def experts_by_ragged_dot(
 
 
 def _loop(routes: Routes, body, carry):
-    """Calls `carry = body(expert, start, rows in use, carry)` for each block of rows in use.
+    """Calls `carry = body(block, expert, start, rows in use, carry)` for blocks that cover all rows in use.
 
-    Each expert's blocks begin at its own first row. The surplus rows of its last block are computed
-    with the wrong expert and written, then written again by the next expert's first block.
+    Each expert's rows are blocks of BLOCK, but for its first ones, which are what these leave over, in
+    blocks of REST_BLOCK. The last of the latter may be longer than what is left: its surplus rows are computed
+    with the wrong expert and written, and written again by whom they belong to, whose turn is later.
     """
     sizes_E = routes.group_sizes_E
-    end_E = jnp.cumsum(sizes_E)
-    blocks_E = (sizes_E + BLOCK - 1) // BLOCK
-    last_E = jnp.cumsum(blocks_E)
+    first_E = jnp.cumsum(sizes_E) - sizes_E
+    rest_E = sizes_E % BLOCK
+    for block, rows_E, begin_E in ((REST_BLOCK, rest_E, first_E), (BLOCK, sizes_E - rest_E, first_E + rest_E)):
+        blocks_E = (rows_E + block - 1) // block
+        last_E = jnp.cumsum(blocks_E)
 
-    def step(i, carry):
-        expert = jnp.searchsorted(last_E, i, side="right")
-        start = end_E[expert] - sizes_E[expert] + (i - last_E[expert] + blocks_E[expert]) * BLOCK
-        return body(expert, start, end_E[expert] - start, carry)
+        def step(i, carry, block=block, rows_E=rows_E, begin_E=begin_E, blocks_E=blocks_E, last_E=last_E):
+            expert = jnp.searchsorted(last_E, i, side="right")
+            done = (i - last_E[expert] + blocks_E[expert]) * block
+            return body(block, expert, begin_E[expert] + done, rows_E[expert] - done, carry)
 
-    return jax.lax.fori_loop(0, last_E[-1], step, carry)
+        carry = jax.lax.fori_loop(0, last_E[-1], step, carry)
+    return carry
 
 
-def _slots(routes: Routes, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_slice(routes.slot_of_row_R, (start,), (BLOCK,))
+def _slots(routes: Routes, start: jax.Array, block: int) -> jax.Array:
+    return jax.lax.dynamic_slice(routes.slot_of_row_R, (start,), (block,))
 
 
 @jax.custom_vjp
@@ -65,8 +71,8 @@ def experts_by_blocks(
     """
     top_k = weights_TK.shape[1]
 
-    def body(expert, start, _, out_RD):
-        x_BD = x_TD[_slots(routes, start) // top_k]
+    def body(block, expert, start, _, out_RD):
+        x_BD = x_TD[_slots(routes, start, block) // top_k]
         y_BD = _gated(x_BD @ gate_up_EDG[expert]) @ down_EFD[expert]
         return jax.lax.dynamic_update_slice(out_RD, y_BD, (start, 0))
 
@@ -77,13 +83,13 @@ def experts_by_blocks(
 def _blocks_backward(residuals, dy_TD: jax.Array):
     x_TD, weights_TK, routes, gate_up_EDG, down_EFD = residuals
 
-    def body(expert, start, rows_in_use, carry):
+    def body(block, expert, start, rows_in_use, carry):
         dx_RD, dweights_R, dgate_up_EDG, ddown_EFD = carry
-        slots_B = _slots(routes, start)
+        slots_B = _slots(routes, start, block)
         tokens_B = slots_B // weights_TK.shape[1]
         weights_B1 = weights_TK.reshape(-1)[slots_B][:, None].astype(x_TD.dtype)
         x_BD = x_TD[tokens_B]
-        dy_BD = jnp.where(jnp.arange(BLOCK)[:, None] < rows_in_use, dy_TD[tokens_B], 0)
+        dy_BD = jnp.where(jnp.arange(block)[:, None] < rows_in_use, dy_TD[tokens_B], 0)
         hidden_BF, of_both = jax.vjp(_gated, x_BD @ gate_up_EDG[expert])
         dhidden_BF = dy_BD @ down_EFD[expert].T  # of the row before its weight
         [dboth_BG] = of_both(dhidden_BF * weights_B1)
