@@ -4,6 +4,7 @@ python -m laep_jax plan --counts counts.npz --expert-parallel 8 --top-k 2 --alph
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ from laep_jax.laep.load import FIELD
 from laep_jax.laep.placement import METHODS
 from laep_jax.laep.plan import make_plan
 from laep_jax.laep.pruning import ESTIMATORS, INEQUALITIES, ROUNDINGS
+from laep_jax.laep.runs import cost_of_merging
 
 
 def main(argv: list[str]) -> int:
     """Reads counts, prints the plan as a table, writes it as JSON. `UserError` on bad counts or settings."""
     args = _parser().parse_args(argv)
-    plan = make_plan(
+    make = functools.partial(
+        make_plan,
         read_counts(args.counts),
         expert_parallel=args.expert_parallel,
         top_k=args.top_k,
@@ -29,9 +32,11 @@ def main(argv: list[str]) -> int:
         inequality=args.inequality,
         rounding=args.rounding,
         placement=args.placement,
-        max_runs=args.max_runs,
     )
+    plan = make(max_runs=args.max_runs)
     print(plan.table())
+    if args.max_runs:
+        print(cost_of_merging(make().num_experts_after, plan.num_experts_after))
     if args.out:
         try:
             args.out.write_text(plan.to_json(), encoding="utf-8")

@@ -6,6 +6,7 @@ The model is compiled once for each run of neighbouring layers with equal expert
 Letters: L layers, R runs.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,6 +44,24 @@ def merge_runs(kept: Sequence[int], max_runs: int) -> tuple[int, ...]:
         merged = [max(kept[cut[stop] : stop])] * (stop - cut[stop]) + merged
         stop = cut[stop]
     return tuple(merged)
+
+
+def count_runs(kept: Sequence[int]) -> int:
+    """Runs of neighbouring layers with equal count."""
+    return sum(1 for _ in itertools.groupby(kept))
+
+
+def cost_of_merging(before: Sequence[int], after: Sequence[int]) -> str:
+    """What it took to make fewer runs, for people.
+
+    >>> cost_of_merging((24, 16, 24), (24, 24, 24))
+    '3 runs of equal layers became 1; 8 experts more (+12.5%)'
+    """
+    more = sum(after) - sum(before)
+    return (
+        f"{count_runs(before)} runs of equal layers became {count_runs(after)}; "
+        f"{more:,} experts more ({more / sum(before):+.1%})"
+    )
 
 
 def restore(choices: Sequence[Pruning], totals: Sequence[np.ndarray], max_runs: int) -> list[Pruning]:

@@ -9,7 +9,7 @@ from laep_jax.chips import GIB, Chip
 from laep_jax.config import Config
 from laep_jax.errors import require
 from laep_jax.laep.command import read_counts
-from laep_jax.laep.runs import merge_runs
+from laep_jax.laep.runs import cost_of_merging, merge_runs
 from laep_jax.model.accounting import model_size
 from laep_jax.preflight.compiling import Program, compile_cut, compile_step, topology_devices
 from laep_jax.preflight.estimate import Estimate, estimate, state_by_leaf
@@ -121,12 +121,10 @@ def _with_max_runs(config: Config) -> tuple[Model, str]:
 
 
 def _cost_of_merging(config: Config, merged: Config) -> str:
-    (before, old), (after, new) = (
-        (model_size(c.model, sequence_length=1).total, sum(c.model.experts_per_layer)) for c in (config, merged)
-    )
+    before, after = (model_size(c.model, sequence_length=1).total for c in (config, merged))
+    cost = cost_of_merging(config.model.experts_per_layer, merged.model.experts_per_layer)
     return (
-        f"LaepConfig.max_runs={config.laep.max_runs}: {len(config.model.runs)} runs of equal layers became "
-        f"{len(merged.model.runs)}; {new - old:,} experts more, "
+        f"LaepConfig.max_runs={config.laep.max_runs}: {cost}, "
         f"parameters {before / 1e9:,.3f} B to {after / 1e9:,.3f} B ({after / before - 1:+.1%})"
     )
 
