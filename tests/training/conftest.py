@@ -60,7 +60,7 @@ class States:
 
     @staticmethod
     def mesh(data: int = 1, fsdp: int = 2, expert: int = 4):
-        return make_mesh(MeshConfig(data, fsdp, expert))
+        return make_mesh(MeshConfig(data, fsdp, expert), jax.devices()[: data * fsdp * expert])
 
     @staticmethod
     def abstract(num_experts: tuple[int, ...], mesh) -> State:
