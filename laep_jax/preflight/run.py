@@ -13,10 +13,13 @@ from laep_jax.laep.runs import cost_of_merging, merge_runs
 from laep_jax.model.accounting import model_size
 from laep_jax.preflight.compiling import Program, compile_cut, compile_step, topology_devices
 from laep_jax.preflight.estimate import Estimate, estimate, state_by_leaf
+from laep_jax.preflight.hlo import BETWEEN_SLICES
 from laep_jax.sharding import make_mesh
 from laep_jax.training.controller import configured_plan, imbalance, with_receive_buffer
 from laep_jax.training.executable import save_step
 from laep_jax.training.surgery import Kept, cut_config
+
+LABELS = {BETWEEN_SLICES: "between slices"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +191,7 @@ def _step_lines(title: str, step: Estimate) -> list[str]:
         f"  device load          largest {step.straggler:.3f} of the mean, mean over layers",
         f"  at least, seconds    {seconds}: bound by {bound}",
         *(
-            f"  {kind:<20} {one.count:>6,} a step, {one.num_bytes / 1e9:>8.2f} GB of results, "
+            f"  {LABELS.get(kind, kind):<20} {one.count:>6,} a step, {one.num_bytes / 1e9:>8.2f} GB of results, "
             f"{one.link_bytes / 1e9:>8.2f} GB received"
             for kind, one in step.collectives.items()
         ),

@@ -67,7 +67,7 @@ def test_two_slices_merged_runs_and_the_executable(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "2 slices v5e:2x2: 8 chips" in result.stdout
     assert "max_runs=1: 2 runs of equal layers became 1; 4 experts more (+33.3%), parameters" in result.stdout
-    assert "\n  send  " in result.stdout  # gradients between the slices
+    assert "\n  between slices  " in result.stdout  # gradients
     made_for = json.loads((tmp_path / "step").read_bytes().partition(b"\n")[0])
     assert made_for["devices"] == "8 TPU v5 lite"
     assert made_for["model.num_experts"] == [8, 8]
