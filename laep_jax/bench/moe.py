@@ -55,9 +55,8 @@ def _in_process(devices: int, repetitions: int) -> dict:
 
 def table(result: dict) -> str:
     """The figures for people."""
-    model = MODEL
     lines = [
-        f"{TOKENS:,} tokens, hidden {model.hidden_size}, ffn {model.ffn_size}, top {model.top_k}; forward and backward",
+        f"{TOKENS:,} tokens, hidden {MODEL.hidden_size}, ffn {MODEL.ffn_size}, top {MODEL.top_k}; forward and backward",
         "largest over mean load: " + ", ".join(f"{name} {load:.1f}" for name, load in result["loads"].items()),
         f"{'':<24}{'GFLOP/s':>9}{'of dense':>10}",
     ]

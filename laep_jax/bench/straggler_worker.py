@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from laep_jax import hosts
-from laep_jax.model.dispatch import AXIS, arrival_routes, ragged_dispatch
+from laep_jax.model.dispatch import AXIS, Tokens, arrival_routes, ragged_dispatch
 from laep_jax.model.experts import experts_by_blocks
 
 SPLIT = PartitionSpec(AXIS)
@@ -77,7 +77,7 @@ def connected_layer(mesh: Mesh, num_experts: int, num_rows: int) -> Callable:
 
         def forward(x_TD, *matrices):
             experts = (matrices, experts_by_blocks, num_experts)
-            return ragged_dispatch(x_TD, slots_TK, weights_TK, *experts, on_cpu=True, num_rows=num_rows)
+            return ragged_dispatch(Tokens(x_TD, slots_TK, weights_TK), *experts, on_cpu=True, num_rows=num_rows)
 
         return with_gradients(forward, x_TD, gate_up_SDG, down_SFD)
 

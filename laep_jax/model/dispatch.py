@@ -42,6 +42,14 @@ class Routes(NamedTuple):
     group_sizes_E: jax.Array
 
 
+class Tokens(NamedTuple):
+    """`x_TD`: this device's tokens. `ids_TK`: their experts, the number of experts for none. `weights_TK`: float32."""
+
+    x_TD: jax.Array
+    ids_TK: jax.Array
+    weights_TK: jax.Array
+
+
 Matrices = tuple[jax.Array, ...]  # of this device's experts
 Experts = Callable[..., jax.Array]  # (x_TD, weights_TK, routes, *matrices) -> y_TD
 
@@ -144,13 +152,15 @@ combine.defvjp(
 )
 
 
-def all_gather_dispatch(
-    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, matrices: Matrices, experts: Experts, num_experts: int
-) -> jax.Array:
+def gather(x: jax.Array, axis_name: str, axis: int = 0) -> jax.Array:
+    """`jax.lax.all_gather`, tiled; XLA:CPU would copy what it gathers from one device."""
+    return x if jax.lax.axis_size(axis_name) == 1 else jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
+
+
+def all_gather_dispatch(tokens: Tokens, matrices: Matrices, experts: Experts, num_experts: int) -> jax.Array:
     """Applies each token's experts.
 
     Args:
-      x_TD: this device's tokens. ids_TK: their experts, `num_experts` for none. weights_TK: float32.
       experts: adds up, for each token of a buffer, this device's experts, given as `matrices`.
       num_experts: of the layer, over all devices of the expert axis.
 
@@ -160,29 +170,21 @@ def all_gather_dispatch(
     devices = jax.lax.axis_size(AXIS)
     local_experts = num_experts // devices
     first = jax.lax.axis_index(AXIS) * local_experts
-    alone = devices == 1  # XLA:CPU copies what it gathers from one device
-    gather = (lambda x: x) if alone else functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
-    routes = make_routes(gather(ids_TK) - first, local_experts)
-    y_TD = experts(checkpoint_name(gather(x_TD), DISPATCH_NAMES[1]), gather(weights_TK), routes, *matrices)
-    return y_TD if alone else jax.lax.psum_scatter(y_TD, AXIS, scatter_dimension=0, tiled=True)
+    x_TD, ids_TK, weights_TK = (gather(array, AXIS) for array in tokens)
+    routes = make_routes(ids_TK - first, local_experts)
+    y_TD = experts(checkpoint_name(x_TD, DISPATCH_NAMES[1]), weights_TK, routes, *matrices)
+    return y_TD if devices == 1 else jax.lax.psum_scatter(y_TD, AXIS, scatter_dimension=0, tiled=True)
 
 
 def ragged_dispatch(
-    x_TD: jax.Array,
-    ids_TK: jax.Array,
-    weights_TK: jax.Array,
-    matrices: Matrices,
-    experts: Experts,
-    num_experts: int,
-    *,
-    on_cpu: bool,
-    num_rows: int | None = None,
+    tokens: Tokens, matrices: Matrices, experts: Experts, num_experts: int, *, on_cpu: bool, num_rows: int | None = None
 ) -> jax.Array:
     """As `all_gather_dispatch`.
 
     on_cpu: whether XLA compiles for CPU. num_rows: of the receive buffer, at least what any device of the
     group receives; by default the worst case, all rows of the group that can come here.
     """
+    x_TD, ids_TK, weights_TK = tokens
     devices = jax.lax.axis_size(AXIS)
     local_experts = num_experts // devices
     num_tokens, top_k = ids_TK.shape
@@ -200,15 +202,7 @@ def ragged_dispatch(
 
 
 def bounded_dispatch(
-    x_TD: jax.Array,
-    ids_TK: jax.Array,
-    weights_TK: jax.Array,
-    matrices: Matrices,
-    experts: Experts,
-    num_experts: int,
-    *,
-    on_cpu: bool,
-    receive_buffer: float,
+    tokens: Tokens, matrices: Matrices, experts: Experts, num_experts: int, *, on_cpu: bool, receive_buffer: float
 ) -> jax.Array:
     """`ragged_dispatch` with room for `receive_buffer` times the rows that equal loads would bring.
 
@@ -216,21 +210,22 @@ def bounded_dispatch(
     parts so small that even the worst case of one fits. Nothing is dropped and nothing larger is allocated; the
     backward pass takes the same way and computes it again.
     """
+    x_TD, ids_TK, weights_TK = tokens
     num_tokens, top_k = ids_TK.shape
     devices = jax.lax.axis_size(AXIS)
     sizes_E = jnp.sum(jax.nn.one_hot(ids_TK.reshape(-1), num_experts, dtype=jnp.int32), axis=0, dtype=jnp.int32)
     received_P = jnp.sum(jax.lax.psum(sizes_E, AXIS).reshape(devices, -1), axis=1)
-    num_rows = _round_up(int(receive_buffer * num_tokens * top_k), BLOCK)
+    num_rows = -(-int(receive_buffer * num_tokens * top_k) // BLOCK) * BLOCK
     fits = jax.lax.pmax(jnp.max(received_P), WITHIN_REPLICA) <= num_rows
     send = functools.partial(ragged_dispatch, experts=experts, num_experts=num_experts, on_cpu=on_cpu)
 
     def at_once(ids_TK, x_TD, weights_TK, matrices):
-        return send(x_TD, ids_TK, weights_TK, matrices, num_rows=num_rows)
+        return send(Tokens(x_TD, ids_TK, weights_TK), matrices, num_rows=num_rows)
 
     def in_parts(ids_TK, x_TD, weights_TK, matrices):
         parts = next(n for n in range(devices, num_tokens + 1) if num_tokens % n == 0)
-        split = [x.reshape(parts, -1, x.shape[-1]) for x in (x_TD, ids_TK, weights_TK)]
-        part = jax.checkpoint(lambda x: send(x[0], x[1], x[2], matrices))
+        split = Tokens(*(x.reshape(parts, -1, x.shape[-1]) for x in (x_TD, ids_TK, weights_TK)))
+        part = jax.checkpoint(lambda tokens: send(tokens, matrices))
         return jax.lax.map(part, split).reshape(x_TD.shape)
 
     return _either(at_once, in_parts, fits, ids_TK, x_TD, weights_TK, matrices)
@@ -258,10 +253,6 @@ _either.defvjp(
     lambda one, other, first, ids, *operands: (_either(one, other, first, ids, *operands), (first, ids, operands)),
     _either_backward,
 )
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _exclusive_cumsum(sizes: jax.Array, axis: int) -> jax.Array:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from laep_jax.config import BATCH_AXES, AuxLossConfig, ModelConfig
-from laep_jax.model.dispatch import all_gather_dispatch, bounded_dispatch, ragged_dispatch
+from laep_jax.model.dispatch import Tokens, all_gather_dispatch, bounded_dispatch, gather, ragged_dispatch
 from laep_jax.model.experts import experts_by_blocks, experts_by_ragged_dot
 from laep_jax.model.router import balance_losses, balance_sums, count_tokens, route
 from laep_jax.sharding import leaf_spec, platform
@@ -90,8 +90,8 @@ def _gather_fsdp(weight: jax.Array, spec: PartitionSpec, dtype) -> jax.Array:
     """This device's experts, whole along fsdp, in the compute dtype (cast first: fewer bytes travel)."""
     weight = weight.astype(dtype)
     for axis, name in enumerate(spec):
-        if name == "fsdp" and jax.lax.axis_size(name) > 1:  # XLA:CPU copies what it gathers from one device
-            weight = jax.lax.all_gather(weight, "fsdp", axis=axis, tiled=True)
+        if name == "fsdp":
+            weight = gather(weight, name, axis)
     return weight
 
 
@@ -120,9 +120,7 @@ def _moe_on_device(
     gate_up_EDG = _gather_fsdp(gate_up_EDG, gate_up_spec, x_BSD.dtype)
     down_EFD = _gather_fsdp(down_EFD, down_spec, x_BSD.dtype)
     y_TD = _dispatch(config, on_cpu)(
-        x_BSD.reshape(-1, x_BSD.shape[-1]),
-        ids_BSK.reshape(-1, config.top_k),
-        weights_BSK.reshape(-1, config.top_k),
+        Tokens(*(array.reshape(-1, array.shape[-1]) for array in (x_BSD, ids_BSK, weights_BSK))),
         (gate_up_EDG, down_EFD),
         grouped,
         num_experts,

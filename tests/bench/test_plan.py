@@ -3,11 +3,12 @@
 import numpy as np
 
 from laep_jax.bench import plan
+from laep_jax.laep.placement import place
 
 
 def test_eplb_gives_the_heaviest_left_to_the_lightest_device_with_room():
     loads_E = np.array([5.0, 9.0, 1.0, 4.0, 2.0, 2.0])  # 9 | 5 | 5 4 | 9 2 | 5 4 2, which is full | 9 2 1
-    assert plan.eplb_packing(loads_E, 2).tolist() == [1, 4, 2, 0, 3, 5]
+    assert place(loads_E, 2, "greedy").tolist() == [1, 4, 2, 0, 3, 5]
 
 
 def test_refined_placement_is_never_worse_than_eplb_and_near_the_bound(monkeypatch):
