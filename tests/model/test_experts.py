@@ -1,0 +1,35 @@
+"""The block loop against `ragged_dot`, with groups of every kind of length, on one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from laep_jax.model.dispatch import BLOCK, make_routes
+from laep_jax.model.experts import REST_BLOCK, experts_by_blocks, experts_by_ragged_dot
+
+SIZES = (
+    (0, 5, BLOCK, 2 * BLOCK + 44, REST_BLOCK, REST_BLOCK - 1, 2 * BLOCK + 1, 0),
+    (BLOCK + REST_BLOCK + 1, BLOCK, 1, 0, 3 * BLOCK, 1),
+)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_blocks_and_ragged_dot_agree_in_values_and_all_gradients(sizes):
+    num_experts, num_tokens, hidden, ffn = len(sizes), sum(sizes) + 7, 8, 16  # 7 tokens go nowhere
+    rng = np.random.default_rng(0)
+    ids_T = np.repeat(np.arange(num_experts + 1), (*sizes, 7))
+    routes = make_routes(jnp.asarray(rng.permutation(ids_T), jnp.int32)[:, None], num_experts)
+    assert routes.group_sizes_E.tolist() == list(sizes)
+    shapes = (num_tokens, hidden), (num_tokens, 1), (num_experts, hidden, 2 * ffn), (num_experts, ffn, hidden)
+    x_TD, weights_TK, *matrices = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    dy_TD = jnp.asarray(rng.standard_normal(x_TD.shape), jnp.float32)
+
+    def with_gradients(experts):
+        y_TD, backward = jax.vjp(lambda x, w, *m: experts(x, w, routes, *m), x_TD, weights_TK, *matrices)
+        return y_TD, *backward(dy_TD)
+
+    names = ("y", "dx", "dweights", "dgate_up", "ddown")
+    pairs = zip(with_gradients(experts_by_blocks), with_gradients(experts_by_ragged_dot), strict=True)
+    for name, (got, want) in zip(names, pairs, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()), err_msg=name)
