@@ -19,19 +19,56 @@ from laep_jax.sharding import platform
 
 LANES = 128  # the kernel wants S and K in multiples of a vector register's lanes
 KERNEL_BLOCK = 512  # queries and keys at once; 512 x 512 float32 scores are 1 MB of VMEM
+CPU_BLOCK, MAX_CPU_BLOCKS = 128, 8  # queries at once, or more: each block is compiled by itself
+ROWS_AT_ONCE = 4  # on CPU, so that the scores stay in the cache
 
 
 def attend(query_BSHK: jax.Array, key_BSHK: jax.Array, value_BSHK: jax.Array, segments_BS: jax.Array, mesh: Mesh):
     """[B, S, H, K]: softmax(q k / sqrt(K)) v over the positions up to one's own with the same segment."""
     _, length, _, size = query_BSHK.shape
-    if platform(mesh) == "tpu" and length % LANES == 0 and size % LANES == 0:
-        rows = PartitionSpec(BATCH_AXES)
-        on_device = jax.shard_map(splash, mesh=mesh, in_specs=(rows, rows, rows, rows), out_specs=rows, check_vma=False)
-        return on_device(query_BSHK, key_BSHK, value_BSHK, segments_BS)
+    if platform(mesh) == "cpu":
+        attend_here = row_by_row
+    elif platform(mesh) == "tpu" and length % LANES == 0 and size % LANES == 0:
+        attend_here = splash
+    else:
+        attend_here = all_at_once
+    rows = PartitionSpec(BATCH_AXES)
+    on_device = jax.shard_map(attend_here, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows, check_vma=False)
+    return on_device(query_BSHK, key_BSHK, value_BSHK, segments_BS)
+
+
+def all_at_once(query_BSHK, key_BSHK, value_BSHK, segments_BS) -> jax.Array:
+    """`attend` of one device's rows by JAX's own function, all scores in one array."""
     same_document_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]
     return jax.nn.dot_product_attention(  # the scale is 1/sqrt(K) by default
         query_BSHK, key_BSHK, value_BSHK, mask=same_document_B1SS, is_causal=True
     )
+
+
+def row_by_row(query_BSHK, key_BSHK, value_BSHK, segments_BS) -> jax.Array:
+    """`attend` of one device's rows on CPU: scores that fit the cache, none of positions to come.
+
+    A block of queries meets the keys up to its own end. The backward pass computes the scores again.
+    """
+    length, size = query_BSHK.shape[1], query_BSHK.shape[3]
+    block = max(CPU_BLOCK, -(-length // MAX_CPU_BLOCKS))
+
+    def one_block(start, query_HSK, key_HSK, value_HSK, segments_S):
+        end = min(start + block, length)
+        scores_HQS = jnp.einsum(
+            "hqk,hsk->hqs", query_HSK[:, start:end], key_HSK[:, :end], preferred_element_type=jnp.float32
+        )
+        seen_QS = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
+        seen_QS &= segments_S[start:end, None] == segments_S[None, :end]
+        shares_HQS = jax.nn.softmax(jnp.where(seen_QS[None], scores_HQS * size**-0.5, -jnp.inf), axis=-1)
+        return jnp.einsum("hqs,hsk->hqk", shares_HQS.astype(value_HSK.dtype), value_HSK[:, :end])
+
+    def one_row(row):
+        return jnp.concatenate([one_block(start, *row) for start in range(0, length, block)], axis=1)
+
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (query_BSHK, key_BSHK, value_BSHK))
+    mixed_BHSK = jax.lax.map(jax.checkpoint(one_row), (*heads_first, segments_BS))
+    return jnp.swapaxes(mixed_BHSK, 1, 2)
 
 
 def splash(query_BSHK, key_BSHK, value_BSHK, segments_BS, *, interpret: bool = False) -> jax.Array:

@@ -33,27 +33,33 @@ def experts_by_ragged_dot(
     return combine(jnp.where(in_use_R1, y_RD, 0), weights_TK, routes)
 
 
-def _loop(routes: Routes, body, carry):
-    """Calls `carry = body(block, expert, start, rows in use, carry)` for blocks that cover all rows in use.
+def _loop(routes: Routes, begin, block_of_rows, end, carry):
+    """Goes through the experts that have rows, in order, and through the rows of each in blocks.
 
-    Each expert's rows are blocks of BLOCK, but for its first ones, which are what these leave over, in
-    blocks of REST_BLOCK. The last of the latter may be longer than what is left: its surplus rows are computed
-    with the wrong expert and written, and written again by whom they belong to, whose turn is later.
+    Calls `matrices, sums = begin(expert)`, for each block `sums, carry = block_of_rows(block, start, rows in use,
+    matrices, sums, carry)`, and `carry = end(expert, sums, carry)`. An expert's rows are blocks of BLOCK, but for
+    its first ones, which are what these leave over, in blocks of REST_BLOCK. The last of the latter may be longer
+    than what is left: its surplus rows are computed with the wrong expert and written, and written again by whom they
+    belong to, whose turn is later.
     """
     sizes_E = routes.group_sizes_E
     first_E = jnp.cumsum(sizes_E) - sizes_E
-    rest_E = sizes_E % BLOCK
-    for block, rows_E, begin_E in ((REST_BLOCK, rest_E, first_E), (BLOCK, sizes_E - rest_E, first_E + rest_E)):
-        blocks_E = (rows_E + block - 1) // block
-        last_E = jnp.cumsum(blocks_E)
+    in_use_first_E = jnp.argsort(sizes_E == 0, stable=True)
 
-        def step(i, carry, block=block, rows_E=rows_E, begin_E=begin_E, blocks_E=blocks_E, last_E=last_E):
-            expert = jnp.searchsorted(last_E, i, side="right")
-            done = (i - last_E[expert] + blocks_E[expert]) * block
-            return body(block, expert, begin_E[expert] + done, rows_E[expert] - done, carry)
+    def one_expert(i, carry):
+        expert = in_use_first_E[i]
+        first, size = first_E[expert], sizes_E[expert]
+        rest = size % BLOCK
+        matrices, sums = begin(expert)
+        for block, start, rows in ((REST_BLOCK, first, rest), (BLOCK, first + rest, size - rest)):
 
-        carry = jax.lax.fori_loop(0, last_E[-1], step, carry)
-    return carry
+            def one_block(j, both, block=block, start=start, rows=rows):
+                return block_of_rows(block, start + j * block, rows - j * block, matrices, *both)
+
+            sums, carry = jax.lax.fori_loop(0, (rows + block - 1) // block, one_block, (sums, carry))
+        return end(expert, sums, carry)
+
+    return jax.lax.fori_loop(0, jnp.sum(sizes_E > 0), one_expert, carry)
 
 
 def _slots(routes: Routes, start: jax.Array, block: int) -> jax.Array:
@@ -71,53 +77,61 @@ def experts_by_blocks(
     """
     top_k = weights_TK.shape[1]
 
-    def body(block, expert, start, _, out_RD):
-        x_BD = x_TD[_slots(routes, start, block) // top_k]
-        y_BD = _gated(x_BD @ gate_up_EDG[expert]) @ down_EFD[expert]
-        return jax.lax.dynamic_update_slice(out_RD, y_BD, (start, 0))
+    def begin(expert):
+        return (gate_up_EDG[expert], down_EFD[expert]), ()
 
-    rows_RD = _loop(routes, body, jnp.zeros((routes.slot_of_row_R.size, x_TD.shape[1]), x_TD.dtype))
+    def block_of_rows(block, start, _, matrices, sums, rows_RD):
+        gate_up_DG, down_FD = matrices
+        x_BD = x_TD[_slots(routes, start, block) // top_k]
+        y_BD = _gated(x_BD @ gate_up_DG) @ down_FD
+        return sums, jax.lax.dynamic_update_slice(rows_RD, y_BD, (start, 0))
+
+    no_rows_RD = jnp.zeros((routes.slot_of_row_R.size, x_TD.shape[1]), x_TD.dtype)
+    rows_RD = _loop(routes, begin, block_of_rows, lambda expert, sums, rows_RD: rows_RD, no_rows_RD)
     return combine(rows_RD, weights_TK, routes)
 
 
 def _blocks_backward(residuals, dy_TD: jax.Array):
     x_TD, weights_TK, routes, gate_up_EDG, down_EFD = residuals
 
-    def body(block, expert, start, rows_in_use, carry):
-        dx_RD, dweights_R, dgate_up_EDG, ddown_EFD = carry
+    def begin(expert):
+        gate_up_DG, down_FD = gate_up_EDG[expert], down_EFD[expert]
+        zeros = (jnp.zeros(gate_up_DG.shape, jnp.float32), jnp.zeros(down_FD.shape, jnp.float32))
+        return (gate_up_DG, down_FD), zeros
+
+    def block_of_rows(block, start, rows_in_use, matrices, sums, carry):
+        (gate_up_DG, down_FD), (dgate_up_DG, ddown_FD) = matrices, sums
+        dx_RD, dweights_R, *of_experts = carry
         slots_B = _slots(routes, start, block)
         tokens_B = slots_B // weights_TK.shape[1]
         weights_B1 = weights_TK.reshape(-1)[slots_B][:, None].astype(x_TD.dtype)
         x_BD = x_TD[tokens_B]
         dy_BD = jnp.where(jnp.arange(block)[:, None] < rows_in_use, dy_TD[tokens_B], 0)
-        hidden_BF, of_both = jax.vjp(_gated, x_BD @ gate_up_EDG[expert])
-        dhidden_BF = dy_BD @ down_EFD[expert].T  # of the row before its weight
+        hidden_BF, of_both = jax.vjp(_gated, x_BD @ gate_up_DG)
+        dhidden_BF = dy_BD @ down_FD.T  # of the row before its weight
         [dboth_BG] = of_both(dhidden_BF * weights_B1)
         dweights_B = jnp.sum(hidden_BF * dhidden_BF, axis=1, dtype=jnp.float32)
-        return (
-            jax.lax.dynamic_update_slice(dx_RD, dboth_BG @ gate_up_EDG[expert].T, (start, 0)),
-            jax.lax.dynamic_update_slice(dweights_R, dweights_B, (start,)),
-            dgate_up_EDG.at[expert].add(x_BD.T @ dboth_BG),
-            ddown_EFD.at[expert].add(hidden_BF.T @ (dy_BD * weights_B1)),
-        )
+        dx_RD = jax.lax.dynamic_update_slice(dx_RD, dboth_BG @ gate_up_DG.T, (start, 0))
+        dweights_R = jax.lax.dynamic_update_slice(dweights_R, dweights_B, (start,))
+        sums = (dgate_up_DG + x_BD.T @ dboth_BG, ddown_FD + hidden_BF.T @ (dy_BD * weights_B1))
+        return sums, (dx_RD, dweights_R, *of_experts)
+
+    def end(expert, sums, carry):
+        *of_rows, dgate_up_EDG, ddown_EFD = carry
+        dgate_up_DG, ddown_FD = (part.astype(x_TD.dtype) for part in sums)
+        return *of_rows, dgate_up_EDG.at[expert].set(dgate_up_DG), ddown_EFD.at[expert].set(ddown_FD)
 
     num_rows, hidden_size = routes.slot_of_row_R.size, x_TD.shape[1]
     zeros = (
         jnp.zeros((num_rows, hidden_size), x_TD.dtype),
         jnp.zeros((num_rows,), jnp.float32),
-        jnp.zeros(gate_up_EDG.shape, jnp.float32),
-        jnp.zeros(down_EFD.shape, jnp.float32),
+        jnp.zeros(gate_up_EDG.shape, gate_up_EDG.dtype),
+        jnp.zeros(down_EFD.shape, down_EFD.dtype),
     )
-    dx_RD, dweights_R, dgate_up_EDG, ddown_EFD = _loop(routes, body, zeros)
+    dx_RD, dweights_R, dgate_up_EDG, ddown_EFD = _loop(routes, begin, block_of_rows, end, zeros)
     row_TK = routes.row_of_slot_TK
     dweights_TK = jnp.where(row_TK >= 0, dweights_R[jnp.maximum(row_TK, 0)], 0).astype(weights_TK.dtype)
-    return (
-        sum_over_slots(dx_RD, routes),
-        dweights_TK,
-        None,
-        dgate_up_EDG.astype(gate_up_EDG.dtype),
-        ddown_EFD.astype(down_EFD.dtype),
-    )
+    return sum_over_slots(dx_RD, routes), dweights_TK, None, dgate_up_EDG, ddown_EFD
 
 
 experts_by_blocks.defvjp(lambda *args: (experts_by_blocks(*args), args), _blocks_backward)

@@ -34,7 +34,8 @@ class Block(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, batch: dict, bias_E: jax.Array, mesh: Mesh) -> tuple[jax.Array, MoEAux]:
         segments_BS = batch["segments_BS"]
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), segments_BS, batch["positions_BS"], mesh)
+        with jax.named_scope("attention"):
+            x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), segments_BS, batch["positions_BS"], mesh)
         y_BSD, aux = self.moe(self.moe_norm(x_BSD), segments_BS > 0, bias_E, mesh)
         return x_BSD + y_BSD, aux
 
@@ -149,6 +150,7 @@ def token_losses(
         graph = _block_graph(config, experts, aux_losses)
         x_BSD, aux = _run_layers(x_BSD, run, bias["bias_E"], batch, config, graph, mesh)
         run_aux.append(aux)
-    x_BSD = rms_norm(x_BSD, params["final_norm"]["scale_D"], config.norm_eps)
-    unembedding_DV = _gathered(params["unembedding_DV"], dtype, mesh)
-    return cross_entropy(x_BSD, unembedding_DV, batch["targets_BS"]), run_aux
+    with jax.named_scope("head"):
+        x_BSD = rms_norm(x_BSD, params["final_norm"]["scale_D"], config.norm_eps)
+        unembedding_DV = _gathered(params["unembedding_DV"], dtype, mesh)
+        return cross_entropy(x_BSD, unembedding_DV, batch["targets_BS"]), run_aux
