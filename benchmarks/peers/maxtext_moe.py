@@ -14,8 +14,6 @@ import tempfile
 from pathlib import Path
 
 os.environ["DECOUPLE_GCLOUD"] = "TRUE"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 
 from maxtext.trainers.pre_train import train
 from maxtext.utils import max_utils

@@ -3,7 +3,8 @@
 One small model, the same in each: float32, uniformly random bytes, AdamW with clipping by global norm, a decoder
 without LFA. Each program runs in a process and, but for laep_jax, in an environment of its own, made by
 `benchmarks/peers/install.sh`; they take turns over several rounds. A round's figure is the median of its steps
-after the warm-up, a program's figure the median of its rounds.
+after the warm-up, a program's figure the median of its rounds. All of them get memory in huge pages, which those
+that allocate anew in every step gain from; GLIBC_TUNABLES in the caller's environment overrides that.
 
 A program takes the setting below as JSON, as its only argument, and prints as its last line what it measured:
 `seconds` of every step, `parameters` of its model, the `loss` of the last step, its `versions`. The same number
@@ -28,12 +29,13 @@ import numpy as np
 
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 from laep_jax.errors import require
-from laep_jax.sharding import make_cpu_devices, make_mesh, put_batch
+from laep_jax.sharding import make_mesh, put_batch
 from laep_jax.training.state import init_state
 from laep_jax.training.step import make_train_step
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "benchmarks" / "peers"
+OWN = [sys.executable, "-m", "laep_jax.bench.peers"]
 MODEL = {
     "vocab_size": 256,
     "num_layers": 4,
@@ -47,12 +49,17 @@ MODEL = {
 BATCH = {"sequence_length": 256, "batch_size": 16}
 OPTIMIZER = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0}
 WARM_UP = 4  # steps, compilation among them; MaxText's first ones return before they are done
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+NOT_INHERITED = ("XLA_FLAGS", "PJRT_NPROC")  # devices and threads: each has its own default, all cores
 LARGEST_LOSS = 2.0  # times that of equal probabilities
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """environment, script: of a peer. once: so slow that it is measured in the first round, for `steps` steps."""
+    """environment, script: of a peer; options: what its script is told beside the setting.
+
+    steps: of a program so slow that it is measured in the first round only, for so many.
+    """
 
     text: str
     environment: str = ""
@@ -60,14 +67,12 @@ class Program:
     options: dict = dataclasses.field(default_factory=dict)
     steps: int | None = None
 
-    @property
-    def once(self) -> bool:
-        return self.steps is not None
-
 
 PROGRAMS = {
     "laep_jax": Program("dropless"),
-    "transformers": Program("Mixtral, grouped_mm experts, fused AdamW; dropless", "transformers", "transformers_moe.py"),
+    "transformers": Program(
+        "Mixtral, grouped_mm experts, fused AdamW; dropless", "transformers", "transformers_moe.py"
+    ),
     "maxtext": Program("capacity 1.25; drops tokens", "maxtext", "maxtext_moe.py", {"capacity_factor": 1.25}),
     "maxtext_dropless": Program("ragged_dot; dropless", "maxtext", "maxtext_moe.py", {"capacity_factor": None}, 3),
 }
@@ -83,7 +88,7 @@ def run(arguments: Sequence[str]) -> dict:
     for index in range(args.rounds):
         for name, command in commands.items():
             program = PROGRAMS[name]
-            if index == 0 or not program.once:
+            if index == 0 or not program.steps:
                 measured[name].append(_measure(name, command, _setting(program.steps or args.steps, program.options)))
                 print(f"round {index + 1}, {name}: {_rate(measured[name][-1]):,.0f} tokens/s", file=sys.stderr)
     _require_same_model(measured)
@@ -115,7 +120,7 @@ def _setting(steps: int, options: dict) -> dict:
 
 def _commands(environments: Path, install: bool) -> tuple[dict[str, list[str]], dict[str, str]]:
     """How each program that is there is started, and why each of the others is skipped, also told at once."""
-    commands = {"laep_jax": [sys.executable, "-m", "laep_jax.bench.peers"]}
+    commands = {"laep_jax": OWN}
     missing: dict[str, str] = {}  # by environment
     for name in sorted({program.environment for program in PROGRAMS.values() if program.environment}):
         reason = _why_missing(name, environments, install)
@@ -148,20 +153,20 @@ def _why_missing(peer: str, environments: Path, install: bool) -> str | None:
 
 def _measure(name: str, command: Sequence[str], setting: dict) -> dict:
     """What one program has measured. `RuntimeError` where it failed or answered something else."""
-    done = subprocess.run([*command, json.dumps(setting)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in (ENVIRONMENT | os.environ).items() if name not in NOT_INHERITED}
+    done = subprocess.run([*command, json.dumps(setting)], env=environment, capture_output=True, text=True)
     if done.returncode:
         print(*done.stderr.splitlines()[-20:], sep="\n", file=sys.stderr)
         raise RuntimeError(f"{name} ended with code {done.returncode}; the last it said stands above")
-    lines = done.stdout.strip().splitlines()
+    last = (done.stdout.strip().splitlines() or [""])[-1]
     try:
-        report = json.loads(lines[-1])
+        report = json.loads(last)
         seconds, loss = report["seconds"], report["loss"]
-        equal = math.log(setting["vocab_size"])
-        sound = len(seconds) == setting["num_steps"] and min(seconds) > 0 and 0 < loss < LARGEST_LOSS * equal
-    except (IndexError, KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise RuntimeError(f"{name} has not trained as it was told to; its last line: {lines[-1:]}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise RuntimeError(f"{name} has not printed its measurement; its last line: {last!r}") from error
+    bound = LARGEST_LOSS * math.log(setting["vocab_size"])
+    if len(seconds) != setting["num_steps"] or min(seconds) <= 0 or not 0 < loss < bound:
+        raise RuntimeError(f"{name} has not trained as it was told to: loss {loss}, seconds {seconds}")
     return report
 
 
@@ -194,7 +199,7 @@ def _result(measured: dict[str, list[dict]], skipped: dict[str, str]) -> dict:
             "cores": _setting(1, {})["threads"],
             "processor": platform.machine(),
             "system": platform.system(),
-            "malloc": os.environ.get("GLIBC_TUNABLES", ""),
+            "malloc": (ENVIRONMENT | os.environ)["GLIBC_TUNABLES"],
         },
     }
 
@@ -248,5 +253,4 @@ def train(setting: dict) -> dict:
 
 
 if __name__ == "__main__":
-    make_cpu_devices(1)
     print(json.dumps(train(json.loads(sys.argv[1]))))
