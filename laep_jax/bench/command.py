@@ -15,6 +15,7 @@ from laep_jax.errors import UserError
 BENCHES = {
     "memory": ("laep_jax.bench.memory", "temporaries of the step by the size of its receive buffer, before and after"),
     "moe": ("laep_jax.bench.moe", "the expert block against a dense SwiGLU on as many rows"),
+    "peers": ("laep_jax.bench.peers", "training throughput beside Hugging Face Transformers and MaxText"),
     "plan": ("laep_jax.bench.plan", "the time of a plan, and its placement against EPLB and the lower bound"),
     "straggler": (
         "laep_jax.bench.straggler",
