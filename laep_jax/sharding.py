@@ -17,19 +17,22 @@ from laep_jax.config import BATCH_AXES, MeshConfig
 from laep_jax.errors import require
 
 THREADS_PER_DEVICE = 4
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # environment in which a process on CPU spends less on memory
 RULES = {"E": "expert", "H": "expert", "V": "expert", "D": "fsdp"}
 
 
-def make_cpu_devices(number: int) -> None:
+def make_cpu_devices(number: int, *, processes: int = 1) -> None:
     """Gives this process `number` devices on a machine without accelerators; before JAX's first computation.
 
     XLA's emulated devices share a pool of as many threads as there are devices or cores, and a
     collective blocks its thread. The devices do not agree on the order of a collective inside a loop and
-    one beside it, so that with one thread a device all of them can come to wait for each other.
+    one beside it, so that with one thread a device all of them can come to wait for each other. One device of
+    one process (of `processes` in the run) waits for nobody and keeps XLA's own number of threads.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", number)
-    os.environ.setdefault("PJRT_NPROC", str(THREADS_PER_DEVICE * number))
+    if number * processes > 1:
+        os.environ.setdefault("PJRT_NPROC", str(THREADS_PER_DEVICE * number))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

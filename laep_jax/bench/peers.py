@@ -29,7 +29,7 @@ import numpy as np
 
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 from laep_jax.errors import require
-from laep_jax.sharding import make_mesh, put_batch
+from laep_jax.sharding import HUGE_PAGES, make_mesh, put_batch
 from laep_jax.training.state import init_state
 from laep_jax.training.step import make_train_step
 
@@ -49,7 +49,7 @@ MODEL = {
 BATCH = {"sequence_length": 256, "batch_size": 16}
 OPTIMIZER = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0}
 WARM_UP = 4  # steps, compilation among them; MaxText's first ones return before they are done
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu"} | HUGE_PAGES
 NOT_INHERITED = ("XLA_FLAGS", "PJRT_NPROC")  # devices and threads: each has its own default, all cores
 LARGEST_LOSS = 2.0  # times that of equal probabilities
 

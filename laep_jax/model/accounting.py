@@ -13,9 +13,7 @@ class ModelSize:
     """Parameters of a model, all and those that one token uses, and its training FLOPs.
 
     `*_without_embeddings` leaves out both tables, that of the inputs and that of the outputs.
-    `flops_per_token`: forward and backward, without recomputation: six for each weight that the token
-    is multiplied with (all active ones but the input table and the norms), and the attention scores of
-    the positions up to its own, on average half of the sequence.
+    `flops_per_token`: all of `flops_by_part`.
     """
 
     total: int
@@ -24,6 +22,23 @@ class ModelSize:
     active_without_embeddings: int
     experts_per_layer: tuple[int, ...]
     flops_per_token: int
+
+
+def flops_by_part(config: ModelConfig, *, sequence_length: int) -> dict[str, int]:
+    """Training FLOPs of a token: attention, router, experts, head.
+
+    Forward and backward, without recomputation: six for each weight that the token is multiplied with (all active
+    ones but the input table and the norms), and the attention scores of the positions up to its own, on average half
+    of the sequence.
+    """
+    heads = config.num_heads * config.head_dim
+    attention = 4 * config.hidden_size * heads + (2 * config.hidden_size**2 if config.lfa else 0)
+    return {
+        "attention": config.num_layers * (6 * attention + 6 * heads * (sequence_length + 1)),
+        "router": 6 * config.hidden_size * sum(config.experts_per_layer),
+        "experts": 6 * config.num_layers * config.top_k * 3 * config.hidden_size * config.ffn_size,
+        "head": 6 * config.vocab_size * config.hidden_size,
+    }
 
 
 def model_size(config: ModelConfig, *, sequence_length: int) -> ModelSize:
@@ -45,12 +60,11 @@ def model_size(config: ModelConfig, *, sequence_length: int) -> ModelSize:
     norms = config.num_layers * vectors + hidden
     active_matrices = layers((config.top_k,) * config.num_layers)
     total, active = layers(experts) + norms, active_matrices + norms
-    scores = 2 * config.num_layers * config.num_heads * config.head_dim * (sequence_length + 1)
     return ModelSize(
         total=total + 2 * table,
         total_without_embeddings=total,
         active=active + 2 * table,
         active_without_embeddings=active,
         experts_per_layer=experts,
-        flops_per_token=6 * (active_matrices + table) + 3 * scores,
+        flops_per_token=sum(flops_by_part(config, sequence_length=sequence_length).values()),
     )

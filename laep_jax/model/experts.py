@@ -28,11 +28,14 @@ def experts_by_ragged_dot(
     """
     sizes_E = routes.group_sizes_E
     in_use_R1 = jnp.arange(routes.slot_of_row_R.size)[:, None] < jnp.sum(sizes_E)
-    both_RG = jax.lax.ragged_dot(permute(x_TD, routes), gate_up_EDG, sizes_E)
-    y_RD = jax.lax.ragged_dot(_gated(jnp.where(in_use_R1, both_RG, 0)), down_EFD, sizes_E)
+    x_RD = permute(x_TD, routes)
+    with jax.named_scope("experts"):
+        both_RG = jax.lax.ragged_dot(x_RD, gate_up_EDG, sizes_E)
+        y_RD = jax.lax.ragged_dot(_gated(jnp.where(in_use_R1, both_RG, 0)), down_EFD, sizes_E)
     return combine(jnp.where(in_use_R1, y_RD, 0), weights_TK, routes)
 
 
+@jax.named_scope("experts")
 def _loop(routes: Routes, begin, block_of_rows, end, carry):
     """Goes through the experts that have rows, in order, and through the rows of each in blocks.
 

@@ -120,12 +120,9 @@ def _moe_on_device(
     grouped = experts_by_blocks if by_blocks else experts_by_ragged_dot
     gate_up_EDG = _gather_fsdp(gate_up_EDG, gate_up_spec, x_BSD.dtype)
     down_EFD = _gather_fsdp(down_EFD, down_spec, x_BSD.dtype)
-    y_TD = _dispatch(config, on_cpu)(
-        Tokens(*(array.reshape(-1, array.shape[-1]) for array in (x_BSD, ids_BSK, weights_BSK))),
-        (gate_up_EDG, down_EFD),
-        grouped,
-        num_experts,
-    )
+    tokens = Tokens(*(array.reshape(-1, array.shape[-1]) for array in (x_BSD, ids_BSK, weights_BSK)))
+    with jax.named_scope("dispatch"):
+        y_TD = _dispatch(config, on_cpu)(tokens, (gate_up_EDG, down_EFD), grouped, num_experts)
     return y_TD.reshape(x_BSD.shape), {name: total[None] for name, total in sums.items()}
 
 

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     require("://" not in (arguments.workdir or ""), "--workdir", arguments.workdir, "must be a mounted folder")
     devices, processes = config.mesh.cpu_devices, num_processes()
     require(devices % processes == 0, "MeshConfig.cpu_devices", devices, f"is not divisible by {processes} processes")
-    make_cpu_devices(devices // processes)
+    make_cpu_devices(devices // processes, processes=processes)
     with leaving_at_once():
         connect()
         workdir = arguments.workdir or f"runs/{Path(gin_files[-1]).stem}"

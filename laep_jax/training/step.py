@@ -85,7 +85,9 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, mesh: Mesh) -
       [layers, E], of the whole batch.
     """
     report, gradients = _loss_and_gradients(state, batch, config, mesh)
-    updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
+        params = typing.cast(dict, optax.apply_updates(state.params, updates))
     router_bias = state.router_bias
     if config.aux_loss.loss_free_bias:
         router_bias = _updated_bias(router_bias, report["tokens_per_expert"], config.aux_loss.loss_free_bias)
@@ -93,7 +95,6 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, mesh: Mesh) -
         "grad_norm": optax.tree.norm(gradients),
         "learning_rate": jnp.asarray(make_schedule(config)(state.step), jnp.float32),
     }
-    params = typing.cast(dict, optax.apply_updates(state.params, updates))
     return TrainState(state.step + 1, params, opt_state, router_bias), metrics
 
 
