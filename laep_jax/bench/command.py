@@ -16,6 +16,7 @@ BENCHES = {
     "memory": ("laep_jax.bench.memory", "temporaries of the step by the size of its receive buffer, before and after"),
     "moe": ("laep_jax.bench.moe", "the expert block against a dense SwiGLU on as many rows"),
     "plan": ("laep_jax.bench.plan", "the time of a plan, and its placement against EPLB and the lower bound"),
+    "prune": ("laep_jax.bench.prune", "the pause at a prune, part by part, and the rate of restoring"),
     "straggler": (
         "laep_jax.bench.straggler",
         "waiting for the fullest device, before LAEP and after, against the plan",

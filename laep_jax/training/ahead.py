@@ -9,6 +9,7 @@ import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import TypeVar
 
 from laep_jax.config import Config
 from laep_jax.sharding import Mesh
@@ -16,6 +17,7 @@ from laep_jax.training.state import TrainState
 from laep_jax.training.step import abstract_batch, make_eval_step, make_train_step
 
 THREAD = "compiling ahead"
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,22 +28,20 @@ class Steps:
     evaluate: Callable
 
 
-def _compiled_steps(config: Config, mesh: Mesh, abstract: TrainState) -> Steps:
+def compile_steps(config: Config, mesh: Mesh, abstract: TrainState) -> Steps:
+    """Both steps compiled. config: resolved. abstract: the model's `abstract_state`."""
     batch = abstract_batch(config, mesh)
     evaluate = make_eval_step(config, mesh).lower(abstract.params, abstract.router_bias, batch)
     return Steps(make_train_step(config, mesh).lower(abstract, batch).compile(), evaluate.compile())
 
 
-def compile_ahead(config: Config, mesh: Mesh, abstract: TrainState) -> Future[Steps]:
-    """Starts compiling; the result raises what went wrong.
-
-    config: resolved. abstract: the model's `abstract_state`.
-    """
-    future: Future[Steps] = Future()
+def ahead(compile_programs: Callable[[], T]) -> Future[T]:
+    """Starts compiling; the result raises what went wrong."""
+    future: Future[T] = Future()
 
     def work() -> None:
         try:
-            future.set_result(_compiled_steps(config, mesh, abstract))
+            future.set_result(compile_programs())
         except BaseException as error:
             future.set_exception(error)
 

@@ -10,12 +10,12 @@ from laep_jax.config import Config
 from laep_jax.laep.plan import Plan
 from laep_jax.model.accounting import model_size
 from laep_jax.sharding import Mesh
-from laep_jax.training.ahead import Steps, compile_ahead
+from laep_jax.training.ahead import Steps, ahead, compile_steps
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.controller import with_receive_buffer
 from laep_jax.training.cut_restore import bytes_needed, bytes_read
 from laep_jax.training.state import TrainState, abstract_state
-from laep_jax.training.surgery import cut_config, cut_state
+from laep_jax.training.surgery import Gathers, compile_gathers, cut_config, cut_state
 
 
 class Pause:
@@ -48,7 +48,7 @@ class Cut:
         imbalances = [layer.imbalance_after for layer in plan.layers]
         self.config = with_receive_buffer(cut_config(old, plan.kept), imbalances)
         self._target = abstract_state(self.config, mesh)
-        self._steps = compile_ahead(self.config, mesh, self._target)
+        self._programs = ahead(lambda: (compile_steps(self.config, mesh, self._target), self._gathers(mesh)))
         self._bytes: dict[str, int] = {}
 
     @property
@@ -62,7 +62,8 @@ class Cut:
         state: the old one; None where it is on disk only.
         """
         if state is not None and self.old.laep.restore == "memory":
-            return jax.block_until_ready(cut_state(state, self.plan.kept, self.old.model, self._target))
+            gathers = self._programs.result()[1]
+            return jax.block_until_ready(cut_state(state, gathers, self.plan.kept, self.old.model, self._target))
         jax.tree.map(lambda leaf: leaf.delete(), state)
         before = bytes_read()
         cut = checkpoints.restore_cut(step, self._target, self.plan.kept, self.old.model.runs)
@@ -71,7 +72,13 @@ class Cut:
 
     def steps(self) -> Steps:
         """The compiled steps; waits for what is left of their compilation, and raises what went wrong in it."""
-        return self._steps.result()
+        return self._programs.result()[0]
+
+    def _gathers(self, mesh: Mesh) -> Gathers:
+        """The programs that cut memory, where that is how it is done."""
+        if self.old.laep.restore != "memory":
+            return []
+        return compile_gathers(abstract_state(self.old, mesh), self.plan.kept, self.old.model, self._target)
 
     def record(self) -> dict:
         """Fields of the `prune` record. Bytes are of this process: what it read of the checkpoint, and had to."""
