@@ -31,7 +31,7 @@ from laep_jax.training.surgery import cut_config
 
 DEVICES = 8
 MODEL = ModelConfig(num_layers=3, hidden_size=256, head_dim=64, ffn_size=512, num_experts=64, router_init=0.3)
-PLAN_STEP, CUT_DELAY, AFTER = 4, 8, 4  # steps until the plan, until the cut, and after it
+PLAN_STEP, CUT_DELAY, AFTER = 4, 12, 4  # steps until the plan, until the cut, and after it
 REPETITIONS = 3  # of a read
 VARIANTS = {
     "checkpoint": {"restore": "orbax", "cut_delay": CUT_DELAY},

@@ -56,23 +56,28 @@ class Cut:
         """Whether no expert goes."""
         return not any(layer.pruned for layer in self.plan.layers)
 
-    def restore(self, state: TrainState | None, checkpoints: Checkpoints, step: int) -> TrainState:
-        """The cut state, from the checkpoint of `step` or from memory as the config says; releases `state`.
+    def carry_out(
+        self, state: TrainState | None, checkpoints: Checkpoints, step: int, pause: Pause
+    ) -> tuple[TrainState, Steps]:
+        """The cut state, from the checkpoint of `step` or from memory as the config says, and its compiled steps.
 
-        state: the old one; None where it is on disk only.
+        state: the old one, released; None where it is on disk only. Adds `restore` to the pause, and `compile`, what
+        is left of the compilation; raises what went wrong in that.
         """
         if state is not None and self.old.laep.restore == "memory":
-            gathers = self._programs.result()[1]
-            return jax.block_until_ready(cut_state(state, gathers, self.plan.kept, self.old.model, self._target))
-        jax.tree.map(lambda leaf: leaf.delete(), state)
-        before = bytes_read()
-        cut = checkpoints.restore_cut(step, self._target, self.plan.kept, self.old.model.runs)
-        self._bytes = {"bytes_read": bytes_read() - before, "bytes_needed": bytes_needed(self._target)}
-        return jax.block_until_ready(cut)
-
-    def steps(self) -> Steps:
-        """The compiled steps; waits for what is left of their compilation, and raises what went wrong in it."""
-        return self._programs.result()[0]
+            with pause.part("compile"):
+                steps, gathers = self._programs.result()
+            with pause.part("restore"):
+                cut = cut_state(state, gathers, self.plan.kept, self.old.model, self._target)
+                return jax.block_until_ready(cut), steps
+        with pause.part("restore"):
+            jax.tree.map(lambda leaf: leaf.delete(), state)
+            before = bytes_read()
+            cut = checkpoints.restore_cut(step, self._target, self.plan.kept, self.old.model.runs)
+            self._bytes = {"bytes_read": bytes_read() - before, "bytes_needed": bytes_needed(self._target)}
+            jax.block_until_ready(cut)
+        with pause.part("compile"):
+            return cut, self._programs.result()[0]
 
     def _gathers(self, mesh: Mesh) -> Gathers:
         """The programs that cut memory, where that is how it is done."""

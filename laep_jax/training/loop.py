@@ -296,10 +296,7 @@ class Run:
         """Second phase: the survivors in their new places; releases the old state, None on resuming."""
         progress, plan = self.progress, cut.plan
         self.cut = None
-        with self.pause.part("restore"):
-            state = cut.restore(state, self.checkpoints, progress.step)
-        with self.pause.part("compile"):
-            steps = cut.steps()
+        state, steps = cut.carry_out(state, self.checkpoints, progress.step, self.pause)
         for layer, (part, ids) in enumerate(zip(plan.layers, progress.lineage, strict=True)):
             self.log.mark_pruned(progress.step, layer, [ids[slot] for slot in part.pruned])
         progress.lineage = apply_plan_to_lineage(progress.lineage, plan)
