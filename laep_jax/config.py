@@ -111,12 +111,7 @@ class ModelConfig:
             f"needs one entry for each of num_layers={self.num_layers}",
         )
         for layer, count in enumerate(self.experts_per_layer):
-            require(
-                count >= self.top_k,
-                f"ModelConfig.num_experts[{layer}]",
-                count,
-                f"is below top_k={self.top_k}",
-            )
+            require(count >= self.top_k, f"ModelConfig.num_experts[{layer}]", count, f"is below top_k={self.top_k}")
         require(
             self.head_dim >= 2 and self.head_dim % 2 == 0,
             "ModelConfig.head_dim",
@@ -235,7 +230,8 @@ class LaepConfig:
     would lower the largest device load by this share (None: never). `placement_loads`: place by the
     loads of the pruned model, measured with the pruned experts masked, or by the recorded ones.
     `max_runs`: restore experts until neighbouring layers form at most so many runs of equal count, since
-    each is compiled by itself. `restore`: cut through the checkpoint or in device memory.
+    each is compiled by itself. The cut comes `cut_delay` steps after its plan was made, in which the
+    smaller model's steps are compiled beside the training. `restore`: cut through the checkpoint or in device memory.
     """
 
     alpha: float | str | tuple[float, ...] = "hybrid"
@@ -254,6 +250,7 @@ class LaepConfig:
     max_prunes: int = 1
     rearrange_gain: float | None = None
     max_runs: int | None = None
+    cut_delay: int = 20
     restore: str = "orbax"
 
     def __post_init__(self):
@@ -268,7 +265,7 @@ class LaepConfig:
         _in_range(self, 0, 1, "beta", "overlap")
         _in_range(self, -1, 1, "rank_correlation")
         _at_least(self, 1, "window", "stable_windows", "prune_at_step", "max_runs")
-        _at_least(self, 0, "min_step", "max_prunes", "rearrange_gain")
+        _at_least(self, 0, "min_step", "max_prunes", "rearrange_gain", "cut_delay")
         _one_of("LaepConfig.estimator", self.estimator, ("vote", "mean"))
         _one_of("LaepConfig.inequality", self.inequality, ("le", "lt"))
         _one_of("LaepConfig.rounding", self.rounding, ("restore", "prune"))

@@ -11,7 +11,7 @@ import itertools
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -113,19 +113,23 @@ def is_alone(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """Ends this process where an error is its own, without JAX's goodbye to the others.
+def leaving_at_once(is_busy: Callable[[], bool]) -> Iterator[None]:
+    """Ends this process where an error is its own, without JAX's goodbye to the others; or where it is busy.
 
     That goodbye waits minutes for processes that themselves hang in a collective with this one. Its
-    death is what lets them go: the connection breaks, or the heartbeat stops.
+    death is what lets them go: the connection breaks, or the heartbeat stops. is_busy: whether threads of
+    this process go on for minutes, which Python would wait for as well.
     """
     try:
         yield
     except BaseException as error:
         if not is_alone(error):
-            raise
+            if not is_busy():
+                raise
+            if jax.process_count() > 1:
+                jax.distributed.shutdown()
         code = 1
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, (UserError, KeyboardInterrupt)):
             code = explain(error)
         else:
             traceback.print_exc()

@@ -69,7 +69,7 @@ def test_alone_everything_agrees():
         pass
     with pytest.raises(UserError, match=r"^no$"), hosts.refused_together():
         raise UserError("no")
-    with pytest.raises(RuntimeError), hosts.leaving_at_once():
+    with pytest.raises(RuntimeError), hosts.leaving_at_once(lambda: False):
         raise RuntimeError
 
 

@@ -22,7 +22,8 @@ TRAINING_ORDER = [
     {"optimizer", "surgery", "runlog", "console", "controller"},
     {"state", "cut_restore"},
     {"step", "checkpoint", "evaluate", "resume"},
-    {"executable"},
+    {"executable", "ahead"},
+    {"cut"},
     {"loop"},
     {"command"},
 ]

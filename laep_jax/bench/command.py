@@ -17,6 +17,7 @@ BENCHES = {
     "moe": ("laep_jax.bench.moe", "the expert block against a dense SwiGLU on as many rows"),
     "peers": ("laep_jax.bench.peers", "training throughput beside Hugging Face Transformers and MaxText"),
     "plan": ("laep_jax.bench.plan", "the time of a plan, and its placement against EPLB and the lower bound"),
+    "prune": ("laep_jax.bench.prune", "the pause at a prune, part by part, and the rate of restoring"),
     "step": ("laep_jax.bench.step", "a train step against the cores' matmul rate, by part; what the counts cost"),
     "straggler": (
         "laep_jax.bench.straggler",

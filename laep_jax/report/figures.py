@@ -104,7 +104,7 @@ def draw_cumulative_load(run: RunData) -> Figure:
         Line2D([], [], color=GREEN, linestyle=":", label="experts of at most the mean load"),
         Patch(color=VERMILLION, alpha=0.12, label="under both bounds in this window"),
     ]
-    when = f"before the prune after step {run.prunes[0].step}" if run.prunes else "at the end"
+    when = f"before the plan of step {run.prunes[0].plan_step}" if run.prunes else "at the end"
     _title(figure, f"Cumulative load in the window {when}", run, layers, handles)
     return figure
 

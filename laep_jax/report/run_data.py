@@ -19,12 +19,13 @@ from laep_jax.laep.pruning import alpha_per_layer
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """One application of a plan, after `step`: a prune, or a rearrangement alone.
+    """One application, after `step`, of a plan made after `plan_step`: a prune, or a rearrangement alone.
 
     before, after: per layer the original ids in slot order. alpha: per layer, float('inf') where unbounded.
     """
 
     step: int
+    plan_step: int
     rearrange_only: bool
     before: tuple[tuple[int, ...], ...]
     after: tuple[tuple[int, ...], ...]
@@ -170,9 +171,8 @@ def _read_cuts(run_dir: Path, prunes: list[dict], pruned_at_LE: np.ndarray) -> t
         plan = _read_json(run_dir / record["plan"])
         after = tuple(tuple(ids) for ids in record["lineage"])
         require(len(after) == len(order), f"{run_dir} lineage layers", len(after), f"does not fit {len(order)} layers")
-        cuts.append(
-            Cut(record["step"], record["rearrange_only"], order, after, _alphas(plan["alpha"]), float(plan["beta"]))
-        )
+        steps = record["step"], record["plan_step"]
+        cuts.append(Cut(*steps, record["rearrange_only"], order, after, _alphas(plan["alpha"]), float(plan["beta"])))
         order = after
     return tuple(cuts)
 

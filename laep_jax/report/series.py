@@ -108,9 +108,9 @@ def final_loads(run: RunData, layer: int) -> np.ndarray:
 
 
 def cumulative_load(run: RunData, layer: int) -> CumulativeLoad:
-    """Figure 2: the window before the first prune, or the last window with the config's bounds."""
+    """Figure 2: the window that the first prune was planned by, or the last window with the config's bounds."""
     cut = run.prunes[0] if run.prunes else None
-    last = cut.step if cut else int(run.steps[-1])
+    last = cut.plan_step if cut else int(run.steps[-1])
     alpha, beta = (cut.alpha[layer], cut.beta) if cut else (run.alpha[layer], run.beta)
     ids = run.present(layer, last)
     loads = run.mean_loads(last)[layer, ids]
@@ -121,7 +121,7 @@ def cumulative_load(run: RunData, layer: int) -> CumulativeLoad:
     return CumulativeLoad(
         experts=ids[order],
         share=running / total if total else running,
-        pruned=run.pruned_at_LE[layer, ids[order]] == last if cut else np.zeros(len(ids), bool),
+        pruned=run.pruned_at_LE[layer, ids[order]] == cut.step if cut else np.zeros(len(ids), bool),
         below_alpha=below_alpha,
         below_mean=int((loads <= loads.mean()).sum()),
         eligible=min(below_alpha, int((running[1:] <= beta * total).sum())),

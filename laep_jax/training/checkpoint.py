@@ -27,7 +27,7 @@ from jax.tree_util import tree_flatten_with_path, tree_unflatten
 from laep_jax.errors import UserError
 from laep_jax.hosts import is_alone, refused_together, texts_of_all
 from laep_jax.sharding import expert_axis, leaf_name
-from laep_jax.training.cut_restore import open_leaves, read_leaf
+from laep_jax.training.cut_restore import open_leaves, read_leaves
 from laep_jax.training.surgery import Kept, Runs, cut_leaves, leaf_key
 
 META_FILE = "meta.json"
@@ -180,7 +180,7 @@ class Checkpoints:
             }
         self._check(step, expected)
         stored = open_leaves(self._path(step) / "state", expected)
-        return tree_unflatten(jax.tree.structure(abstract_state), [read_leaf(cut, stored) for cut in cuts])
+        return tree_unflatten(jax.tree.structure(abstract_state), read_leaves(cuts, stored))
 
     def _require_shared(self) -> None:
         """`UserError` unless every process finds what process 0 puts here: Orbax would wait for it for ever."""

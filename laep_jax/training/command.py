@@ -15,6 +15,7 @@ from laep_jax.errors import UserError, require
 from laep_jax.gin_config import load_config, operative_config, parse_arguments
 from laep_jax.hosts import connect, leaving_at_once, num_processes
 from laep_jax.sharding import make_cpu_devices
+from laep_jax.training.ahead import is_compiling
 from laep_jax.training.loop import train
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "tiny.gin"  # of a checkout
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     devices, processes = config.mesh.cpu_devices, num_processes()
     require(devices % processes == 0, "MeshConfig.cpu_devices", devices, f"is not divisible by {processes} processes")
     make_cpu_devices(devices // processes, processes=processes)
-    with leaving_at_once():
+    with leaving_at_once(is_compiling):
         connect()
         workdir = arguments.workdir or f"runs/{Path(gin_files[-1]).stem}"
         train(config, workdir, settings=operative_config(config), executable=arguments.executable)

@@ -5,7 +5,9 @@ layer, uncompressed) with TensorStore and reads, for each addressable shard of e
 layers and experts that it holds; `surgery.cut_pieces` says which these are (paper sections 3.2, 3.3).
 """
 
-from collections.abc import Iterable
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -14,7 +16,9 @@ import tensorstore as ts
 
 from laep_jax.training.surgery import LeafCut
 
-Box = tuple[slice, ...]
+ALIGNMENT = 64  # bytes
+INDEX_BYTES = 2**26  # of OCDBT's index to be kept
+Bounds = tuple[tuple[int, int], ...]  # of a shard, [start, stop) in each dimension
 
 
 def open_leaves(store: Path, keys: Iterable[str]) -> dict[str, ts.TensorStore]:
@@ -25,39 +29,86 @@ def open_leaves(store: Path, keys: Iterable[str]) -> dict[str, ts.TensorStore]:
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
         return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
 
-    opening = {key: ts.open(spec(key), open=True, read=True) for key in keys}
+    context = ts.Context({"cache_pool": {"total_bytes_limit": INDEX_BYTES}})  # or each array would read the index anew
+    opening = {key: ts.open(spec(key), open=True, read=True, context=context) for key in keys}
     return {key: future.result() for key, future in opening.items()}
 
 
-def _start_reads(cut: LeafCut, sources: list[ts.TensorStore], box: Box) -> list[ts.Future]:
-    """Reads of one shard: one a layer, or one in all for a leaf that stays as it is."""
+def bytes_read() -> int:
+    """Bytes that TensorStore has read from files since this process began, its indices included."""
+    metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in metrics for value in metric["values"])
+
+
+def _boxes(target: jax.ShapeDtypeStruct) -> dict[jax.Device, Bounds]:
+    """What each device of this process holds of a leaf."""
+    assert target.sharding is not None
+    return {
+        device: tuple(part.indices(size)[:2] for part, size in zip(index or (), target.shape, strict=True))
+        for device, index in target.sharding.addressable_devices_indices_map(target.shape).items()
+    }
+
+
+def bytes_needed(abstract_state) -> int:
+    """Bytes of a state that the devices of this process hold, each part once."""
+    leaves = jax.tree.leaves(abstract_state)
+    return sum(
+        leaf.dtype.itemsize * math.prod(b - a for a, b in box) for leaf in leaves for box in {*_boxes(leaf).values()}
+    )
+
+
+def _empty(bounds: Bounds, dtype: np.dtype) -> np.ndarray:
+    """Memory for a shard, from an address on which JAX takes it over as it is on CPU."""
+    shape = [stop - start for start, stop in bounds]
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _start_read(source: ts.TensorStore, index: tuple, place: np.ndarray) -> ts.Future:
+    part = source[index]
+    return ts.array(place).write(part[ts.d[:].translate_to[0]] if part.rank else part).commit
+
+
+def _start_shard(cut: LeafCut, sources: list[ts.TensorStore], bounds: Bounds, shard: np.ndarray) -> list[ts.Future]:
+    """Reads into one shard: one a layer, or one in all for a leaf that stays as it is."""
+    box = tuple(slice(*pair) for pair in bounds)
     if not cut.pieces:
-        return [sources[0][box].read(order="C")]
+        return [_start_read(sources[0], box, shard)]
     layers = [
         (source, piece.start + row, slots)
         for source, piece in zip(sources, cut.pieces, strict=True)
         for row, slots in enumerate(piece.kept)
     ]
     reads = []
-    for source, row, slots in layers[box[0]]:
-        index: list[slice | np.ndarray] = list(box[1:])
+    for (source, row, slots), place in zip(layers[box[0]], shard, strict=True):
+        index: list[int | slice | np.ndarray] = [row, *box[1:]]
         if cut.axis is not None:
-            index[cut.axis - 1] = slots[box[cut.axis]]
-        reads.append(source[row][tuple(index)].read(order="C"))
+            index[cut.axis] = slots[box[cut.axis]]
+        reads.append(_start_read(source, tuple(index), place))
     return reads
 
 
-def read_leaf(cut: LeafCut, stored: dict[str, ts.TensorStore]) -> jax.Array:
-    """One leaf of the cut state on its devices; this process reads only what its devices hold."""
-    shape, sharding = cut.target.shape, cut.target.sharding
-    assert sharding is not None
+def _start_leaf(cut: LeafCut, stored: dict[str, ts.TensorStore]) -> tuple[dict[Bounds, np.ndarray], list[ts.Future]]:
+    """The leaf's shards, still to be filled, and the reads that fill them."""
     sources = [stored[key] for key in cut.sources]
-    boxes: dict[jax.Device, tuple[tuple[int, int], ...]] = {
-        device: tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
-        for device, index in sharding.addressable_devices_indices_map(shape).items()
-    }
-    reads = {bounds: _start_reads(cut, sources, tuple(slice(*b) for b in bounds)) for bounds in set(boxes.values())}
-    shards = {bounds: [read.result() for read in futures] for bounds, futures in reads.items()}
-    hosts = {bounds: np.stack(parts) if cut.pieces else parts[0] for bounds, parts in shards.items()}
-    arrays = [jax.device_put(hosts[bounds], device) for device, bounds in boxes.items()]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+    shards = {box: _empty(box, np.dtype(cut.target.dtype)) for box in {*_boxes(cut.target).values()}}
+    return shards, [read for box, shard in shards.items() for read in _start_shard(cut, sources, box, shard)]
+
+
+def read_leaves(cuts: Sequence[LeafCut], stored: dict[str, ts.TensorStore]) -> list[jax.Array]:
+    """The leaves of the cut state on their devices; this process reads only what its devices hold.
+
+    While one leaf is waited for and put on its devices, the next is being read.
+    """
+    leaves, started = [], _start_leaf(cuts[0], stored)
+    for cut, following in itertools.zip_longest(cuts, cuts[1:]):
+        shards, reads = started
+        started = _start_leaf(following, stored) if following else started
+        for read in reads:
+            read.result()
+        boxes = _boxes(cut.target)
+        arrays = jax.device_put([shards[box] for box in boxes.values()], list(boxes))
+        leaves.append(jax.make_array_from_single_device_arrays(cut.target.shape, cut.target.sharding, arrays))
+    return leaves

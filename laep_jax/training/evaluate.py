@@ -37,7 +37,7 @@ def masked_bias(router_bias: dict, pruned: Sequence[Sequence[int]]) -> dict:
         for row_E in mask_LE:
             row_E[list(pruned[layer])] = -np.inf
             layer += 1
-        runs.append({"bias_E": bias_LE + mask_LE})
+        runs.append({"bias_E": jax.device_put(bias_LE + mask_LE, bias_LE.sharding)})
     return {"runs": runs}
 
 

@@ -1,9 +1,12 @@
 """The training loop: step, record, stable?, plan, prune, rebuild (paper section 3).
 
 Metrics leave the device one step late. Where something is decided or saved they are fetched first, so
-that an interrupted and resumed run decides as an uninterrupted one. A cut has two phases: the old model
-is saved together with the plan; then the survivors are restored into the smaller model. Whatever stops
-the run between the two, starting again applies the plan.
+that an interrupted and resumed run decides as an uninterrupted one.
+
+A plan is carried out `LaepConfig.cut_delay` steps after it was made, whether the smaller model's steps, which are
+compiled meanwhile, are ready or waited for: so every process cuts after the same step, and a resumed run too. The cut
+has two phases: the old model is saved together with the plan; then the survivors are restored into the smaller
+model. Whatever stops the run between the two, starting again carries out the plan.
 """
 
 import contextlib
@@ -18,7 +21,7 @@ import jax
 import numpy as np
 
 from laep_jax.chips import peak_flops
-from laep_jax.config import Config, ModelConfig
+from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
 from laep_jax.hosts import refused_together, require_same
 from laep_jax.laep.load import LoadHistory
@@ -26,16 +29,17 @@ from laep_jax.laep.plan import Plan, apply_plan_to_lineage
 from laep_jax.laep.stability import history_capacity
 from laep_jax.model.accounting import model_size
 from laep_jax.sharding import make_mesh, put_batch
+from laep_jax.training.ahead import Steps
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.console import RunConsole, stability_text
-from laep_jax.training.controller import Controller, imbalance, with_receive_buffer
+from laep_jax.training.controller import Controller, imbalance
+from laep_jax.training.cut import Cut, Pause
 from laep_jax.training.evaluate import by_layer, heldout_loss, masked_loads
 from laep_jax.training.executable import load_step
-from laep_jax.training.resume import Progress, check_resumable
+from laep_jax.training.resume import Progress, find_progress, require_same_run
 from laep_jax.training.runlog import NoLog, RunLog
 from laep_jax.training.state import TrainState, abstract_state, init_state
 from laep_jax.training.step import make_eval_step, make_train_step
-from laep_jax.training.surgery import cut_config, cut_state
 
 
 def train(
@@ -52,15 +56,15 @@ def train(
     with refused_together():
         resolved = config.resolve(jax.device_count())
         dataset = _open_dataset(config)
-    _require_same_run(config, dataset)
+    require_same_run(config, dataset.fingerprint)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints))
         latest = checkpoints.latest()
         with refused_together():
-            progress = _find_progress(resolved, dataset.fingerprint, checkpoints, latest)
-            ready = {}
+            progress = find_progress(resolved, dataset.fingerprint, checkpoints, latest)
+            first_step = None
             if executable and progress.num_experts == config.model.experts_per_layer:
-                ready[config.model] = load_step(executable, resolved, make_mesh(resolved.mesh))
+                first_step = load_step(executable, resolved, make_mesh(resolved.mesh))
             resolved = progress.current(config).resolve(jax.device_count())
             experts, expert_parallel = config.model.experts_per_layer, resolved.mesh.expert or 1
             log = NoLog()
@@ -80,7 +84,7 @@ def train(
         log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
         log.write_file("operative.gin", settings)
         console.event(_opening_line(resolved, dataset))
-        return Run(resolved, dataset, checkpoints, log, console, progress, ready).train()
+        return Run(resolved, dataset, checkpoints, log, console, progress, first_step).train()
 
 
 def _open_dataset(config: Config) -> Dataset:
@@ -91,24 +95,6 @@ def _open_dataset(config: Config) -> Dataset:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def _require_same_run(config: Config, dataset: Dataset) -> None:
-    """Every process was started with the same settings and has the same corpus; the cache may lie elsewhere."""
-    parts = [getattr(config, field.name) for field in dataclasses.fields(config)]
-    settings = {f"{type(part).__name__}.{name}": value for part in parts for name, value in vars(part).items()}
-    del settings["DataConfig.cache_dir"]
-    require_same(settings | {"the corpus": dataset.fingerprint})
-
-
-def _find_progress(config: Config, fingerprint: str, checkpoints: Checkpoints, step: int | None) -> Progress:
-    """Where the run stands, by its newest checkpoint, if there is one and `config` continues it."""
-    if step is None:
-        return Progress.fresh(config, fingerprint)
-    where = checkpoints.directory / str(step)
-    progress = Progress.from_meta(checkpoints.read_meta(step), where)
-    check_resumable(progress, config, fingerprint, where)
-    return progress
 
 
 def _opening_line(config: Config, dataset: Dataset) -> str:
@@ -127,7 +113,7 @@ def _require_same_plan(step: int, plan: Plan | None) -> None:
 class Run:
     """One run in motion: the model as it is now, and everything that changes with it.
 
-    ready: train steps that need not be compiled.
+    first_step: the train step of the model that the run goes on with, where it need not be compiled.
     """
 
     def __init__(
@@ -138,38 +124,41 @@ class Run:
         log: RunLog | NoLog,
         console: RunConsole,
         progress: Progress,
-        ready: dict[ModelConfig, jax.stages.Compiled],
+        first_step: jax.stages.Compiled | None,
     ):
-        self.dataset, self.checkpoints, self.log = dataset, checkpoints, log
-        self.console, self.progress, self.ready = console, progress, ready
+        self.config, self.dataset, self.checkpoints = config, dataset, checkpoints
+        self.log, self.console, self.progress = log, console, progress
         self.mesh = make_mesh(config.mesh)
         batches = min(config.train.eval_batches, dataset.num_heldout_batches)
         self.heldout = [dataset.heldout_batch(i) for i in range(batches)]
+        self.cut: Cut | None = None  # the one that is announced
+        self.pause = Pause()
+        steps = Steps(first_step or make_train_step(config, self.mesh), make_eval_step(config, self.mesh))
         if progress.step == 0:
-            self._adopt(config, init_state(config, self.mesh), Controller(config))
+            self._adopt(config, init_state(config, self.mesh), Controller(config), steps)
             progress.summary["parameters_before"] = self.size.total
         else:
-            self._resume(config)
+            self._resume(steps)
 
-    def _adopt(self, config: Config, state: TrainState, controller: Controller) -> None:
-        """Makes this model the run's: its step functions are new, whatever was compiled before is let go."""
-        self.config, self.state, self.controller = config, state, controller
+    def _adopt(self, config: Config, state: TrainState, controller: Controller, steps: Steps) -> None:
+        """Makes this model the run's; whatever was compiled before is let go."""
+        self.config, self.state, self.controller, self.steps = config, state, controller, steps
         self.size = model_size(config.model, sequence_length=config.data.sequence_length)
-        self.train_step = self.ready.pop(config.model, None) or make_train_step(config, self.mesh)
-        self.eval_step = make_eval_step(config, self.mesh)
         self.step_seconds: list[float | None] = []
         self.console.state("")
 
-    def _resume(self, config: Config) -> None:
-        step, plan = self.progress.step, self.progress.pending_plan
+    def _resume(self, steps: Steps) -> None:
+        config, step, plan = self.config, self.progress.step, self.progress.pending_plan
         self.console.event(f"resuming from step {step}" + (", with a plan to apply" if plan else ""))
         history = LoadHistory.from_arrays(self.checkpoints.read_history(step), history_capacity(config.laep))
-        controller = Controller(config, prunes=self.progress.prunes, history=history)
+        self.controller = Controller(config, prunes=self.progress.prunes, history=history)
         if plan:
-            self.config, self.controller = config, controller
-            self._cut(Plan.from_json(plan), None, seconds={})
+            self._prepare(Plan.from_json(plan))
+        if self.cut and step == self.progress.cut_step:
+            self._carry_out(self.cut, None)
         else:
-            self._adopt(config, self.checkpoints.restore(step, abstract_state(config, self.mesh)), controller)
+            state = self.checkpoints.restore(step, abstract_state(config, self.mesh))
+            self._adopt(config, state, self.controller, steps)
 
     def train(self) -> dict:
         """Runs to the end; returns the summary."""
@@ -178,7 +167,7 @@ class Run:
         self.clock = time.perf_counter()
         while progress.step < settings.num_steps:
             batch = put_batch(self.dataset.train_batch(progress.step), self.mesh)
-            self.state, metrics = self.train_step(self.state, batch)
+            self.state, metrics = self.steps.train(self.state, batch)
             progress.step += 1
             if pending:
                 self._record(*pending)
@@ -193,7 +182,7 @@ class Run:
     def _is_boundary(self, step: int) -> bool:
         settings = self.config.train
         due = step % settings.eval_every == 0 or step % settings.checkpoint_every == 0
-        return due or step == settings.num_steps or self.controller.is_due(step)
+        return due or step in (settings.num_steps, self.progress.cut_step) or self.controller.is_due(step)
 
     def _record(self, step: int, metrics: dict) -> None:
         """Fetches one step's metrics and hands them to the controller, the log and the console."""
@@ -201,7 +190,7 @@ class Run:
         metrics = jax.device_get(metrics)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        compiled = not self.step_seconds  # the first step of a model includes its compilation
+        compiled = not self.step_seconds and not isinstance(self.steps.train, jax.stages.Compiled)  # in this step
         self.step_seconds.append(None if compiled else seconds)
         self.controller.record(step, counts)
         self.log.record_counts(step, counts, self.progress.lineage)
@@ -232,102 +221,109 @@ class Run:
             return
         if step % settings.eval_every == 0:
             self._evaluate(step, "periodic")
-        plan = self._decide(step) if self.controller.is_due(step) else None
-        if plan:
-            self._save_and_cut(step, plan)
+        if not self.cut and self.controller.is_due(step):
+            self._decide(step)
+        if self.cut and step == self.progress.cut_step:
+            self._save_and_cut(step, self.cut)
         elif step % settings.checkpoint_every == 0:
             self._save(step)
 
     def _evaluate(self, step: int, when: str) -> float:
-        loss = heldout_loss(self.eval_step, self.state, self.heldout, self.mesh)
+        loss = heldout_loss(self.steps.evaluate, self.state, self.heldout, self.mesh)
         self.log.write("eval", step, heldout_loss=loss, when=when)
         self.console.event(f"step {step}: held-out loss {loss:.4f} ({when.replace('_', ' ')})")
         return loss
 
-    def _decide(self, step: int) -> Plan | None:
-        """The plan to carry out after this step, if any."""
+    def _decide(self, step: int) -> None:
+        """The stability test; announces what it asks for."""
         report = self.controller.assess()
         self.log.write("stability", step, **dataclasses.asdict(report))
         self.console.state(stability_text(dataclasses.asdict(report), self.config.laep))
         prunes = self.controller.wants_prune(step, report)
+        self.pause = Pause()
+        with self.pause.part("plan"):
+            plan = self._make_plan(step, prunes)
+            if plan is None:
+                return
+            cut_step = step + self.config.laep.cut_delay
+            self.console.event(f"step {step}: a plan for step {cut_step}" + (f", {report.reason}" if prunes else ""))
+            self.console.event(plan.table())
+            self.log.write_file(f"plans/{step}.json", plan.to_json())
+            self.progress.announce(plan, cut_step)
+            self._prepare(plan)
+
+    def _make_plan(self, step: int, prunes: bool) -> Plan | None:
         plan = self.controller.prune_plan() if prunes else self.controller.rearrangement()
         _require_same_plan(step, plan)
-        if plan is None or not prunes:
-            return plan
-        self.console.event(f"step {step}: pruning, {report.reason}")
-        if self.config.laep.placement_loads == "recorded":
+        if plan is None or not prunes or self.config.laep.placement_loads == "recorded":
             return plan
         first = max(0, step - self.config.train.eval_batches)
         batches = [self.dataset.train_batch(i) for i in range(first, step)]
         pruned = [layer.pruned for layer in plan.layers]
-        loads = masked_loads(self.eval_step, self.state, pruned, batches, self.mesh)
+        loads = masked_loads(self.steps.evaluate, self.state, pruned, batches, self.mesh)
         plan = self.controller.prune_plan([loads_E / len(batches) for loads_E in loads])
         _require_same_plan(step, plan)
         return plan
+
+    def _prepare(self, plan: Plan) -> None:
+        """Begins with a plan that is announced, unless the run ends before its step."""
+        cut_step = self.progress.cut_step
+        assert cut_step is not None
+        if cut_step < self.config.train.num_steps:
+            self.cut = Cut(plan, self.config, self.mesh)
+        else:
+            self.console.event(f"the run ends before step {cut_step}; nothing is cut")
+            self.progress.drop_plan()
 
     def _save(self, step: int) -> None:
         self.log.save_loads()
         self.checkpoints.save(step, self.state, self.controller.history.to_arrays(), self.progress.to_meta())
 
-    def _save_and_cut(self, step: int, plan: Plan) -> None:
+    def _save_and_cut(self, step: int, cut: Cut) -> None:
         """First phase: the old model and the plan on disk. Then the second."""
         summary = self.progress.summary
-        summary["heldout_loss_before_prune"] = self._evaluate(step, "before_prune")
+        with self.pause.part("evaluate"):
+            summary["heldout_loss_before_prune"] = self._evaluate(step, "before_prune")
         summary["device_imbalance_before"] = self.controller.device_imbalance()
         summary["step_seconds_before"] = self._median_step_seconds()
-        self.log.write_file(f"plans/{step}.json", plan.to_json())
-        self.console.event(plan.table())
-        self.progress.pending_plan = plan.to_json()
-        start = time.perf_counter()
-        self._save(step)
-        self.checkpoints.wait()
-        del self.train_step, self.eval_step
-        self._cut(plan, self.state, {"save": time.perf_counter() - start})
+        with self.pause.part("save"):
+            self._save(step)
+            self.checkpoints.wait()
+        del self.steps
+        self._carry_out(cut, self.state)
 
-    def _cut(self, plan: Plan, state: TrainState | None, seconds: dict[str, float]) -> None:
+    def _carry_out(self, cut: Cut, state: TrainState | None) -> None:
         """Second phase: the survivors in their new places; releases the old state, None on resuming."""
-        progress, old = self.progress, self.config
-        start = time.perf_counter()
-        config = with_receive_buffer(cut_config(old, plan.kept), [layer.imbalance_after for layer in plan.layers])
-        target = abstract_state(config, self.mesh)
-        if state is not None and old.laep.restore == "memory":
-            cut = cut_state(state, plan.kept, old.model, target)
-        else:
-            jax.tree.map(lambda leaf: leaf.delete(), state)
-            cut = self.checkpoints.restore_cut(progress.step, target, plan.kept, old.model.runs)
-        only_moved = not any(layer.pruned for layer in plan.layers)
-        self._mark_pruned(plan)
+        progress, plan = self.progress, cut.plan
+        self.cut = None
+        state, steps = cut.carry_out(state, self.checkpoints, progress.step, self.pause)
+        for layer, (part, ids) in enumerate(zip(plan.layers, progress.lineage, strict=True)):
+            self.log.mark_pruned(progress.step, layer, [ids[slot] for slot in part.pruned])
         progress.lineage = apply_plan_to_lineage(progress.lineage, plan)
-        progress.num_experts, progress.pending_plan = plan.num_experts_after, None
-        progress.fitted_buffer = config.model.receive_buffer
-        progress.prunes += not only_moved
-        self._adopt(config, cut, Controller(config, prunes=progress.prunes))
-        self._report_cut(plan, only_moved, seconds | {"restore": time.perf_counter() - start})
+        progress.num_experts = plan.num_experts_after
+        progress.fitted_buffer = cut.config.model.receive_buffer
+        progress.prunes += not cut.only_moves
+        self._adopt(cut.config, state, Controller(cut.config, prunes=progress.prunes), steps)
+        self._report(cut)
+        progress.drop_plan()
 
-    def _mark_pruned(self, plan: Plan) -> None:
-        for layer, (part, ids) in enumerate(zip(plan.layers, self.progress.lineage, strict=True)):
-            if part.pruned:
-                self.log.mark_pruned(self.progress.step, layer, [ids[slot] for slot in part.pruned])
-
-    def _report_cut(self, plan: Plan, only_moved: bool, seconds: dict[str, float]) -> None:
+    def _report(self, cut: Cut) -> None:
         step, summary = self.progress.step, self.progress.summary
-        before = model_size(self.config.with_num_experts(plan.num_experts).model, sequence_length=1).total
+        summary["prune_steps"].append(step)
+        summary["parameters_after"] = self.size.total
+        summary["experts_after"] = list(cut.plan.num_experts_after)
+        with self.pause.part("evaluate"):
+            summary["heldout_loss_after_prune"] = self._evaluate(step, "after_prune")
         self.log.write(
             "prune",
             step,
-            plan=f"plans/{step}.json",
-            rearrange_only=only_moved,
-            experts_before=plan.num_experts,
-            experts_after=plan.num_experts_after,
-            parameters_before=before,
-            parameters_after=self.size.total,
+            plan=f"plans/{self.progress.plan_step}.json",
+            plan_step=self.progress.plan_step,
             lineage=self.progress.lineage,
-            seconds=seconds,
+            seconds=self.pause.seconds,
+            **cut.record(),
         )
-        summary["prune_steps"].append(step)
-        summary["parameters_after"] = self.size.total
-        summary["experts_after"] = list(plan.num_experts_after)
-        summary["heldout_loss_after_prune"] = self._evaluate(step, "after_prune")
+        self.console.event(f"step {step}: {self.pause}")
 
     def _median_step_seconds(self) -> float | None:
         measured = [seconds for seconds in self.step_seconds if seconds is not None]

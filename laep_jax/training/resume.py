@@ -1,4 +1,4 @@
-"""What a checkpoint's `meta` says of a run beside its arrays, and whether a config may go on from it."""
+"""What a checkpoint's `meta` says of a run beside its arrays, and whether a config goes on with the same run."""
 
 import dataclasses
 import typing
@@ -6,7 +6,9 @@ from pathlib import Path
 
 from laep_jax.config import Config
 from laep_jax.errors import UserError
-from laep_jax.laep.plan import Lineage, initial_lineage
+from laep_jax.hosts import require_same
+from laep_jax.laep.plan import Lineage, Plan, initial_lineage
+from laep_jax.training.checkpoint import Checkpoints
 
 FREE = {  # fields that change neither parameters nor the batches, and so may differ on resuming
     "model": {"layers", "remat", "dispatch", "receive_buffer", "grouped_matmul", "dtype", "router_init"},
@@ -22,8 +24,8 @@ class Progress:
     `step`, with the seed in the config, is also the position in the data and the random state.
     config: as the run began. num_experts: of the model in this checkpoint. fitted_buffer: the receive
     buffer that the last cut's loads need, None before a cut. lineage: per layer the original id of each
-    slot. pending_plan: a plan (JSON text) to apply before going on. summary: the rows of the closing
-    table so far.
+    slot. pending_plan: a plan (JSON text) that is made and not carried out. plan_step, cut_step: after
+    which step it was made, and is to be carried out. summary: the rows of the closing table so far.
     """
 
     step: int
@@ -34,6 +36,8 @@ class Progress:
     lineage: Lineage
     prunes: int
     pending_plan: str | None
+    plan_step: int | None
+    cut_step: int | None
     summary: dict
 
     @classmethod
@@ -55,6 +59,8 @@ class Progress:
             lineage=initial_lineage(experts),
             prunes=0,
             pending_plan=None,
+            plan_step=None,
+            cut_step=None,
             summary=summary,
         )
 
@@ -75,8 +81,26 @@ class Progress:
             changes["receive_buffer"] = self.fitted_buffer
         return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 
+    def announce(self, plan: Plan, cut_step: int) -> None:
+        """A plan that is made now, to be carried out after `cut_step`."""
+        self.pending_plan, self.plan_step, self.cut_step = plan.to_json(), self.step, cut_step
+
+    def drop_plan(self) -> None:
+        """There is no plan to carry out (any more)."""
+        self.pending_plan = self.plan_step = self.cut_step = None
+
     def to_meta(self) -> dict:
         return dataclasses.asdict(self)
+
+
+def find_progress(config: Config, fingerprint: str, checkpoints: Checkpoints, step: int | None) -> Progress:
+    """Where the run stands, by its newest checkpoint, if there is one and `config` continues it."""
+    if step is None:
+        return Progress.fresh(config, fingerprint)
+    where = checkpoints.directory / str(step)
+    progress = Progress.from_meta(checkpoints.read_meta(step), where)
+    check_resumable(progress, config, fingerprint, where)
+    return progress
 
 
 def check_resumable(progress: Progress, config: Config, fingerprint: str, where: Path) -> None:
@@ -95,3 +119,11 @@ def check_resumable(progress: Progress, config: Config, fingerprint: str, where:
             raise UserError(
                 f"{name}={now!r} does not fit the checkpoint {where}, made with {then!r}; use another workdir"
             )
+
+
+def require_same_run(config: Config, fingerprint: str) -> None:
+    """Every process was started with the same settings and has the same corpus; the cache may lie elsewhere."""
+    parts = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    settings = {f"{type(part).__name__}.{name}": value for part in parts for name, value in vars(part).items()}
+    del settings["DataConfig.cache_dir"]
+    require_same(settings | {"the corpus": fingerprint})

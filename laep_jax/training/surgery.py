@@ -126,33 +126,52 @@ def cut_config(config: Config, kept: Kept) -> Config:
     return cut if None in sizes else cut.resolve(math.prod(size or 1 for size in sizes))
 
 
-def cut_state(state, kept: Kept, old_model: ModelConfig, abstract_new):
+Gathers = list[jax.stages.Compiled | None]  # by leaf of the cut state; None for one that stays as it is
+
+
+def compile_gathers(abstract_old, kept: Kept, old_model: ModelConfig, abstract_new) -> Gathers:
+    """The programs of `cut_state`, for states of `jax.ShapeDtypeStruct`s with shardings; equal ones once."""
+    old = {leaf_key(path): leaf for path, leaf in tree_flatten_with_path(abstract_old)[0]}
+    programs = functools.cache(_make_gather)
+    compiled: dict[tuple, jax.stages.Compiled] = {}
+    gathers: Gathers = []
+    for cut in cut_leaves(abstract_new, old_model.runs, kept):
+        if not cut.pieces:
+            gathers.append(None)
+            continue
+        gather, arguments = _gather_call(cut, old, programs)
+        key = (gather, *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments)))
+        if key not in compiled:
+            compiled[key] = gather.lower(*arguments).compile()
+        gathers.append(compiled[key])
+    return gathers
+
+
+def cut_state(state, gathers: Gathers, kept: Kept, old_model: ModelConfig, abstract_new):
     """The cut state, made in device memory on the same devices; consumes `state`.
 
-    abstract_new: the cut model's state as `jax.ShapeDtypeStruct` with shardings. Goes through one
-    parameter (of all runs) after another and frees its old leaves at once, so that memory peaks at
-    the old state and one new parameter.
+    gathers: of `compile_gathers` with the same arguments. abstract_new: the cut model's state as
+    `jax.ShapeDtypeStruct` with shardings. Goes through one parameter (of all runs) after another and frees
+    its old leaves at once, so that memory peaks at the old state and one new parameter.
     """
     old = {leaf_key(path): leaf for path, leaf in tree_flatten_with_path(state)[0]}
     cuts = list(cut_leaves(abstract_new, old_model.runs, kept))
     families: dict[str, list[int]] = {}
     for i, cut in enumerate(cuts):
         families.setdefault(cut.family, []).append(i)
-    programs = functools.cache(_make_gather)  # equal shapes share a program; all are dropped at the end
     new: dict[int, jax.Array] = {}
     for members in families.values():
-        new |= {i: _cut_leaf(cuts[i], old, programs) for i in members}
+        new |= {i: _cut_leaf(cuts[i], old, gathers[i]) for i in members}
         jax.block_until_ready([new[i] for i in members])
         for source in {source for i in members if cuts[i].pieces for source in cuts[i].sources}:
             old.pop(source).delete()
     return tree_unflatten(jax.tree.structure(abstract_new), [new[i] for i in range(len(cuts))])
 
 
-def _cut_leaf(cut: LeafCut, old: dict[str, jax.Array], programs: Callable[..., jax.stages.Wrapped]) -> jax.Array:
-    if not cut.pieces:
+def _cut_leaf(cut: LeafCut, old: dict[str, jax.Array], gather: jax.stages.Compiled | None) -> jax.Array:
+    if gather is None:
         return jax.device_put(old[cut.sources[0]], cut.target.sharding)
-    gather, arguments = _gather_call(cut, old, programs)
-    leaf = gather(*arguments)
+    leaf = gather(*_arguments(cut, old))
     assert (leaf.shape, leaf.dtype) == (cut.target.shape, cut.target.dtype), (cut.family, leaf.shape, leaf.dtype)
     return leaf
 
@@ -161,9 +180,13 @@ def _gather_call(
     cut: LeafCut, old: dict, programs: Callable[..., jax.stages.Wrapped]
 ) -> tuple[jax.stages.Wrapped, tuple]:
     """The jitted gather of a leaf, and its arguments; `old` may hold abstract leaves."""
-    leaves = [old[source] for source in cut.sources]
-    gather = programs(cut.axis, tuple(_whole_experts(leaf, cut.axis) for leaf in leaves), cut.target.sharding)
-    return gather, (leaves, [np.int32(piece.start) for piece in cut.pieces], [piece.kept for piece in cut.pieces])
+    whole = tuple(_whole_experts(old[source], cut.axis) for source in cut.sources)
+    return programs(cut.axis, whole, cut.target.sharding), _arguments(cut, old)
+
+
+def _arguments(cut: LeafCut, old: dict) -> tuple:
+    starts = [np.int32(piece.start) for piece in cut.pieces]
+    return [old[source] for source in cut.sources], starts, [piece.kept for piece in cut.pieces]
 
 
 def lower_largest_cut(abstract_old, kept: Kept, old_model: ModelConfig, abstract_new) -> jax.stages.Lowered:

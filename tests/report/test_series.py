@@ -9,7 +9,7 @@ from laep_jax.report.run_data import Cut, RunData, read_run
 
 # one layer of 4 experts on 2 devices; experts 1 and 2 go after step 3, the others change places
 TOKENS = [[50, 10, 20, 20], [40, 0, 20, 40], [60, 5, 5, 30], [70, 0, 0, 30], [60, 0, 0, 40]]
-CUT = Cut(step=3, rearrange_only=False, before=((0, 1, 2, 3),), after=((3, 0),), alpha=(0.5,), beta=0.2)
+CUT = Cut(step=3, plan_step=3, rearrange_only=False, before=((0, 1, 2, 3),), after=((3, 0),), alpha=(0.5,), beta=0.2)
 
 
 def small_run(**changes):
@@ -66,6 +66,13 @@ def test_cumulative_load_of_the_window_before_the_cut():
     assert (load.alpha, load.beta) == (0.5, 0.2)
 
 
+def test_a_cut_that_came_after_its_plan_shows_the_window_of_the_plan():
+    load = series.cumulative_load(small_run(cuts=(dataclasses.replace(CUT, plan_step=2),)), 0)  # steps 1 and 2
+    assert load.experts.tolist() == [1, 2, 3, 0]
+    np.testing.assert_allclose(load.share, [0, 0.05, 0.25, 0.55, 1])
+    assert load.pruned.tolist() == [True, True, False, False]
+
+
 def test_either_bound_limits_what_is_eligible():
     def eligible(alpha, beta):
         cut = dataclasses.replace(CUT, alpha=(alpha,), beta=beta)
@@ -107,7 +114,7 @@ def test_device_loads_without_a_cut():
 
 
 def test_a_rearrangement_before_the_prune_sets_the_order_it_starts_from():
-    moved = Cut(2, True, ((0, 1, 2, 3),), ((2, 3, 0, 1),), (0.5,), 0.2)
+    moved = Cut(2, 2, True, ((0, 1, 2, 3),), ((2, 3, 0, 1),), (0.5,), 0.2)
     cut = dataclasses.replace(CUT, before=moved.after, after=((0, 3),))
     run = small_run(cuts=(moved, cut))
     assert series.survivors_in_order(cut) == [[3, 0]]

@@ -15,14 +15,14 @@ from laep_jax.data.dataset import make_dataset
 from laep_jax.errors import UserError
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_mesh
-from laep_jax.training import loop
+from laep_jax.training import ahead, loop
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.evaluate import heldout_loss, masked_bias
 from laep_jax.training.loop import train
 from laep_jax.training.state import abstract_state
 from laep_jax.training.step import make_eval_step, make_train_step
 
-PRUNE_STEP, NUM_STEPS = 10, 20
+PLAN_STEP, CUT_STEP, NUM_STEPS = 10, 13, 20
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def config(cache_dir) -> Config:
         ),
         mesh=MeshConfig(fsdp=2, expert=4),
         data=DataConfig(source="synthetic", sequence_length=32, batch_size=16, cache_dir=cache_dir),
-        laep=LaepConfig(alpha=0.9, beta=0.4, window=4, prune_at_step=PRUNE_STEP),
+        laep=LaepConfig(alpha=0.9, beta=0.4, window=4, prune_at_step=PLAN_STEP, cut_delay=CUT_STEP - PLAN_STEP),
         optimizer=OptimizerConfig(warmup_steps=2),
         train=TrainConfig(num_steps=NUM_STEPS, eval_every=8, eval_batches=2, checkpoint_every=6, keep_checkpoints=9),
     )
@@ -64,7 +64,7 @@ def records(run_dir: Path, kind: str) -> list[dict]:
 
 
 def timeless(record: dict) -> dict:
-    return {name: value for name, value in record.items() if "second" not in name}
+    return {name: value for name, value in record.items() if "second" not in name and "bytes" not in name}
 
 
 def final_state(run_dir: Path) -> dict[str, bytes]:
@@ -96,8 +96,9 @@ def assert_same_run(got: Path, want: Path) -> None:
 def test_a_run_goes_through_the_whole_cycle(run, config):
     summary = json.loads((run / "summary.json").read_text())
     [prune] = records(run, "prune")
-    assert prune["step"] == PRUNE_STEP
-    assert summary["prune_steps"] == [PRUNE_STEP]
+    assert (prune["step"], prune["plan_step"], prune["plan"]) == (CUT_STEP, PLAN_STEP, f"plans/{PLAN_STEP}.json")
+    assert set(prune["seconds"]) == {"plan", "evaluate", "save", "restore", "compile"}
+    assert summary["prune_steps"] == [CUT_STEP]
     assert summary["experts_before"] == [8, 8, 8]
     assert 0.25 <= 1 - sum(summary["experts_after"]) / 24 <= 0.5
     assert set(summary["experts_after"]) <= {4, 8}
@@ -110,8 +111,8 @@ def test_a_run_goes_through_the_whole_cycle(run, config):
     assert [record["step"] for record in records(run, "train")] == list(range(1, NUM_STEPS + 1))
     assert [(record["step"], record["when"]) for record in records(run, "eval")] == [
         (8, "periodic"),
-        (PRUNE_STEP, "before_prune"),
-        (PRUNE_STEP, "after_prune"),
+        (CUT_STEP, "before_prune"),
+        (CUT_STEP, "after_prune"),
         (16, "periodic"),
         (NUM_STEPS, "end"),
     ]
@@ -124,7 +125,7 @@ def test_recorded_loads_are_every_token_and_none_of_the_pruned(run, config):
     assert tokens_NLE.shape == (NUM_STEPS, 3, 8)
     np.testing.assert_array_equal(tokens_NLE.sum(2), 2 * 16 * 32)
     np.testing.assert_array_equal((pruned_at_LE == -1).sum(1), prune["experts_after"])
-    gone_NLE = tokens_NLE[PRUNE_STEP:] * (pruned_at_LE == PRUNE_STEP)
+    gone_NLE = tokens_NLE[CUT_STEP:] * (pruned_at_LE == CUT_STEP)
     assert gone_NLE.sum() == 0
     for layer, ids in enumerate(prune["lineage"]):
         assert sorted(ids) == np.flatnonzero(pruned_at_LE[layer] == -1).tolist()
@@ -142,12 +143,18 @@ def interrupt_at(step: int):
     return show
 
 
-@pytest.mark.parametrize("step", [3, 9, 15], ids=["before any checkpoint", "before the prune", "after the prune"])
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, config, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(
+    ("step", "checkpoint"),
+    [(3, None), (9, 6), (13, 12), (15, CUT_STEP), (19, 18)],
+    ids=["before any checkpoint", "before the plan", "between plan and cut", "at the cut", "after the cut"],
+)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, config, tmp_path, monkeypatch, step, checkpoint):
     with monkeypatch.context() as patch:
         patch.setattr(loop.RunConsole, "train", interrupt_at(step))
         with pytest.raises(InterruptError):
             train(config, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
+        assert checkpoints.latest() == checkpoint
     train(config, tmp_path)
     assert_same_run(tmp_path, run)
 
@@ -163,7 +170,7 @@ def test_interrupted_in_the_middle_of_the_prune_the_plan_is_applied_from_disk(ru
                 train(config, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, "_decide", stop)  # nothing is decided anew before the plan is applied
-        patch.setattr(loop.RunConsole, "train", interrupt_at(PRUNE_STEP + 1))
+        patch.setattr(loop.RunConsole, "train", interrupt_at(CUT_STEP + 1))
         with pytest.raises(InterruptError):
             train(config, tmp_path)
     train(config, tmp_path)
@@ -179,7 +186,7 @@ def test_cutting_in_memory_gives_the_same_run_and_lets_the_old_step_go(run, conf
         return step
 
     def show(self, at: int, record: dict) -> None:
-        if at == PRUNE_STEP + 1:
+        if at == CUT_STEP + 1:
             gc.collect()
             alive.extend(step() is not None for step in steps)
 
@@ -189,20 +196,20 @@ def test_cutting_in_memory_gives_the_same_run_and_lets_the_old_step_go(run, conf
     monkeypatch.setattr(loop.RunConsole, "train", show)
     train(change(config, laep={"restore": "memory"}), tmp_path)
     assert_same_run(tmp_path, run)
-    assert alive == [False, True]
+    assert alive == [False]
 
 
 def test_the_cut_model_has_the_loss_that_masking_predicts(run, config):
-    plan = Plan.from_json((run / "plans" / f"{PRUNE_STEP}.json").read_text())
+    plan = Plan.from_json((run / "plans" / f"{PLAN_STEP}.json").read_text())
     mesh = make_mesh(config.mesh)
     data = make_dataset(config.data, seed=0, vocab_size=config.model.vocab_size, process_index=0, process_count=1)
     with Checkpoints(run / "checkpoints", keep=9) as checkpoints:
-        state = checkpoints.restore(PRUNE_STEP, abstract_state(config, mesh))
+        state = checkpoints.restore(CUT_STEP, abstract_state(config, mesh))
     bias = masked_bias(state.router_bias, [layer.pruned for layer in plan.layers])
     masked = dataclasses.replace(state, router_bias=bias)
     batches = [data.heldout_batch(i) for i in range(config.train.eval_batches)]
     predicted = heldout_loss(make_eval_step(config, mesh), masked, batches, mesh)
-    before, after = (record["heldout_loss"] for record in records(run, "eval") if record["step"] == PRUNE_STEP)
+    before, after = (record["heldout_loss"] for record in records(run, "eval") if record["step"] == CUT_STEP)
     assert after == pytest.approx(predicted, rel=1e-6)  # float32 sums over experts in another order
     assert abs(after - before) > 1e-5
 
@@ -217,14 +224,14 @@ def test_a_finished_run_only_shows_its_table_again(run, config, tmp_path, capsys
 
 def test_rearranging_alone_recurs_and_changes_no_loss(run, config, tmp_path):
     laep = {"prune_at_step": None, "max_prunes": 0}
-    short = change(config, laep=laep, train={"num_steps": 12, "checkpoint_every": 12})
+    short = change(config, laep=laep, train={"num_steps": 16, "checkpoint_every": 16})
     train(short, tmp_path / "still")
     train(change(short, laep={"rearrange_gain": 0.0}), tmp_path / "moved")
     moves = records(tmp_path / "moved", "prune")
-    assert moves
+    assert [move["step"] for move in moves] == [7, 15]
     assert all(move["rearrange_only"] and move["experts_after"] == [8, 8, 8] for move in moves)
     losses = [[record["loss"] for record in records(tmp_path / name, "train")] for name in ("still", "moved")]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)  # sums in another order, twelve steps on
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)  # sums in another order, sixteen steps on
     assert records(tmp_path / "moved", "eval")[-1]["when"] == "end"
 
 
@@ -263,12 +270,13 @@ def test_the_receive_buffer_follows_the_loads_at_a_cut_and_stays_so_on_resuming(
         buffers.append(config.model.receive_buffer)
         return make_train_step(config, mesh)
 
-    monkeypatch.setattr(loop, "make_train_step", recording)
-    bounded = change(config, model={"dispatch": "ragged_all_to_all", "receive_buffer": 4.0}, train={"num_steps": 12})
+    for module in (loop, ahead):
+        monkeypatch.setattr(module, "make_train_step", recording)
+    bounded = change(config, model={"dispatch": "ragged_all_to_all", "receive_buffer": 4.0}, train={"num_steps": 14})
     train(bounded, tmp_path)
-    plan = Plan.from_json((tmp_path / "plans" / f"{PRUNE_STEP}.json").read_text())
+    plan = Plan.from_json((tmp_path / "plans" / f"{PLAN_STEP}.json").read_text())
     worst = max(layer.imbalance_after for layer in plan.layers)
     assert buffers == [4.0, pytest.approx(min(1.1 * worst, 4))]
     assert buffers[1] < 4.0
-    train(change(bounded, train={"num_steps": 14}), tmp_path)
+    train(change(bounded, train={"num_steps": 16}), tmp_path)
     assert buffers[2:] == buffers[1:2]

@@ -16,7 +16,7 @@ from laep_jax.training.loop import train
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny.gin")  # what train.py takes where no file is named
-CUT, SAVED, NUM_STEPS = 4, 6, 10
+PLANNED, BETWEEN, CUT, SAVED, NUM_STEPS = 4, 5, 6, 10, 12
 SETTINGS = {
     "ModelConfig.num_layers": 2,
     "ModelConfig.hidden_size": 16,
@@ -33,10 +33,12 @@ SETTINGS = {
     "LaepConfig.alpha": (1.2, 0.0),  # cuts the first layer only: one run of two layers becomes two runs
     "LaepConfig.beta": 0.6,
     "LaepConfig.window": 4,
-    "LaepConfig.prune_at_step": CUT,
+    "LaepConfig.prune_at_step": PLANNED,
+    "LaepConfig.cut_delay": CUT - PLANNED,
     "OptimizerConfig.warmup_steps": 2,
     "TrainConfig.eval_batches": 1,
-    "TrainConfig.checkpoint_every": SAVED,
+    "TrainConfig.checkpoint_every": BETWEEN,
+    "TrainConfig.keep_checkpoints": 4,
     "TrainConfig.num_steps": NUM_STEPS,
 }
 # Losses are float32 means over 512 tokens, and devices of several processes add in another order: a few
@@ -178,10 +180,10 @@ def test_two_processes_leave_what_one_leaves(one, two):
     assert files(two) == files(one)
     assert len(list((two / "tensorboard").iterdir())) == 1
     names = sorted(int(path.name) for path in (two / "checkpoints").iterdir())
-    assert names == [CUT, SAVED, NUM_STEPS]
+    assert names == [BETWEEN, CUT, SAVED, NUM_STEPS]
 
 
-@pytest.mark.parametrize("step", [CUT, SAVED], ids=["with a plan to apply", "after the cut"])
+@pytest.mark.parametrize("step", [BETWEEN, CUT, SAVED], ids=["before the cut", "at the cut", "after the cut"])
 def test_one_process_goes_on_from_a_checkpoint_of_two(two, tmp_path, bindings, step):
     workdir = rewind(two, step, tmp_path / "x")
     train(load_config([TINY], bindings), workdir)
@@ -192,7 +194,7 @@ def test_four_processes_go_on_from_a_checkpoint_of_two(two, tmp_path, launched):
     workdir = rewind(two, CUT, tmp_path / "x")
     result = launched(workdir, 4)
     assert result.returncode == 0, result.stderr
-    assert "resuming from step 4, with a plan to apply" in result.stdout
+    assert "resuming from step 6, with a plan to apply" in result.stdout
     assert_same_training(workdir, two)
 
 
@@ -228,7 +230,7 @@ loop.Controller.prune_plan = prune_plan
     assert result.returncode == 2
     [sha] = [line.split()[1] for line in result.stderr.splitlines() if line.startswith("sha256")]
     [line] = [line for line in result.stderr.splitlines() if "error" in line]
-    assert line.startswith(f"error: the plan after step {CUT} differs between the processes: {sha} on 0; ")
+    assert line.startswith(f"error: the plan after step {PLANNED} differs between the processes: {sha} on 0; ")
     assert line.endswith(" on 1")
     assert codes(tmp_path / "x") == ["2", "2"]
     assert [path.name for path in (tmp_path / "x" / "checkpoints").iterdir()] == []

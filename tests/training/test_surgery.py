@@ -31,6 +31,14 @@ def runs_of(counts):
     return [(len(list(group)), count) for count, group in itertools.groupby(counts)]
 
 
+def cut_state(state, kept, model, abstract_new):
+    abstract_old = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
+    gathers = surgery.compile_gathers(abstract_old, kept, model, abstract_new)
+    return surgery.cut_state(state, gathers, kept, model, abstract_new)
+
+
 @given(plans())
 def test_pieces_name_every_layer_once_and_in_order(plan):
     old, kept = plan
@@ -58,7 +66,7 @@ def test_cut_state_is_plain_slicing_per_layer(states, plan, sizes):
     state = states.random(old, mesh)
     want = states.cut_by_layer(state, kept)
     abstract = states.abstract(new, mesh)
-    got = surgery.cut_state(state, kept, states.config(old), abstract)
+    got = cut_state(state, kept, states.config(old), abstract)
     states.assert_equal(states.by_layer(got), want)
     assert jax.tree.map(lambda leaf: leaf.sharding, got) == tree_shardings(abstract, mesh)
 
@@ -69,7 +77,7 @@ def test_identity_plan_changes_no_bit(states):
     state.router_bias["runs"][0]["bias_E"] *= jnp.float32(np.nan)
     want = [np.array(leaf).tobytes() for leaf in jax.tree.leaves(state)]
     identity = [range(count) for count in counts]
-    got = surgery.cut_state(state, identity, states.config(counts), states.abstract(counts, mesh))
+    got = cut_state(state, identity, states.config(counts), states.abstract(counts, mesh))
     assert [np.array(leaf).tobytes() for leaf in jax.tree.leaves(got)] == want
 
 
@@ -79,10 +87,10 @@ def test_rearranging_and_back_is_nothing(states):
     kept = states.plan(counts, counts)
     state = states.random(counts, mesh)
     want = states.by_layer(state)
-    moved = surgery.cut_state(state, kept, model, abstract)
+    moved = cut_state(state, kept, model, abstract)
     router = ".params['runs']['moe']['router_DE']"
     assert not np.array_equal(states.by_layer(moved)[router][0], want[router][0])
-    back = surgery.cut_state(moved, [np.argsort(slots).tolist() for slots in kept], model, abstract)
+    back = cut_state(moved, [np.argsort(slots).tolist() for slots in kept], model, abstract)
     states.assert_equal(states.by_layer(back), want)
 
 
@@ -102,7 +110,7 @@ def test_old_leaves_go_as_soon_as_they_are_cut(states, monkeypatch):
 
     monkeypatch.setattr(surgery, "_cut_leaf", measured)
     total = sum(leaf.nbytes for leaf in leaves)
-    cut = surgery.cut_state(state, states.plan(old, new), states.config(old), abstract)
+    cut = cut_state(state, states.plan(old, new), states.config(old), abstract)
     largest = sum(run["moe"]["gate_up_EDG"].nbytes for run in cut.params["runs"])
     assert len(peak) > 20
     assert max(peak) <= total + largest

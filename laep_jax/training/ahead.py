@@ -1,0 +1,54 @@
+"""The steps of a model compiled ahead, in a thread, from shapes alone: the training of another model goes on beside it.
+
+XLA compiles without Python's lock, but cannot be stopped. A process that ends by itself waits for the compilation,
+since Python joins the thread: letting the interpreter go under XLA's feet is a crash. A program that must end at
+once leaves by `os._exit`, see `laep_jax.hosts.leaving_at_once`.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from laep_jax.config import Config
+from laep_jax.sharding import Mesh
+from laep_jax.training.state import TrainState
+from laep_jax.training.step import abstract_batch, make_eval_step, make_train_step
+
+THREAD = "compiling ahead"
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What a model is trained and evaluated with: `make_train_step` and `make_eval_step`, compiled or not yet."""
+
+    train: Callable
+    evaluate: Callable
+
+
+def compile_steps(config: Config, mesh: Mesh, abstract: TrainState) -> Steps:
+    """Both steps compiled. config: resolved. abstract: the model's `abstract_state`."""
+    batch = abstract_batch(config, mesh)
+    evaluate = make_eval_step(config, mesh).lower(abstract.params, abstract.router_bias, batch)
+    return Steps(make_train_step(config, mesh).lower(abstract, batch).compile(), evaluate.compile())
+
+
+def ahead(compile_programs: Callable[[], T]) -> Future[T]:
+    """Starts compiling; the result raises what went wrong."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(compile_programs())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name=THREAD).start()
+    return future
+
+
+def is_compiling() -> bool:
+    """Whether this process would have to wait for a compilation before it can end."""
+    return any(thread.name == THREAD for thread in threading.enumerate())

@@ -1,0 +1,97 @@
+"""A cut from the making of its plan to the smaller model: compiled ahead, then restored (paper sections 3.2, 3.3)."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import jax
+
+from laep_jax.config import Config
+from laep_jax.laep.plan import Plan
+from laep_jax.model.accounting import model_size
+from laep_jax.sharding import Mesh
+from laep_jax.training.ahead import Steps, ahead, compile_steps
+from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.controller import with_receive_buffer
+from laep_jax.training.cut_restore import bytes_needed, bytes_read
+from laep_jax.training.state import TrainState, abstract_state
+from laep_jax.training.surgery import Gathers, compile_gathers, cut_config, cut_state
+
+
+class Pause:
+    """The time in which a run does not train because of a cut. seconds: by part."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Adds the time inside."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.seconds.items())
+        return f"a pause of {sum(self.seconds.values()):.2f} s ({parts})"
+
+
+class Cut:
+    """A plan, and the model that it leads to; the steps of that model are being compiled from the start.
+
+    old: config of the model to be cut, resolved. `config`: of the cut one.
+    `UserError` where the plan does not fit the model or the mesh.
+    """
+
+    def __init__(self, plan: Plan, old: Config, mesh: Mesh):
+        self.plan, self.old = plan, old
+        imbalances = [layer.imbalance_after for layer in plan.layers]
+        self.config = with_receive_buffer(cut_config(old, plan.kept), imbalances)
+        self._target = abstract_state(self.config, mesh)
+        self._programs = ahead(lambda: (compile_steps(self.config, mesh, self._target), self._gathers(mesh)))
+        self._bytes: dict[str, int] = {}
+
+    @property
+    def only_moves(self) -> bool:
+        """Whether no expert goes."""
+        return not any(layer.pruned for layer in self.plan.layers)
+
+    def carry_out(
+        self, state: TrainState | None, checkpoints: Checkpoints, step: int, pause: Pause
+    ) -> tuple[TrainState, Steps]:
+        """The cut state, from the checkpoint of `step` or from memory as the config says, and its compiled steps.
+
+        state: the old one, released; None where it is on disk only. Adds `restore` to the pause, and `compile`, what
+        is left of the compilation; raises what went wrong in that.
+        """
+        if state is not None and self.old.laep.restore == "memory":
+            with pause.part("compile"):
+                steps, gathers = self._programs.result()
+            with pause.part("restore"):
+                cut = cut_state(state, gathers, self.plan.kept, self.old.model, self._target)
+                return jax.block_until_ready(cut), steps
+        with pause.part("restore"):
+            jax.tree.map(lambda leaf: leaf.delete(), state)
+            before = bytes_read()
+            cut = checkpoints.restore_cut(step, self._target, self.plan.kept, self.old.model.runs)
+            self._bytes = {"bytes_read": bytes_read() - before, "bytes_needed": bytes_needed(self._target)}
+            jax.block_until_ready(cut)
+        with pause.part("compile"):
+            return cut, self._programs.result()[0]
+
+    def _gathers(self, mesh: Mesh) -> Gathers:
+        """The programs that cut memory, where that is how it is done."""
+        if self.old.laep.restore != "memory":
+            return []
+        return compile_gathers(abstract_state(self.old, mesh), self.plan.kept, self.old.model, self._target)
+
+    def record(self) -> dict:
+        """Fields of the `prune` record. Bytes are of this process: what it read of the checkpoint, and had to."""
+        return {
+            "rearrange_only": self.only_moves,
+            "experts_before": self.plan.num_experts,
+            "experts_after": self.plan.num_experts_after,
+            "parameters_before": model_size(self.old.model, sequence_length=1).total,
+            "parameters_after": model_size(self.config.model, sequence_length=1).total,
+            **self._bytes,
+        }

@@ -1,0 +1,185 @@
+"""The cut's steps compiled beside the training: really beside it, once, and what happens when it goes wrong."""
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from laep_jax.training import ahead, cut, loop
+from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.loop import train
+
+ROOT = Path(__file__).parents[2]
+PLAN_STEP, CUT_STEP, NUM_STEPS = 4, 7, 9
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    return Config(
+        model=ModelConfig(
+            num_layers=2, hidden_size=16, num_heads=4, head_dim=4, ffn_size=8, num_experts=8, router_init=1.0
+        ),
+        mesh=MeshConfig(fsdp=2, expert=4),
+        data=DataConfig(
+            source="synthetic", sequence_length=32, batch_size=16, cache_dir=str(tmp_path_factory.mktemp("tokens"))
+        ),
+        laep=LaepConfig(alpha=1.2, beta=0.6, window=4, prune_at_step=PLAN_STEP, cut_delay=CUT_STEP - PLAN_STEP),
+        optimizer=OptimizerConfig(warmup_steps=2),
+        train=TrainConfig(num_steps=NUM_STEPS, eval_every=3, eval_batches=1, checkpoint_every=50, keep_checkpoints=9),
+    )
+
+
+def with_laep(config: Config, **fields) -> Config:
+    return dataclasses.replace(config, laep=dataclasses.replace(config.laep, **fields))
+
+
+def records(run_dir: Path, kind: str) -> list[dict]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in records(run_dir, "train")]
+
+
+@pytest.fixture
+def compilations(caplog):
+    """A function: (program, thread) of every compilation of a train or eval step so far."""
+    jax.config.update("jax_log_compiles", True)
+    caplog.set_level(logging.WARNING)
+
+    def found() -> list[tuple[str, str]]:
+        finished = [record for record in caplog.records if "Finished XLA compilation of" in record.getMessage()]
+        steps = [
+            (name, record.threadName)
+            for record in finished
+            for name in ("train_step", "eval_step")
+            if f"({name})" in record.getMessage()
+        ]
+        return sorted(steps)
+
+    yield found
+    jax.config.update("jax_log_compiles", False)
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("run")
+    train(config, run_dir)
+    return run_dir
+
+
+def test_each_step_is_compiled_once_the_cut_models_in_the_thread(config, tmp_path, compilations):
+    train(config, tmp_path)
+    main = threading.main_thread().name
+    assert records(tmp_path, "prune")
+    assert compilations() == [(step, thread) for step in ("eval_step", "train_step") for thread in (main, ahead.THREAD)]
+    seconds = {record["step"]: record["step_seconds"] for record in records(tmp_path, "train")}
+    assert [step for step, value in seconds.items() if value is None] == [1]  # the only one with a compilation in it
+
+
+def test_training_goes_on_while_the_compilation_takes_its_time(whole, config, tmp_path, monkeypatch):
+    done = threading.Event()
+    compile_steps = cut.compile_steps
+
+    def slowly(*args):
+        assert done.wait(timeout=120), "the run waits for the compilation before the step of the cut"
+        return compile_steps(*args)
+
+    def show(self, step: int, record: dict) -> None:
+        if step == CUT_STEP:
+            done.set()
+
+    monkeypatch.setattr(cut, "compile_steps", slowly)
+    monkeypatch.setattr(loop.RunConsole, "train", show)
+    train(config, tmp_path)
+    assert losses(tmp_path) == losses(whole)
+    [prune] = records(tmp_path, "prune")
+    assert (prune["plan_step"], prune["step"]) == (PLAN_STEP, CUT_STEP)
+    assert prune["seconds"]["compile"] > 0.1  # what was left of it was waited for
+
+
+def test_what_goes_wrong_in_the_thread_ends_the_run_at_the_cut_and_nothing_is_lost(
+    whole, config, tmp_path, monkeypatch
+):
+    def fail(*args):
+        raise RuntimeError("RESOURCE_EXHAUSTED: too large")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cut, "compile_steps", fail)
+        with pytest.raises(RuntimeError, match="too large"):
+            train(config, tmp_path)
+    assert len(losses(tmp_path)) == CUT_STEP
+    train(config, tmp_path)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_without_delay_the_cut_follows_its_plan_at_once(config, tmp_path):
+    train(with_laep(config, cut_delay=0), tmp_path)
+    [prune] = records(tmp_path, "prune")
+    assert (prune["plan_step"], prune["step"]) == (PLAN_STEP, PLAN_STEP)
+    with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
+        assert checkpoints.read_meta(PLAN_STEP)["pending_plan"]
+
+
+@pytest.mark.parametrize("num_steps", [6, CUT_STEP])
+def test_a_plan_whose_step_the_run_does_not_reach_is_dropped_before_anything_is_compiled(
+    config, tmp_path, monkeypatch, capsys, num_steps
+):
+    monkeypatch.setattr(cut, "compile_steps", None)
+    summary = train(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=num_steps)), tmp_path)
+    assert f"the run ends before step {CUT_STEP}; nothing is cut" in capsys.readouterr().out.replace("\n", " ")
+    assert summary["prune_steps"] == []
+    assert not records(tmp_path, "prune")
+
+
+def test_a_second_prune_measures_loads_with_the_step_compiled_ahead(config, tmp_path):
+    laep = {"max_prunes": 2, "cut_delay": 1, "rank_correlation": -1.0, "overlap": 0.0, "stable_windows": 1}
+    longer = dataclasses.replace(config.train, num_steps=16)
+    eager = with_laep(config, **laep, min_step=1, window=3, prune_at_step=3, rounding="prune")
+    train(dataclasses.replace(eager, train=longer), tmp_path)
+    assert len(records(tmp_path, "prune")) >= 2
+
+
+LEAVING = """
+import sys, time
+from laep_jax.errors import run_main
+from laep_jax.training import command, cut, loop
+cut.compile_steps = lambda *args: time.sleep(600)
+def show(self, step, record):
+    if step == 5:
+        raise ERROR
+loop.RunConsole.train = show
+sys.exit(run_main(command.main, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [("KeyboardInterrupt", 130, "interrupted"), ("OSError('no space left')", 1, "OSError: no space left")],
+)
+def test_leaving_does_not_wait_for_the_compilation(config, tmp_path, error, code, message):
+    settings = {
+        f"{type(part).__name__}.{name}": value
+        for part in (config.model, config.mesh, config.data, config.laep, config.optimizer, config.train)
+        for name, value in vars(part).items()
+        if value is not None
+    }
+    gin = [f"--gin.{name}={value}" for name, value in settings.items() if value != ""]
+    start = time.time()
+    result = subprocess.run(
+        [sys.executable, "-c", LEAVING.replace("ERROR", error), f"--workdir={tmp_path / 'x'}", *gin],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == code, result.stderr
+    assert message in result.stderr
+    assert time.time() - start < 200  # the compilation would take 600 s
+    assert len(losses(tmp_path / "x")) == 5
