@@ -15,10 +15,7 @@ COMMANDS = {
     ),
     "describe": ("laep_jax.model.command", "parameters, experts and FLOPs of a config, from shapes alone"),
     "preflight": ("laep_jax.preflight.command", "a config compiled for a TPU slice: memory, bounds, collectives"),
-    "bench": (
-        "laep_jax.bench.command",
-        "measurements on this machine: the expert block, its memory, plans, stragglers",
-    ),
+    "bench": ("laep_jax.bench.command", "measurements on this machine: speed, memory, plans, the pause at a prune"),
     "report": ("laep_jax.report.command", "figures of a run directory"),
     "train-tokenizer": ("laep_jax.data.command", "a BPE tokenizer trained on a corpus"),
 }

@@ -4,8 +4,8 @@
 #     bash benchmarks/peers/install.sh transformers|maxtext FOLDER
 #
 # makes FOLDER/transformers or FOLDER/maxtext anew. Its last line tells what is missing where that fails.
-# FOLDER/NAME/installed.txt lists what was installed and is there only after success. TRANSFORMERS_PYTHON and MAXTEXT_PYTHON name other
-# interpreters. On Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares some GB of CUDA libraries.
+# FOLDER/NAME/installed.txt lists what was installed and is there only after success. TRANSFORMERS_PYTHON and
+# MAXTEXT_PYTHON name other interpreters. On Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares some GB of CUDA libraries.
 set -euo pipefail
 
 peer=$1

@@ -6,10 +6,8 @@ the experts' products without recomputation, the same on both sides. One process
 second on a mesh of eight; in each the forms alternate, and each form's median counts.
 """
 
-import argparse
 import dataclasses
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from laep_jax.bench.measuring import in_process, parse_repetitions
 from laep_jax.config import AuxLossConfig, MeshConfig, ModelConfig
-from laep_jax.errors import require
 from laep_jax.model.moe import MoE
 from laep_jax.sharding import batch_sharding, make_cpu_devices, make_mesh, put_batch, tree_shardings
 
@@ -37,20 +35,11 @@ Form = Callable[[], object]
 
 def run(arguments: Sequence[str]) -> dict:
     """`ratio` of each form's useful FLOP/s to the dense yardstick's, `gflops`, `loads` (largest over mean)."""
-    parser = argparse.ArgumentParser(prog="python -m laep_jax bench moe", description=__doc__.splitlines()[0])
-    parser.add_argument("--repetitions", type=int, default=REPETITIONS, metavar="N", help="of each form (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    repetitions = parser.parse_args(arguments).repetitions
-    require(repetitions >= 1, "--repetitions", repetitions, "must be at least 1")
-    alone, mesh = (_in_process(devices, repetitions) for devices in (1, MESH_DEVICES))
+    repetitions = parse_repetitions(arguments, "moe", __doc__.splitlines()[0], REPETITIONS)
+    alone, mesh = (in_process("laep_jax.bench.moe", devices, repetitions) for devices in (1, MESH_DEVICES))
     gflops = alone["gflops"] | mesh["gflops"]
     ratio = {name: rate / gflops["dense"] for name, rate in gflops.items() if name not in ("dense", "matmul")}
     return {"ratio": ratio, "gflops": gflops, "loads": alone["loads"]}
-
-
-def _in_process(devices: int, repetitions: int) -> dict:
-    command = [sys.executable, "-m", "laep_jax.bench.moe", str(devices), str(repetitions)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def table(result: dict) -> str:

@@ -27,6 +27,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from laep_jax.bench.measuring import random_batch
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 from laep_jax.errors import require
 from laep_jax.sharding import HUGE_PAGES, make_mesh, put_batch
@@ -231,16 +232,11 @@ def train(setting: dict) -> dict:
     ).resolve(1)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     state, step = init_state(config, mesh), make_train_step(config, mesh)
-    rng, rows, length = np.random.default_rng(0), setting["batch_size"], setting["sequence_length"]
-    fixed = {
-        "segments_BS": np.ones((rows, length), np.int32),
-        "positions_BS": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-    }
+    rng = np.random.default_rng(0)
     seconds, loss = [], 0.0
     for _ in range(setting["num_steps"]):
         start = time.perf_counter()
-        tokens = rng.integers(0, setting["vocab_size"], (rows, length + 1), dtype=np.int32)
-        batch = fixed | {"tokens_BS": tokens[:, :-1], "targets_BS": tokens[:, 1:]}
+        batch = random_batch(rng, *(setting[name] for name in ("vocab_size", "batch_size", "sequence_length")))
         state, metrics = jax.block_until_ready(step(state, put_batch(batch, mesh)))
         seconds.append(time.perf_counter() - start)
         loss = float(metrics["loss"])

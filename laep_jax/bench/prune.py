@@ -10,7 +10,6 @@ is held till the end, and the system's file cache is warm for both; the medians 
 import argparse
 import contextlib
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from laep_jax.bench.measuring import in_process
 from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_cpu_devices, make_mesh
@@ -46,13 +46,8 @@ def run(arguments: Sequence[str]) -> dict:
     parser = argparse.ArgumentParser(prog="python -m laep_jax bench prune", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.parse_args(arguments)
-    variants = {name: _in_process(name) for name in VARIANTS}
+    variants = {name: in_process("laep_jax.bench.prune", name) for name in VARIANTS}
     return variants["checkpoint"] | {"variants": variants}
-
-
-def _in_process(variant: str) -> dict:
-    command = [sys.executable, "-m", "laep_jax.bench.prune", variant]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def _config(variant: str, cache_dir: Path) -> Config:

@@ -7,13 +7,10 @@ model's own (`accounting.flops_by_part`), without recomputation. The parts are t
 operations, their times those of a profile, over all threads.
 """
 
-import argparse
 import collections
 import functools
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,9 +20,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from laep_jax.bench.measuring import in_process, parse_repetitions, random_batch
 from laep_jax.bench.moe import MATMUL, MATMULS, matmul_form
 from laep_jax.config import Config, DataConfig, ModelConfig
-from laep_jax.errors import require
 from laep_jax.model.accounting import flops_by_part
 from laep_jax.sharding import HUGE_PAGES, make_cpu_devices, make_mesh, put_batch
 from laep_jax.training.state import TrainState, init_state
@@ -46,18 +43,12 @@ Spans = Iterable[tuple[float, float, str]]  # (start, end, name), of one thread
 
 def run(arguments: Sequence[str]) -> dict:
     """`ratio` of the step's FLOP/s to the matmul's by model; `parts` of its time and FLOPs; `cost_of_counts`."""
-    parser = argparse.ArgumentParser(prog="python -m laep_jax bench step", description=__doc__.splitlines()[0])
-    parser.add_argument("--repetitions", type=int, default=REPETITIONS, metavar="N", help="(%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    repetitions = parser.parse_args(arguments).repetitions
-    require(repetitions >= 1, "--repetitions", repetitions, "must be at least 1")
-    models = {f"E{experts}": _in_process(experts, repetitions) for experts in EXPERTS}
+    repetitions = parse_repetitions(arguments, "step", __doc__.splitlines()[0], REPETITIONS)
+    models = {
+        f"E{experts}": in_process("laep_jax.bench.step", experts, repetitions, environment=HUGE_PAGES)
+        for experts in EXPERTS
+    }
     return {key: {name: of_model[key] for name, of_model in models.items()} for key in models["E16"]}
-
-
-def _in_process(experts: int, repetitions: int) -> dict:
-    command = [sys.executable, "-m", "laep_jax.bench.step", str(experts), str(repetitions)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=HUGE_PAGES | os.environ).stdout)
 
 
 def table(result: dict) -> str:
@@ -88,7 +79,8 @@ def measure(experts: int, repetitions: int) -> dict:
     """All figures of one model."""
     config = CONFIG.with_num_experts((experts,) * CONFIG.model.num_layers).resolve(1)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    batch = _random_batch(config, mesh)
+    rows, length = config.data.batch_size, config.data.sequence_length
+    batch = put_batch(random_batch(np.random.default_rng(0), config.model.vocab_size, rows, length), mesh)
     state = init_state(config, mesh)
     compiled = make_train_step(config, mesh).lower(state, batch).compile()
     steps = {"step": compiled, "without counts": _without_counts(config, mesh)}
@@ -107,7 +99,7 @@ def measure(experts: int, repetitions: int) -> dict:
         jax.block_until_ready(products())  # the first after a step still has the step's memory in the cache
         timed("matmul", products)
     median = {name: float(np.median(times[1:])) for name, times in seconds.items()}
-    tokens, flops = batch["tokens_BS"].size, flops_by_part(config.model, sequence_length=config.data.sequence_length)
+    tokens, flops = batch["tokens_BS"].size, flops_by_part(config.model, sequence_length=length)
     gflops, matmul = (
         tokens * sum(flops.values()) / median["step"] / 1e9,
         2 * MATMUL**3 * MATMULS / median["matmul"] / 1e9,
@@ -126,18 +118,6 @@ def measure(experts: int, repetitions: int) -> dict:
             for part in (*PARTS, REST)
         },
     }
-
-
-def _random_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
-    rows, length = config.data.batch_size, config.data.sequence_length
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, length + 1), dtype=np.int32)
-    batch = {
-        "tokens_BS": tokens[:, :-1],
-        "targets_BS": tokens[:, 1:],
-        "segments_BS": np.ones((rows, length), np.int32),
-        "positions_BS": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-    }
-    return put_batch(batch, mesh)
 
 
 def _without_counts(config: Config, mesh: jax.sharding.Mesh):

@@ -24,6 +24,12 @@ class ModelSize:
     flops_per_token: int
 
 
+def _attention_matrices(config: ModelConfig) -> int:
+    """Weights of a layer's projections and filters."""
+    projections = 4 * config.hidden_size * config.num_heads * config.head_dim
+    return projections + (2 * config.hidden_size**2 if config.lfa else 0)
+
+
 def flops_by_part(config: ModelConfig, *, sequence_length: int) -> dict[str, int]:
     """Training FLOPs of a token: attention, router, experts, head.
 
@@ -31,10 +37,9 @@ def flops_by_part(config: ModelConfig, *, sequence_length: int) -> dict[str, int
     ones but the input table and the norms), and the attention scores of the positions up to its own, on average half
     of the sequence.
     """
-    heads = config.num_heads * config.head_dim
-    attention = 4 * config.hidden_size * heads + (2 * config.hidden_size**2 if config.lfa else 0)
+    scores = config.num_heads * config.head_dim * (sequence_length + 1)
     return {
-        "attention": config.num_layers * (6 * attention + 6 * heads * (sequence_length + 1)),
+        "attention": 6 * config.num_layers * (_attention_matrices(config) + scores),
         "router": 6 * config.hidden_size * sum(config.experts_per_layer),
         "experts": 6 * config.num_layers * config.top_k * 3 * config.hidden_size * config.ffn_size,
         "head": 6 * config.vocab_size * config.hidden_size,
@@ -44,8 +49,6 @@ def flops_by_part(config: ModelConfig, *, sequence_length: int) -> dict[str, int
 def model_size(config: ModelConfig, *, sequence_length: int) -> ModelSize:
     """Counts `config`; `sequence_length` in tokens enters the attention scores only."""
     hidden, experts = config.hidden_size, config.experts_per_layer
-    projections = 4 * hidden * config.num_heads * config.head_dim
-    filters = 2 * hidden**2 if config.lfa else 0
     one_expert = 3 * hidden * config.ffn_size
     vectors = hidden * (3 if config.lfa else 2)
     if config.lfa and config.lfa_bias:
@@ -54,7 +57,7 @@ def model_size(config: ModelConfig, *, sequence_length: int) -> ModelSize:
     def layers(experts_of_token: tuple[int, ...]) -> int:
         """Matrices of all layers, with that many experts in each but every router whole."""
         routers = hidden * sum(experts)
-        return config.num_layers * (projections + filters) + routers + one_expert * sum(experts_of_token)
+        return config.num_layers * _attention_matrices(config) + routers + one_expert * sum(experts_of_token)
 
     table = config.vocab_size * hidden
     norms = config.num_layers * vectors + hidden

@@ -128,8 +128,8 @@ def _blocks_backward(residuals, dy_TD: jax.Array):
     zeros = (
         jnp.zeros((num_rows, hidden_size), x_TD.dtype),
         jnp.zeros((num_rows,), jnp.float32),
-        jnp.zeros(gate_up_EDG.shape, gate_up_EDG.dtype),
-        jnp.zeros(down_EFD.shape, down_EFD.dtype),
+        jnp.zeros_like(gate_up_EDG),
+        jnp.zeros_like(down_EFD),
     )
     dx_RD, dweights_R, dgate_up_EDG, ddown_EFD = _loop(routes, begin, block_of_rows, end, zeros)
     row_TK = routes.row_of_slot_TK

@@ -25,7 +25,7 @@ def test_the_forms_of_bench_moe_run_and_are_rated_by_the_same_flops(monkeypatch)
 
 def test_bench_moe_divides_by_the_dense_form(monkeypatch):
     rates = {1: {"dense": 100.0, "matmul": 300.0, "E16": 150.0}, 8: {"mesh8_E64": 50.0}}
-    monkeypatch.setattr(moe, "_in_process", lambda devices, _: {"gflops": rates[devices], "loads": {"E16": 2.0}})
+    monkeypatch.setattr(moe, "in_process", lambda _, devices, *rest: {"gflops": rates[devices], "loads": {"E16": 2.0}})
     result = moe.run([])
     assert result["ratio"] == {"E16": pytest.approx(1.5), "mesh8_E64": pytest.approx(0.5)}
     assert "1.50" in moe.table(result)

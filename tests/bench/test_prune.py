@@ -11,7 +11,7 @@ def result() -> dict:
     with pytest.MonkeyPatch.context() as patch:
         sizes = {"num_layers": 2, "hidden_size": 64, "num_heads": 2, "ffn_size": 256, "num_experts": 16}
         patch.setattr(prune, "MODEL", ModelConfig(router_init=1.0, **sizes))
-        patch.setattr(prune, "_in_process", prune.measure)
+        patch.setattr(prune, "in_process", lambda _, variant: prune.measure(variant))
         return prune.run([])
 
 
