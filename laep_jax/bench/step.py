@@ -2,9 +2,9 @@
 
 The package's own step, optimizer included, of a small model on one device, with 16 and with 64 experts, each in a
 process of its own with memory in huge pages (GLIBC_TUNABLES in the caller's environment overrides that). It takes
-turns with the same step without token counts and with products that fit the cache; medians count. FLOPs are the
-model's own (`accounting.flops_by_part`), without recomputation. The parts are the scopes in the names of XLA's
-operations, their times those of a profile, over all threads.
+turns with products that fit the cache; medians count. FLOPs are the model's own (`accounting.flops_by_part`), without
+recomputation. The parts are the scopes in the names of XLA's operations, their times those of a profile, over all
+threads; so is the cost of the token counts, too small to be seen in the time of a step.
 """
 
 import collections
@@ -26,14 +26,14 @@ from laep_jax.config import Config, DataConfig, ModelConfig
 from laep_jax.model.accounting import flops_by_part
 from laep_jax.sharding import HUGE_PAGES, make_cpu_devices, make_mesh, put_batch
 from laep_jax.training.state import TrainState, init_state
-from laep_jax.training.step import Batch, make_train_step, train_step
+from laep_jax.training.step import Batch, make_train_step
 
 CONFIG = Config(
     model=ModelConfig(vocab_size=256, hidden_size=256, head_dim=64, ffn_size=512, lfa=False),
     data=DataConfig(sequence_length=256, batch_size=16),
 )
 EXPERTS = (16, 64)
-PARTS = ("attention", "router", "dispatch", "experts", "head", "optimizer")
+PARTS = ("attention", "router", "counts", "dispatch", "experts", "head", "optimizer")
 REST = "between the layers"  # what has no scope: slicing and stacking their parameters, gradients, kept activations
 PROFILED = 4  # steps
 REPETITIONS = 11
@@ -42,7 +42,7 @@ Spans = Iterable[tuple[float, float, str]]  # (start, end, name), of one thread
 
 
 def run(arguments: Sequence[str]) -> dict:
-    """`ratio` of the step's FLOP/s to the matmul's by model; `parts` of its time and FLOPs; `cost_of_counts`."""
+    """`ratio` of the step's FLOP/s to the matmul's by model; `parts` of its time and FLOPs."""
     repetitions = parse_repetitions(arguments, "step", __doc__.splitlines()[0], REPETITIONS)
     models = {
         f"E{experts}": in_process("laep_jax.bench.step", experts, repetitions, environment=HUGE_PAGES)
@@ -66,11 +66,10 @@ def table(result: dict) -> str:
         "GFLOP/s": [f"{result['gflops'][name]:.0f}" for name in names],
         "GFLOP/s of a matmul": [f"{result['matmul_gflops'][name]:.0f}" for name in names],
         "ratio": [f"{result['ratio'][name]:.2f}" for name in names],
-        "cost of token counts": [f"{result['cost_of_counts'][name]:+.1%}" for name in names],
     }
     for part in (*PARTS, REST):
         shares = [result["parts"][name][part] for name in names]
-        rows[part] = [f"{share['time']:.0%} / {share['flops']:.0%}" for share in shares]
+        rows[part] = [f"{share['time']:.2%} / {share['flops']:.0%}" for share in shares]
     lines += [f"{row:<26}" + "".join(f"{text:>18}" for text in texts) for row, texts in rows.items()]
     return "\n".join([*lines, "parts: share of the time / of the FLOPs"])
 
@@ -83,9 +82,8 @@ def measure(experts: int, repetitions: int) -> dict:
     batch = put_batch(random_batch(np.random.default_rng(0), config.model.vocab_size, rows, length), mesh)
     state = init_state(config, mesh)
     compiled = make_train_step(config, mesh).lower(state, batch).compile()
-    steps = {"step": compiled, "without counts": _without_counts(config, mesh)}
     products = matmul_form()
-    seconds: dict[str, list[float]] = {name: [] for name in (*steps, "matmul")}
+    seconds: dict[str, list[float]] = {"step": [], "matmul": []}
 
     def timed(name: str, function, *args):
         start = time.perf_counter()
@@ -93,9 +91,8 @@ def measure(experts: int, repetitions: int) -> dict:
         seconds[name].append(time.perf_counter() - start)
         return result
 
-    for index in range(repetitions + 1):
-        for name in sorted(steps, reverse=bool(index % 2)):  # neither is always the first after the products
-            state = timed(name, steps[name], state, batch)[0]
+    for _ in range(repetitions + 1):
+        state = timed("step", compiled, state, batch)[0]
         jax.block_until_ready(products())  # the first after a step still has the step's memory in the cache
         timed("matmul", products)
     median = {name: float(np.median(times[1:])) for name, times in seconds.items()}
@@ -104,7 +101,6 @@ def measure(experts: int, repetitions: int) -> dict:
         tokens * sum(flops.values()) / median["step"] / 1e9,
         2 * MATMUL**3 * MATMULS / median["matmul"] / 1e9,
     )
-    pairs = zip(seconds["step"][1:], seconds["without counts"][1:], strict=True)
     times = _profile(compiled, state, batch)
     return {
         "ratio": gflops / matmul,
@@ -112,22 +108,11 @@ def measure(experts: int, repetitions: int) -> dict:
         "matmul_gflops": matmul,
         "step_seconds": median["step"],
         "tokens_per_second": tokens / median["step"],
-        "cost_of_counts": float(np.median([with_counts / without for with_counts, without in pairs])) - 1,
         "parts": {
             part: {"time": times[part] / sum(times.values()), "flops": flops.get(part, 0) / sum(flops.values())}
             for part in (*PARTS, REST)
         },
     }
-
-
-def _without_counts(config: Config, mesh: jax.sharding.Mesh):
-    """The same step, whose caller does not ask for the counts, so that XLA leaves them out."""
-
-    def step(state: TrainState, batch: Batch):
-        state, metrics = train_step(state, batch, config=config, mesh=mesh)
-        return state, {name: value for name, value in metrics.items() if name != "tokens_per_expert"}
-
-    return jax.jit(step, donate_argnums=0)
 
 
 def _profile(compiled: jax.stages.Compiled, state: TrainState, batch: Batch) -> dict[str, float]:

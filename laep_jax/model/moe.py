@@ -114,7 +114,8 @@ def _moe_on_device(
         logits_BSE = jnp.einsum("bsd,de->bse", x_BSD.astype(jnp.float32), router_DE, precision="highest")
         ids_BSK, weights_BSK = route(logits_BSE, bias_E, valid_BS, config.top_k)
         sums = balance_sums(logits_BSE, ids_BSK, valid_BS, aux_losses)
-        sums["tokens_per_expert_E"] = count_tokens(ids_BSK, num_experts).sum(0, dtype=jnp.int32)
+        with jax.named_scope("counts"):
+            sums["tokens_per_expert_E"] = count_tokens(ids_BSK, num_experts).sum(0, dtype=jnp.int32)
 
     by_blocks = config.grouped_matmul == "blocks" or (config.grouped_matmul == "auto" and on_cpu)
     grouped = experts_by_blocks if by_blocks else experts_by_ragged_dot

@@ -44,7 +44,7 @@ def test_operations_belong_to_their_innermost_scope():
 
 def test_the_table_shows_both_models(small, monkeypatch):
     shares = {part: {"time": 0.1, "flops": 0.2} for part in (*step.PARTS, step.REST)}
-    figures = dict.fromkeys(("gflops", "matmul_gflops", "step_seconds", "tokens_per_second", "cost_of_counts"), 2.0)
+    figures = dict.fromkeys(("gflops", "matmul_gflops", "step_seconds", "tokens_per_second"), 2.0)
     monkeypatch.setattr(
         step, "in_process", lambda _, experts, *rest, **more: figures | {"parts": shares, "ratio": experts / 100}
     )
@@ -52,4 +52,4 @@ def test_the_table_shows_both_models(small, monkeypatch):
     assert result["ratio"] == {"E16": 0.16, "E64": 0.64}
     text = step.table(result)
     assert "0.16" in text
-    assert "10% / 20%" in text
+    assert "10.00% / 20%" in text
