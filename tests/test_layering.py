@@ -25,6 +25,7 @@ TRAINING_ORDER = [
     {"executable", "ahead"},
     {"cut"},
     {"loop"},
+    {"start"},
     {"command"},
 ]
 LIMIT = 350  # lines

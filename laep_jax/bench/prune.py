@@ -25,7 +25,7 @@ from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_cpu_devices, make_mesh
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.cut_restore import bytes_needed
-from laep_jax.training.loop import train
+from laep_jax.training.start import train
 from laep_jax.training.state import abstract_state
 from laep_jax.training.surgery import cut_config
 

@@ -16,7 +16,7 @@ from laep_jax.gin_config import load_config, operative_config, parse_arguments
 from laep_jax.hosts import connect, leaving_at_once, num_processes
 from laep_jax.sharding import make_cpu_devices
 from laep_jax.training.ahead import is_compiling
-from laep_jax.training.loop import train
+from laep_jax.training.start import train
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "tiny.gin"  # of a checkout
 

@@ -15,7 +15,7 @@ import pytest
 from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.training import ahead, cut, loop
 from laep_jax.training.checkpoint import Checkpoints
-from laep_jax.training.loop import train
+from laep_jax.training.start import train
 
 ROOT = Path(__file__).parents[2]
 PLAN_STEP, CUT_STEP, NUM_STEPS = 4, 7, 9

@@ -11,7 +11,7 @@ from laep_jax.errors import UserError
 from laep_jax.sharding import make_mesh
 from laep_jax.training import loop
 from laep_jax.training.executable import load_step, save_step
-from laep_jax.training.loop import train
+from laep_jax.training.start import train
 from laep_jax.training.state import abstract_state
 from laep_jax.training.step import abstract_batch, make_train_step
 

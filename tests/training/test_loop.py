@@ -18,7 +18,7 @@ from laep_jax.sharding import make_mesh
 from laep_jax.training import ahead, loop
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.evaluate import heldout_loss, masked_bias
-from laep_jax.training.loop import train
+from laep_jax.training.start import train
 from laep_jax.training.state import abstract_state
 from laep_jax.training.step import make_eval_step, make_train_step
 

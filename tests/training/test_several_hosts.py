@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from laep_jax.gin_config import load_config
-from laep_jax.training.loop import train
+from laep_jax.training.start import train
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny.gin")  # what train.py takes where no file is named
@@ -50,7 +50,7 @@ HOOKED = """
 import os, pathlib, sys, time
 import jax
 from laep_jax.errors import UserError, run_main
-from laep_jax.training import command, loop
+from laep_jax.training import command, loop, start
 here, arguments = pathlib.Path(sys.argv[1]), sys.argv[2:]
 index = os.environ["JAX_PROCESS_ID"]
 (here / f"{index}.pid").write_text(str(os.getpid()))
@@ -258,7 +258,7 @@ REFUSED = {
 def make_dataset(*args, **kwargs):
     raise UserError("DataConfig.path='x' is not there")
 if index == "1":
-    loop.make_dataset = make_dataset
+    start.make_dataset = make_dataset
 """,
     "settings": "arguments.append(f'--gin.TrainConfig.seed={index}')",
     "run directory": "arguments[0] += index",
