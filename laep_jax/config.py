@@ -232,6 +232,8 @@ class LaepConfig:
     `max_runs`: restore experts until neighbouring layers form at most so many runs of equal count, since
     each is compiled by itself. The cut comes `cut_delay` steps after its plan was made, in which the
     smaller model's steps are compiled beside the training. `restore`: cut through the checkpoint or in device memory.
+    `guard_steps` after a prune the held-out loss may be `guard_tolerance` nats above that before it; else the prune is
+    undone and tried again with alpha and beta halved, `max_retries` times at most. guard_steps=None: no guard.
     """
 
     alpha: float | str | tuple[float, ...] = "hybrid"
@@ -252,6 +254,9 @@ class LaepConfig:
     max_runs: int | None = None
     cut_delay: int = 20
     restore: str = "orbax"
+    guard_steps: int | None = 50
+    guard_tolerance: float = 0.02
+    max_retries: int = 2
 
     def __post_init__(self):
         _check_fields(self)
@@ -264,8 +269,8 @@ class LaepConfig:
                 require(value >= 0, "LaepConfig.alpha", self.alpha, "must not be negative")
         _in_range(self, 0, 1, "beta", "overlap")
         _in_range(self, -1, 1, "rank_correlation")
-        _at_least(self, 1, "window", "stable_windows", "prune_at_step", "max_runs")
-        _at_least(self, 0, "min_step", "max_prunes", "rearrange_gain", "cut_delay")
+        _at_least(self, 1, "window", "stable_windows", "prune_at_step", "max_runs", "guard_steps")
+        _at_least(self, 0, "min_step", "max_prunes", "rearrange_gain", "cut_delay", "guard_tolerance", "max_retries")
         _one_of("LaepConfig.estimator", self.estimator, ("vote", "mean"))
         _one_of("LaepConfig.inequality", self.inequality, ("le", "lt"))
         _one_of("LaepConfig.rounding", self.rounding, ("restore", "prune"))
@@ -328,7 +333,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Length, rhythm and seed of a run. Counts are optimizer steps."""
+    """Length, rhythm and seed of a run. Counts are optimizer steps.
+
+    A step whose loss or gradient is not finite is skipped; `max_skipped_steps` of them in a row stop the run.
+    """
 
     num_steps: int = 400
     grad_accumulation: int = 1
@@ -338,6 +346,7 @@ class TrainConfig:
     eval_batches: int = 8
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
+    max_skipped_steps: int = 10
 
     def __post_init__(self):
         _check_fields(self)

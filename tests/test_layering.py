@@ -19,8 +19,8 @@ ORDER = [
     {"__main__"},
 ]
 TRAINING_ORDER = [
-    {"optimizer", "surgery", "runlog", "console", "controller"},
-    {"state", "cut_restore"},
+    {"optimizer", "surgery", "runlog", "console", "controller", "anomalies", "guard"},
+    {"state", "cut_restore", "record"},
     {"step", "checkpoint", "evaluate", "resume"},
     {"executable", "ahead"},
     {"cut"},

@@ -56,6 +56,11 @@ class Dataset:
         rows_B = np.asarray(self.train_order[step * self.process_count + self.process_index])
         return pack(cut_rows(self.tokens.train, rows_B, self.sequence_length), self.eod)
 
+    def batch_rows(self, step: int) -> np.ndarray:
+        """Numbers, in the training stream, of the rows that all processes together take in a step, in their order."""
+        first = step * self.process_count
+        return np.concatenate([np.asarray(self.train_order[first + index]) for index in range(self.process_count)])
+
     def heldout_batch(self, index: int) -> dict[str, np.ndarray]:
         """The same of a held-out batch; rows past the last one are padding."""
         assert 0 <= index < self.num_heldout_batches

@@ -64,6 +64,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
         )
         self._unsynced: int | None = None
+        self._pinned: int | None = None
         self._require_shared()
         self._settle()
 
@@ -115,6 +116,18 @@ class Checkpoints:
         finally:
             self._unsynced = None
             self._settle()
+
+    def pin(self, step: int | None) -> None:
+        self._pinned = step
+
+    def remove_after(self, step: int) -> None:
+        self.wait()
+        if jax.process_index() == 0:
+            for later in reversed(self._found_steps()):
+                if later > step:
+                    self._remove(self._path(later))
+        self._manager.reload()
+        multihost_utils.sync_global_devices("removed")
 
     def latest(self) -> int | None:
         """The newest complete step as process 0 finds it, None without one.
@@ -233,7 +246,7 @@ class Checkpoints:
                     self._remove(self._path(step))
                     os.replace(path, self._path(step))
             complete = [step for step in self._found_steps() if self._is_complete(step)]
-            for step in complete[: -self._keep]:
+            for step in set(complete[: -self._keep]) - {self._pinned}:
                 self._remove(self._path(step))
         multihost_utils.sync_global_devices("checkpoints settled")
 

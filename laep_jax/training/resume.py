@@ -9,6 +9,7 @@ from laep_jax.errors import UserError
 from laep_jax.hosts import require_same
 from laep_jax.laep.plan import Lineage, Plan, initial_lineage
 from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.guard import Guard
 
 FREE = {  # fields that change neither parameters nor the batches, and so may differ on resuming
     "model": {"layers", "remat", "dispatch", "receive_buffer", "grouped_matmul", "dtype", "router_init"},
@@ -25,7 +26,9 @@ class Progress:
     config: as the run began. num_experts: of the model in this checkpoint. fitted_buffer: the receive
     buffer that the last cut's loads need, None before a cut. lineage: per layer the original id of each
     slot. pending_plan: a plan (JSON text) that is made and not carried out. plan_step, cut_step: after
-    which step it was made, and is to be carried out. summary: the rows of the closing table so far.
+    which step it was made, and is to be carried out. guard: of a prune that is not judged yet. retries: prunes
+    undone. skipped: steps in a row that were not finite. recent_losses: of the last steps, see `anomalies`.
+    summary: the rows of the closing table so far.
     """
 
     step: int
@@ -38,6 +41,10 @@ class Progress:
     pending_plan: str | None
     plan_step: int | None
     cut_step: int | None
+    guard: Guard | None
+    retries: int
+    skipped: int
+    recent_losses: list[float]
     summary: dict
 
     @classmethod
@@ -49,7 +56,8 @@ class Progress:
             f"{name}_{side}": None for name in ("parameters", "device_imbalance", "step_seconds") for side in sides
         }
         summary |= {f"heldout_loss_{side}_prune": None for side in sides} | {"heldout_loss_end": None}
-        summary |= {"experts_before": list(experts), "experts_after": None, "prune_steps": [], "steps": 0, "tokens": 0}
+        summary |= {"experts_before": list(experts), "experts_after": None, "prune_steps": [], "undone": []}
+        summary |= {"steps": 0, "tokens": 0, "skipped_steps": 0}
         return cls(
             step=0,
             config=config.to_dict(),
@@ -61,6 +69,10 @@ class Progress:
             pending_plan=None,
             plan_step=None,
             cut_step=None,
+            guard=None,
+            retries=0,
+            skipped=0,
+            recent_losses=[],
             summary=summary,
         )
 
@@ -72,6 +84,7 @@ class Progress:
             raise UserError(f"checkpoint {where} does not fit this version of laep_jax: {error}") from error
         progress.num_experts = tuple(progress.num_experts)
         progress.lineage = tuple(tuple(ids) for ids in progress.lineage)
+        progress.guard = progress.guard and Guard(*progress.guard)
         return progress
 
     def current(self, config: Config) -> Config:

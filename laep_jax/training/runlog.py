@@ -8,6 +8,7 @@ behind the step of the checkpoint is dropped, what its own step writes again rep
 Letters: N recorded steps, L layers, E experts of the original model (of its widest layer).
 """
 
+import bisect
 import json
 import math
 import os
@@ -64,11 +65,7 @@ class RunLog:
         records = [record for record in records if record["step"] <= resume_step]
         self._rewritable = {_identity(record) for record in records if record["step"] == resume_step}
         self._metrics = self._start_metrics(records)
-        self._tensorboard = SummaryWriter(
-            str(self._dir / "tensorboard"),
-            purge_step=resume_step + 1 if resume_step else 0,
-            filename_suffix=f".{time.time_ns()}",  # its own name has seconds only, and opens to overwrite
-        )
+        self._tensorboard = self._start_tensorboard(resume_step + 1 if resume_step else 0)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -137,6 +134,17 @@ class RunLog:
         }
         _replace(self._dir / LOADS_FILE, lambda file: np.savez(file, **arrays))
 
+    def rewind(self, step: int) -> None:
+        """Forgets what came after `step`, and the cut that followed it: the run goes on from there without."""
+        self.close()
+        records = [record for record in _read_records(self._dir / METRICS_FILE) if _is_before_cut(record, step)]
+        self._metrics = self._start_metrics(records)
+        self._tensorboard = self._start_tensorboard(step + 1)
+        kept = bisect.bisect_right(self._steps, step)
+        del self._steps[kept:], self._tokens_LE[kept:]
+        self._pruned_at_LE[self._pruned_at_LE >= step] = ALIVE
+        self.save_loads()
+
     def close(self) -> None:
         """Flushes and closes every file; does not save the loads."""
         self._metrics.close()
@@ -147,6 +155,11 @@ class RunLog:
         path = self._dir / METRICS_FILE
         _replace(path, lambda file: file.writelines(_line(record).encode() for record in records))
         return path.open("a", encoding="utf-8")
+
+    def _start_tensorboard(self, purge_step: int) -> SummaryWriter:
+        """Event files that hide what earlier ones hold from `purge_step` on."""
+        suffix = f".{time.time_ns()}"  # its own name has seconds only, and opens to overwrite
+        return SummaryWriter(str(self._dir / "tensorboard"), purge_step=purge_step, filename_suffix=suffix)
 
     def _read_loads(self) -> None:
         """Takes over the rows and prune marks up to the resumed step."""
@@ -178,9 +191,16 @@ class NoLog:
 
     def save_loads(self) -> None: ...
 
+    def rewind(self, step: int) -> None: ...
+
 
 def _identity(record: dict) -> tuple:
     return record["kind"], record["step"], record.get("when")
+
+
+def _is_before_cut(record: dict, step: int) -> bool:
+    of_cut = record["kind"] in ("prune", "guard") or record.get("when") == "after_prune"
+    return record["step"] < step or (record["step"] == step and not of_cut)
 
 
 def _line(record: dict) -> str:

@@ -1,6 +1,7 @@
 """Starting a run, or going on with one: everything that the training loop needs, opened and checked."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -62,7 +63,8 @@ def train(
         log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
         log.write_file("operative.gin", settings)
         console.event(_opening_line(resolved, dataset))
-        return Run(resolved, dataset, checkpoints, log, console, progress, first_step).train()
+        base = dataclasses.replace(config, mesh=resolved.mesh)
+        return Run(base, dataset, checkpoints, log, console, progress, first_step).train()
 
 
 def _open_dataset(config: Config) -> Dataset:

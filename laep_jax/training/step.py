@@ -82,20 +82,25 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, mesh: Mesh) -
     Returns:
       the new state and float32 scalars loss (mean cross-entropy in nats), grad_norm (before clipping),
       learning_rate, aux {name: mean over layers, unweighted}; tokens_per_expert, for each run int32
-      [layers, E], of the whole batch.
+      [layers, E], of the whole batch; finite, whether loss and gradients are. Where they are not, the state is the old.
     """
     report, gradients = _loss_and_gradients(state, batch, config, mesh)
+    grad_norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(report["loss"]) & jnp.isfinite(grad_norm)
     with jax.named_scope("optimizer"):
         updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
         params = typing.cast(dict, optax.apply_updates(state.params, updates))
-    router_bias = state.router_bias
-    if config.aux_loss.loss_free_bias:
-        router_bias = _updated_bias(router_bias, report["tokens_per_expert"], config.aux_loss.loss_free_bias)
+        router_bias = state.router_bias
+        if config.aux_loss.loss_free_bias:
+            router_bias = _updated_bias(router_bias, report["tokens_per_expert"], config.aux_loss.loss_free_bias)
+        updated = TrainState(state.step + 1, params, opt_state, router_bias)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     metrics = report | {
-        "grad_norm": optax.tree.norm(gradients),
+        "grad_norm": grad_norm,
         "learning_rate": jnp.asarray(make_schedule(config)(state.step), jnp.float32),
+        "finite": finite,
     }
-    return TrainState(state.step + 1, params, opt_state, router_bias), metrics
+    return kept, metrics
 
 
 def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
