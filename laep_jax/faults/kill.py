@@ -1,9 +1,10 @@
 """`python -m laep_jax faults kill`: a tiny run with prunes is killed at random; its end must be the same bit for bit.
 
-Half of the kills fall anywhere in the run, half within the events of a prune (its plan, its compilation, the save
-before the cut, the restoring, the first evaluation, the way back where it did harm), at a random moment of one. In every third trial the run is killed again while it recovers. With two processes one of them is killed, or stopped
-as a machine that hangs; then all must be gone within the heartbeat. At the end parameters, moments, layout, load
-history, recorded loads and losses are hashed. A save that was complete on disk must not be lost.
+Half of the kills fall anywhere in the run, half at a random moment of an event of a prune: its plan, its compilation,
+the save before the cut, the restoring, the first evaluation, the way back where it did harm. In every third trial the
+run is killed again while it recovers. With two processes one of them is killed, or stopped as a machine that hangs;
+then all must be gone within the heartbeat. At the end parameters, moments, layout, load history, recorded loads and
+losses are hashed. A save that was complete on disk must not be lost.
 """
 
 import argparse
