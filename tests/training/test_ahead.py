@@ -92,6 +92,7 @@ def test_training_goes_on_while_the_compilation_takes_its_time(whole, config, tm
 
     def slowly(*args):
         assert done.wait(timeout=120), "the run waits for the compilation before the step of the cut"
+        time.sleep(0.2)
         return compile_steps(*args)
 
     def show(self, step: int, record: dict) -> None:
@@ -142,7 +143,14 @@ def test_a_plan_whose_step_the_run_does_not_reach_is_dropped_before_anything_is_
 
 
 def test_a_second_prune_measures_loads_with_the_step_compiled_ahead(config, tmp_path):
-    laep = {"max_prunes": 2, "cut_delay": 1, "rank_correlation": -1.0, "overlap": 0.0, "stable_windows": 1}
+    laep = {
+        "max_prunes": 2,
+        "cut_delay": 1,
+        "rank_correlation": -1.0,
+        "overlap": 0.0,
+        "stable_windows": 1,
+        "guard_steps": None,
+    }
     longer = dataclasses.replace(config.train, num_steps=16)
     eager = with_laep(config, **laep, min_step=1, window=3, prune_at_step=3, rounding="prune")
     train(dataclasses.replace(eager, train=longer), tmp_path)
