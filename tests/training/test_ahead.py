@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from laep_jax.training import ahead, cut, loop
+from laep_jax.training import ahead, cut
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.start import train
 
@@ -88,19 +88,19 @@ def test_each_step_is_compiled_once_the_cut_models_in_the_thread(config, tmp_pat
 
 def test_training_goes_on_while_the_compilation_takes_its_time(whole, config, tmp_path, monkeypatch):
     done = threading.Event()
-    compile_steps = cut.compile_steps
+    compile_steps, restore_cut = cut.compile_steps, Checkpoints.restore_cut
 
     def slowly(*args):
         assert done.wait(timeout=120), "the run waits for the compilation before the step of the cut"
-        time.sleep(0.2)
+        time.sleep(2)
         return compile_steps(*args)
 
-    def show(self, step: int, record: dict) -> None:
-        if step == CUT_STEP:
-            done.set()
+    def restore(self, *args):
+        done.set()
+        return restore_cut(self, *args)
 
     monkeypatch.setattr(cut, "compile_steps", slowly)
-    monkeypatch.setattr(loop.RunConsole, "train", show)
+    monkeypatch.setattr(Checkpoints, "restore_cut", restore)
     train(config, tmp_path)
     assert losses(tmp_path) == losses(whole)
     [prune] = records(tmp_path, "prune")
