@@ -13,6 +13,7 @@ FIGURES = {
     "device_loads.png": figures.draw_device_loads,
     "load_heatmap.png": figures.draw_load_heatmap,
     "loss.png": figures.draw_loss,
+    "domains.png": figures.draw_domains,
 }
 DPI = 110
 

@@ -39,7 +39,8 @@ class RunData:
 
     steps: [N], ascending. tokens_NLE: by original id. pruned_at_LE: the last step before the expert
     went, -1 if it is there, -2 if it never was. window: steps that a mean load is taken over.
-    alpha, beta: of the config. train, evals: records in the order they were written.
+    alpha, beta: of the config. train, evals: records in the order they were written. targets: how many
+    held-out targets each domain has, empty before the first evaluation.
     """
 
     steps: np.ndarray
@@ -52,6 +53,7 @@ class RunData:
     cuts: tuple[Cut, ...]
     train: tuple[dict, ...]
     evals: tuple[dict, ...]
+    targets: dict[str, int]
 
     @property
     def num_layers(self) -> int:
@@ -108,6 +110,7 @@ def read_run(run_dir: Path) -> RunData:
             cuts=cuts,
             train=tuple(record for record in records if record["kind"] == "train"),
             evals=tuple(record for record in records if record["kind"] == "eval"),
+            targets=next((r["targets_by_domain"] for r in reversed(records) if r["kind"] == "heldout"), {}),
         )
     except KeyError as error:
         raise UserError(f"{run_dir} is no complete run directory: {error} is missing in its records") from error

@@ -75,7 +75,7 @@ class Run:
         self.heldout = [dataset.heldout_batch(i) for i in range(batches)]
         self.cut: Cut | None = None  # the one that is announced
         self.pause = Pause()
-        steps = Steps(first_step or make_train_step(config, self.mesh), make_eval_step(config, self.mesh))
+        steps = self._new_steps(config, first_step)
         if progress.step == 0:
             self._adopt(config, init_state(config, self.mesh), self._new_controller(config), steps)
             progress.summary["parameters_before"] = self.size.total
@@ -88,6 +88,10 @@ class Run:
         self.size = model_size(config.model, sequence_length=config.data.sequence_length)
         self.step_seconds: list[float | None] = []
         self.console.state("")
+
+    def _new_steps(self, config: Config, train_step: jax.stages.Compiled | None = None) -> Steps:
+        evaluate = make_eval_step(config, self.mesh, len(self.dataset.domains))
+        return Steps(train_step or make_train_step(config, self.mesh), evaluate)
 
     def _new_controller(self, config: Config, history: LoadHistory | None = None) -> Controller:
         laep = softened(config.laep, self.progress.retries, config.model.num_layers)
@@ -202,8 +206,13 @@ class Run:
             self._save(step)
 
     def _evaluate(self, step: int, when: str) -> float:
-        loss = heldout_loss(self.steps.evaluate, self.state, self.heldout, self.mesh)
-        self.log.write("eval", step, heldout_loss=loss, when=when)
+        heldout = heldout_loss(self.steps.evaluate, self.state, self.heldout, self.mesh, self.dataset.domains)
+        loss, losses, targets = heldout.loss, heldout.loss_by_domain, heldout.targets_by_domain
+        if self.progress.summary["heldout_targets_by_domain"] != targets:  # once, as long as the batches stay the same
+            self.progress.summary["heldout_targets_by_domain"] = targets
+            self.log.write("heldout", step, targets_by_domain=targets)
+        self.log.write("eval", step, heldout_loss=loss, heldout_loss_by_domain=losses, when=when)
+        self.progress.summary["heldout_loss_by_domain"][when] = losses
         self.console.event(f"step {step}: held-out loss {loss:.4f} ({when.replace('_', ' ')})")
         return loss
 
@@ -243,7 +252,7 @@ class Run:
         cut_step = self.progress.cut_step
         assert cut_step is not None
         if cut_step < self.config.train.num_steps:
-            self.cut = Cut(plan, self.config, self.mesh)
+            self.cut = Cut(plan, self.config, self.mesh, len(self.dataset.domains))
         else:
             self.console.event(f"the run ends before step {cut_step}; nothing is cut")
             self.progress.drop_plan()
@@ -315,7 +324,7 @@ class Run:
         config = before.current(self.base)
         jax.tree.map(lambda leaf: leaf.delete(), self.state)
         state = self.checkpoints.restore(step, abstract_state(config, self.mesh))
-        steps = Steps(make_train_step(config, self.mesh), make_eval_step(config, self.mesh))
+        steps = self._new_steps(config)
         self._adopt(config, state, self._read_controller(config, step), steps)
         rule = f"with alpha and beta x {SOFTER**before.retries}"
         rule = rule if before.retries <= config.laep.max_retries else "without a prune"

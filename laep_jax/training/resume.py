@@ -56,6 +56,7 @@ class Progress:
             f"{name}_{side}": None for name in ("parameters", "device_imbalance", "step_seconds") for side in sides
         }
         summary |= {f"heldout_loss_{side}_prune": None for side in sides} | {"heldout_loss_end": None}
+        summary |= {"heldout_loss_by_domain": {}, "heldout_targets_by_domain": {}}
         summary |= {"experts_before": list(experts), "experts_after": None, "prune_steps": [], "undone": []}
         summary |= {"steps": 0, "tokens": 0, "skipped_steps": 0}
         return cls(

@@ -27,6 +27,7 @@ def test_a_run_reads_back(run_dir):
     assert run.alpha == (0.4,) * 4
     assert len(run.train) == 300
     assert [record["when"] for record in run.evals[-3:]] == ["periodic", "periodic", "end"]
+    assert run.targets == {"books": 9000, "forms": 40, "web": 2960}
     (cut,) = run.prunes
     assert (cut.step, cut.beta, cut.alpha) == (180, 0.1, (0.4,) * 4)
     assert cut.before == (tuple(range(16)),) * 4

@@ -17,7 +17,7 @@ from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_mesh
 from laep_jax.training import ahead, loop
 from laep_jax.training.checkpoint import Checkpoints
-from laep_jax.training.evaluate import heldout_loss, masked_bias
+from laep_jax.training.evaluate import masked_loss
 from laep_jax.training.start import train
 from laep_jax.training.state import abstract_state
 from laep_jax.training.step import make_eval_step, make_train_step
@@ -205,13 +205,28 @@ def test_the_cut_model_has_the_loss_that_masking_predicts(run, config):
     data = make_dataset(config.data, seed=0, vocab_size=config.model.vocab_size, process_index=0, process_count=1)
     with Checkpoints(run / "checkpoints", keep=9) as checkpoints:
         state = checkpoints.restore(CUT_STEP, abstract_state(config, mesh))
-    bias = masked_bias(state.router_bias, [layer.pruned for layer in plan.layers])
-    masked = dataclasses.replace(state, router_bias=bias)
     batches = [data.heldout_batch(i) for i in range(config.train.eval_batches)]
-    predicted = heldout_loss(make_eval_step(config, mesh), masked, batches, mesh)
-    before, after = (record["heldout_loss"] for record in records(run, "eval") if record["step"] == CUT_STEP)
-    assert after == pytest.approx(predicted, rel=1e-6)  # float32 sums over experts in another order
-    assert abs(after - before) > 1e-5
+    step = make_eval_step(config, mesh, len(data.domains))
+    predicted = masked_loss(step, state, [layer.pruned for layer in plan.layers], batches, mesh, data.domains)
+    before, after = (record for record in records(run, "eval") if record["step"] == CUT_STEP)
+    assert after["heldout_loss"] == pytest.approx(predicted.loss, rel=1e-6)  # float32 sums over experts, other order
+    assert after["heldout_loss_by_domain"] == pytest.approx(predicted.loss_by_domain, rel=1e-6)
+    assert abs(after["heldout_loss"] - before["heldout_loss"]) > 1e-5
+
+
+def test_the_held_out_loss_is_logged_by_domain(run):
+    [heldout] = records(run, "heldout")
+    targets = heldout["targets_by_domain"]
+    assert len(targets) > 3
+    for record in records(run, "eval"):
+        losses = record["heldout_loss_by_domain"]
+        assert losses.keys() == targets.keys()
+        mean = sum(losses[name] * targets[name] for name in targets) / sum(targets.values())
+        assert record["heldout_loss"] == pytest.approx(mean, rel=1e-9)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["heldout_targets_by_domain"] == targets
+    assert summary["heldout_loss_by_domain"]["end"] == losses
+    assert set(summary["heldout_loss_by_domain"]) == {"periodic", "before_prune", "after_prune", "end"}
 
 
 def test_a_finished_run_only_shows_its_table_again(run, config, tmp_path, capsys):

@@ -144,6 +144,10 @@ def assert_same_training(got: Path, want: Path) -> None:
     assert heldout[0] == heldout[1]
     heldout = [[r["heldout_loss"] for r in records(workdir, "eval")] for workdir in (got, want)]
     np.testing.assert_allclose(*heldout, rtol=NOISE)
+    domains = [records(workdir, "eval")[-1]["heldout_loss_by_domain"] for workdir in (got, want)]
+    assert list(domains[0]) == list(domains[1])
+    np.testing.assert_allclose(*(list(side.values()) for side in domains), rtol=NOISE)
+    assert records(got, "heldout") == records(want, "heldout")
     [cut], [other] = records(got, "prune"), records(want, "prune")
     for name in ("step", "experts_before", "experts_after", "lineage", "parameters_after"):
         assert cut[name] == other[name], name
