@@ -19,8 +19,8 @@ ORDER = [
     {"__main__"},
 ]
 TRAINING_ORDER = [
-    {"optimizer", "surgery", "runlog", "console", "controller"},
-    {"state", "cut_restore"},
+    {"optimizer", "surgery", "runlog", "console", "controller", "manifest", "exclusive"},
+    {"state", "cut_restore", "fingerprint", "step_directory"},
     {"step", "checkpoint", "evaluate", "resume"},
     {"executable", "ahead"},
     {"cut"},
