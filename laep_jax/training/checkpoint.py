@@ -171,11 +171,12 @@ class Checkpoints:
             )
         return step
 
-    def put_aside(self, step: int, damage: str) -> None:
-        """Renames a step that was found damaged, so that it does not count any more. damage: what is wrong with it."""
+    def put_aside(self, error: DamagedError) -> None:
+        """Renames the step that was found damaged, so that it does not count any more."""
+        assert error.step is not None
         if jax.process_index() == 0:
-            self._put_aside(step, damage)
-        multihost_utils.sync_global_devices(f"put step {step} aside")
+            self._put_aside(error.step, str(error))
+        multihost_utils.sync_global_devices(f"put step {error.step} aside")
 
     def _put_aside(self, step: int, damage: str) -> None:
         path = self._steps.put_aside(step)

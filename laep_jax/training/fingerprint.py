@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from laep_jax.sharding import expert_axis, leaf_name, whole
+from laep_jax.sharding import Mesh, expert_axis, leaf_name, whole
 from laep_jax.training.surgery import Kept, leaf_key, run_position
 
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of a dtype
@@ -56,9 +56,8 @@ def _compiled(leaves: tuple[jax.ShapeDtypeStruct, ...], kept_dims: tuple[tuple[i
     def of_all(leaves: Sequence[jax.Array]) -> list[jax.Array]:
         return [_sums(leaf, dims) for leaf, dims in zip(leaves, kept_dims, strict=True)]
 
-    sharding = leaves[0].sharding
-    everywhere = whole(sharding.mesh) if isinstance(sharding, NamedSharding) else None
-    return jax.jit(of_all, out_shardings=everywhere).lower(leaves).compile()
+    mesh = leaves[0].sharding.mesh if isinstance(leaves[0].sharding, NamedSharding) else None
+    return jax.jit(of_all, out_shardings=whole(mesh) if isinstance(mesh, Mesh) else None).lower(leaves).compile()
 
 
 def _kept_dims(path: tuple, leaf: jax.Array) -> tuple[int, ...]:
@@ -110,7 +109,7 @@ def first_difference(got: Fingerprints, want: Fingerprints, kept: Kept | None = 
         if values.ndim == 1:
             places += [name] * len(wrong)
         else:
-            places += [f"{name}, expert {kept[layer][slot] if kept else slot}" for slot in wrong]
+            places += [f"{name}, expert {kept[layer][slot] if kept else slot}" for slot in wrong.tolist()]
     more = f" ({len(places) - 1} more places)" if len(places) > 1 else ""
     return places[0] + more if places else None
 
