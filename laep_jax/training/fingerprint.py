@@ -97,9 +97,9 @@ def cut_fingerprints(of_old: Fingerprints, kept: Kept) -> Fingerprints:
 def first_difference(got: Fingerprints, want: Fingerprints, kept: Kept | None = None) -> str | None:
     """Names leaf, layer and expert where two differ first, None where they do not. kept: experts go by their old slots.
 
-    >>> want = {("moe.down_EFD", 3): np.zeros((4, 2), np.uint32)}
-    >>> first_difference({("moe.down_EFD", 3): np.eye(4, 2, -2, np.uint32)}, want)
-    'moe.down_EFD of layer 3, expert 2'
+    >>> want = {("moe.down_EFD", 3): np.array([[5, 7], [1, 6]], np.uint32)}
+    >>> first_difference({("moe.down_EFD", 3): np.array([[5, 7], [2, 9]], np.uint32)}, want)
+    'moe.down_EFD of layer 3, expert 1'
     """
     assert got.keys() == want.keys(), got.keys() ^ want.keys()
     places = []
