@@ -135,7 +135,7 @@ class Checkpoints:
         (step, future), self._saving = self._saving, None
         error = future.exception()
         if error:
-            log.warning("saving step %s failed", step, exc_info=error)
+            log.info("saving step %s failed", step, exc_info=error)
         texts = texts_of_all(f"{type(error).__name__}: {error}".splitlines()[0] if error else "")
         self._settle()
         failed = next((text for text in texts if text), None)

@@ -71,7 +71,7 @@ class Cut:
                 steps, gathers = self._programs.result()
             with pause.part("restore"):
                 cut = cut_state(state, gathers, self.plan.kept, self.old.model, self._target)
-                _verify(checkpoints, step, cut, self.plan.kept)
+                verify_cut(checkpoints, step, cut, self.plan.kept)
                 return cut, steps
         with pause.part("restore"):
             jax.tree.map(lambda leaf: leaf.delete(), state)
@@ -104,7 +104,7 @@ class Cut:
         }
 
 
-def _verify(checkpoints: Checkpoints, step: int, cut: TrainState, kept: Kept) -> None:
+def verify_cut(checkpoints: Checkpoints, step: int, cut: TrainState, kept: Kept) -> None:
     """That memory was cut as the checkpoint would have been; where not, it is not the checkpoint that is to blame."""
     try:
         checkpoints.verify(step, cut, kept)

@@ -55,9 +55,9 @@ def read_file(path: Path, sha256: str | None = None) -> bytes:
 
 
 def write_manifest(directory: Path) -> None:
-    """Lists every file that is there now."""
+    """Lists every file that is there now, but for an earlier manifest."""
     files = {}
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+    for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST_FILE):
         size = path.stat().st_size
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if size <= HASHED_BYTES else None
         files[path.relative_to(directory).as_posix()] = [size, digest]

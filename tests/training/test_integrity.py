@@ -9,12 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tensorstore as ts
 
 from laep_jax.errors import UserError
-from laep_jax.faults.damage import DAMAGES, flip_bit
+from laep_jax.faults.damage import DAMAGES, change_stored, flip_bit
 from laep_jax.faults.power import mounted, not_on_disk, recorded_syncs
-from laep_jax.training import manifest, step_directory
+from laep_jax.training import cut, manifest, step_directory
 from laep_jax.training.checkpoint import Checkpoints, SaveError
 from laep_jax.training.manifest import DamagedError, check_files, sealed
 
@@ -116,15 +115,8 @@ def test_a_flipped_bit_in_the_data_is_never_restored(states, saved, copied):
     states.assert_equal(states.by_layer(copied.restore(7, abstract)), saved[1])
 
 
-def flip_expert(directory: Path, key: str, index: tuple[int, ...]) -> None:
-    """Changes the last bit of one stored number."""
-    kvstore = {"driver": "ocdbt", "base": f"file://{directory}/state/", "path": f"{key}/"}
-    array = ts.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
-    array[index].write(array[index].read().result().view(np.uint32).__xor__(1).view(np.float32)).result()
-
-
 def test_the_damaged_expert_is_named_and_matters_only_where_it_stays(states, saved, copied):
-    flip_expert(copied.directory / "7", "opt_state.1.0.mu.runs.1.moe.down_EFD", (1, 5, 3, 2))
+    change_stored(copied.directory / "7", "opt_state.1.0.mu.runs.1.moe.down_EFD", (1, 5, 3, 2))
     place = r"opt_state\.1\.0\.mu\.runs\.moe\.down_EFD of layer 3, expert 5 is not what was saved"
     mesh, runs = states.mesh(), states.config(COUNTS).runs
     with pytest.raises(DamagedError, match=place):
@@ -142,6 +134,8 @@ def test_the_damaged_expert_is_named_and_matters_only_where_it_stays(states, sav
     copied.verify(7, got, kept)
     with pytest.raises(DamagedError, match=r"of layer 3, expert 4 .*more places.* is not what was saved"):
         copied.verify(7, got, [*kept[:3], [4, 1, 2, 0]])
+    with pytest.raises(RuntimeError, match=r"the state was not cut as planned: .* of layer 3, expert 4"):
+        cut.verify_cut(copied, 7, got, [*kept[:3], [4, 1, 2, 0]])
 
 
 def test_a_run_goes_on_from_the_newest_step_that_validates(tmp_path, caplog):
