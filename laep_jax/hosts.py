@@ -92,19 +92,19 @@ def require_same(values: Mapping[str, object]) -> None:
 
 
 @contextlib.contextmanager
-def refused_together() -> Iterator[None]:
-    """A `UserError` of one process inside becomes one of all. Nothing inside may wait for the others."""
+def refused_together(kind: type[UserError] = UserError) -> Iterator[None]:
+    """A `UserError` of this kind of one process inside becomes one of all. Nothing inside may wait for the others."""
     refusal = None
     try:
         yield
-    except UserError as error:
+    except kind as error:
         refusal = error
     refusals = texts_of_all(str(refusal or ""))
     if refusal:
         raise refusal
     for index, text in enumerate(refusals):
         if text:
-            raise UserError(f"process {index}: {text}")
+            raise kind(f"process {index}: {text}")
 
 
 def is_alone(error: BaseException | None) -> bool:

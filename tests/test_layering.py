@@ -19,8 +19,8 @@ ORDER = [
     {"__main__"},
 ]
 TRAINING_ORDER = [
-    {"optimizer", "surgery", "runlog", "console", "controller", "anomalies", "guard"},
-    {"state", "cut_restore", "record"},
+    {"optimizer", "surgery", "runlog", "console", "controller", "anomalies", "guard", "manifest", "exclusive"},
+    {"state", "cut_restore", "record", "fingerprint", "step_directory"},
     {"step", "checkpoint", "evaluate", "resume"},
     {"executable", "ahead"},
     {"cut"},

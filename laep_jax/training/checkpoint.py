@@ -1,20 +1,25 @@
-"""Checkpoints: a thin front of Orbax's `CheckpointManager`. One atomic directory a step, three items in it.
+"""Checkpoints of one run: a directory a step, there as a whole, on disk and as it was saved, or it does not count.
 
-`state`: every leaf of the training state under its dotted path (zarr3 in OCDBT, uncompressed, one
-chunk a layer and, for expert matrices, an expert: what `cut_restore` reads in part). `history`: small
-NumPy arrays. `meta`: JSON, required; a step whose `meta` does not read does not count.
+`state`: every leaf of the training state under its dotted path, written by Orbax (zarr3 in OCDBT,
+uncompressed, one chunk a layer and, for expert matrices, an expert: what `cut_restore` reads in part).
+`history.npz`: small arrays. `fingerprints.npz`: of the state, made on the devices when it was saved.
+`meta.json`: what the run says of itself, the leaves, and the hashes of both .npz files; it has its own.
+`manifest.json`: every file.
 
-Saving is asynchronous. What Orbax leaves open is settled in `wait`: everything is fsynced, a failed
-save raises, and only then older steps go. The directory belongs to one run and lies on a local or
-mounted file system.
+A save goes on in the background: Orbax writes the state, process 0 the rest, brings all of it to disk
+and gives the directory its name. What is read is compared with the hashes and the fingerprints; Orbax
+has none. The directory belongs to one run and lies on a local or mounted file system.
 """
 
+import contextlib
+import hashlib
 import io
 import json
 import logging
 import os
-import shutil
 import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +32,21 @@ from jax.tree_util import tree_flatten_with_path, tree_unflatten
 from laep_jax.errors import UserError
 from laep_jax.hosts import is_alone, refused_together, texts_of_all
 from laep_jax.sharding import expert_axis, leaf_name
+from laep_jax.training import fingerprint, manifest
 from laep_jax.training.cut_restore import open_leaves, read_leaves
-from laep_jax.training.surgery import Kept, Runs, cut_leaves, leaf_key
+from laep_jax.training.manifest import DamagedError
+from laep_jax.training.step_directory import DAMAGED, SAVING, StepDirectory
+from laep_jax.training.surgery import Kept, LeafCut, Runs, cut_leaves, leaf_key
 
-META_FILE = "meta.json"
-REPLACED = ".replaced"  # a step making way for a new save of the same step
-TRASH = ".trash"  # a step being removed
-Described = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and dtype by leaf key
+META_FILE, HISTORY_FILE, FINGERPRINTS_FILE = "meta.json", "history.npz", "fingerprints.npz"
+FAILURES = 2  # failed saves in a row that end the run
+Described = dict[str, str]  # dtype and shape by leaf key
 
 log = logging.getLogger(__name__)
+
+
+class SaveError(UserError):
+    """A checkpoint could not be saved: on every process, whichever it went wrong on."""
 
 
 class Checkpoints:
@@ -44,27 +55,25 @@ class Checkpoints:
     Only one of several processes that leaves alone, by an error of its own, does not wait: the others
     do not come.
 
-    directory: made if missing. keep: complete steps to keep, at least 1. Every process of a run makes
-    one and calls the same methods in the same order.
+    directory: made if missing. keep: complete steps to keep, at least 1. report: shows a line of text on what went
+    wrong and was dealt with. Every process of a run makes one and calls the same methods in the same order.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int):
+    def __init__(
+        self, directory: str | os.PathLike[str], *, keep: int, report: Callable[[str], None] = lambda text: None
+    ):
         assert keep >= 1, keep
         logging.getLogger("absl").addFilter(_not_orbax_chatter)
         self.directory = Path(directory).absolute()
-        self._keep = keep
-        arrays = {"use_ocdbt": True, "use_zarr3": True, "use_compression": False}
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(**arrays),
-                "history": ocp.PyTreeCheckpointHandler(**arrays),
-                "meta": ocp.JsonCheckpointHandler(filename=META_FILE),
-            },
-            options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._steps = StepDirectory(self.directory, keep=keep)
+        self._show = report
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
         )
-        self._unsynced: int | None = None
-        self._pinned: int | None = None
+        self._thread = ThreadPoolExecutor(1, "completing a checkpoint")
+        self._saving: tuple[int, Future[None]] | None = None
+        self._failures = 0
         self._require_shared()
         self._settle()
 
@@ -76,124 +85,224 @@ class Checkpoints:
             self.close()
 
     def close(self) -> None:
-        """Waits for the save in progress, then lets go of Orbax's threads."""
+        """Waits for the save in progress, then lets go of the threads."""
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._thread.shutdown()
+            self._orbax.close()
 
     def save(self, step: int, state, history: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
         """Starts saving; `state` may be donated or deleted, the rest changed, as soon as this returns.
 
-        Replaces a step that exists; the old one stays until the new one is complete. Waits for the
-        save before and raises what went wrong in it. meta: read back as JSON makes it (tuples become
-        lists, keys strings).
+        Replaces a step that exists; the old one stays until the new one is complete. Waits for the save before;
+        reports where that failed, and raises `SaveError` where it was not the first in a row. meta: read back as JSON
+        makes it (tuples become lists, keys strings).
         """
-        meta = json.loads(json.dumps(meta))  # a copy, and the place where what JSON refuses is reported
-        self.wait()
-        if jax.process_index() == 0 and self._path(step).exists():
-            os.replace(self._path(step), self._path(step, REPLACED))
-        multihost_utils.sync_global_devices(f"replace step {step}")
+        self._wait_patiently()
+        of_state = fingerprint.fingerprints(state)
+        files = {HISTORY_FILE: _to_npz(history), FINGERPRINTS_FILE: _to_npz(fingerprint.to_arrays(of_state))}
         leaves = tree_flatten_with_path(state)[0]
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(
-                {leaf_key(path): leaf for path, leaf in leaves},
-                save_args={leaf_key(path): ocp.SaveArgs(shard_axes=_chunked_axes(path, leaf)) for path, leaf in leaves},
-            ),
-            history=ocp.args.PyTreeSave({"npz": _to_npz(history)}),
-            meta=ocp.args.JsonSave(meta),
+        header = {
+            "meta": json.loads(json.dumps(meta)),  # as it will be read
+            "leaves": {leaf_key(path): _describe(leaf.shape, leaf.dtype) for path, leaf in leaves},
+            "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        }
+        files[META_FILE] = manifest.sealed(header).encode()
+        items = ocp.args.PyTreeSave(
+            {leaf_key(path): leaf for path, leaf in leaves},
+            save_args={leaf_key(path): ocp.SaveArgs(shard_axes=_chunked_axes(path, leaf)) for path, leaf in leaves},
         )
-        self._manager.reload()
-        self._manager.save(step, args=items, force=True)  # without force an older step is silently skipped
-        self._unsynced = step
+        multihost_utils.sync_global_devices(f"save step {step}")
+        try:
+            self._orbax.save(self._steps.step(step, SAVING) / "state", args=items)
+            self._saving = step, self._thread.submit(self._complete, step, files)
+        except Exception as error:  # a disk may be full already here
+            self._saving = step, Future()
+            self._saving[1].set_exception(error)
+
+    def save_now(self, step: int, state, history: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+        """Saves and waits; tries once more where that fails, then raises `SaveError`."""
+        while True:
+            self.save(step, state, history, meta)
+            if self._wait_patiently():
+                return
 
     def wait(self) -> None:
-        """Returns when the save in progress is complete and on disk; raises what went wrong in it."""
-        try:
-            self._manager.wait_until_finished()
-            if self._unsynced is not None and jax.process_index() == 0:
-                _fsync(self._path(self._unsynced))
-        finally:
-            self._unsynced = None
-            self._settle()
-
-    def pin(self, step: int | None) -> None:
-        self._pinned = step
-
-    def remove_after(self, step: int) -> None:
-        self.wait()
-        if jax.process_index() == 0:
-            for later in reversed(self._found_steps()):
-                if later > step:
-                    self._remove(self._path(later))
-        self._manager.reload()
-        multihost_utils.sync_global_devices("removed")
+        """Returns when the save in progress is complete and on disk; `SaveError` where it failed, on all processes."""
+        if self._saving is None:
+            return
+        (step, future), self._saving = self._saving, None
+        error = future.exception()
+        if error:
+            log.info("saving step %s failed", step, exc_info=error)
+        texts = texts_of_all(f"{type(error).__name__}: {error}".splitlines()[0] if error else "")
+        self._settle()
+        failed = next((text for text in texts if text), None)
+        self._failures = self._failures + 1 if failed else 0
+        if failed:
+            raise SaveError(f"checkpoint {self._steps.step(step)} could not be saved: {failed}")
 
     def latest(self) -> int | None:
         """The newest complete step as process 0 finds it, None without one.
 
-        A step counts when its `meta` item reads: an empty directory or half of a step does not.
+        A step counts when its files are as its manifest says; what is in the large ones only reading them tells.
         """
-        found = self._latest() if jax.process_index() == 0 else None
+        found = self._steps.latest() if jax.process_index() == 0 else None
         step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
         return None if step < 0 else step
 
-    def _latest(self) -> int | None:
-        for step in reversed(self._found_steps()):
-            if self._is_complete(step):
-                return step
-            log.warning("checkpoint %s is incomplete; passed over", self._path(step))
-        return None
+    def newest_valid(self) -> int | None:
+        """As `latest`, for a run to go on with: newer steps that do not count are put aside first.
+
+        `UserError` where none is left of those there were: that is no reason to begin again.
+        """
+        if jax.process_index() == 0:
+            for step in reversed(self._steps.found()):
+                damage = self._steps.damage(step)
+                if damage is None:
+                    break
+                self._put_aside(step, damage)
+        step = self.latest()
+        if step is None and self._steps.only_damaged():
+            raise UserError(
+                f"no checkpoint in {self.directory} validates; those there were are now *{DAMAGED}: repair one and"
+                " give it its name back, or use another workdir"
+            )
+        return step
+
+    def put_aside(self, error: DamagedError) -> None:
+        """Renames the step that was found damaged, so that it does not count any more."""
+        assert error.step is not None
+        if jax.process_index() == 0:
+            self._put_aside(error.step, str(error))
+        multihost_utils.sync_global_devices(f"put step {error.step} aside")
+
+    def _put_aside(self, step: int, damage: str) -> None:
+        path = self._steps.put_aside(step)
+        self._report(f"{damage}; it is now {path.name}, and the run goes on from an older one")
+
+    def pin(self, step: int | None) -> None:
+        """This step stays however many are newer, until another one or None is named."""
+        self._steps.pinned = step
+
+    def remove_after(self, step: int) -> None:
+        """Removes every step after this one, newest first. Waits for the save in progress."""
+        self._wait_patiently()
+        if jax.process_index() == 0:
+            self._steps.remove_after(step)
+        multihost_utils.sync_global_devices(f"removed after step {step}")
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """The `meta` item; `UserError` where the step is missing, incomplete or damaged there."""
-        try:
-            meta = json.loads((self._path(step) / "meta" / META_FILE).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-            raise UserError(f"checkpoint {self._path(step)} is incomplete: its meta item does not read") from error
-        if not isinstance(meta, dict):
-            raise UserError(f"checkpoint {self._path(step)} is damaged: its meta item is no JSON object")
-        return meta
+        """What the run said of itself; `DamagedError` where the step is missing or does not read."""
+        return self._read_header(step)["meta"]
 
     def read_history(self, step: int) -> dict[str, np.ndarray]:
-        items = self._manager.restore(step, args=ocp.args.Composite(history=ocp.args.PyTreeRestore()))
-        with np.load(io.BytesIO(items["history"]["npz"].tobytes()), allow_pickle=False) as arrays:
-            return dict(arrays)
+        """`DamagedError` where it is not what was saved."""
+        return self._read_arrays(step, HISTORY_FILE)
 
     def restore(self, step: int, abstract_state):
         """The state of a step, with the tree and the shardings of `abstract_state`, on any mesh.
 
-        abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings. `UserError` naming the leaf
-        where tree, shapes or dtypes differ from what is stored.
+        abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings. `UserError` naming the leaf where tree, shapes
+        or dtypes differ from what is stored; `DamagedError` where the values are not those that were saved.
         """
-        leaves, structure = tree_flatten_with_path(abstract_state)
-        abstract = {leaf_key(path): leaf for path, leaf in leaves}
-        self._check(step, {key: (leaf.shape, np.dtype(leaf.dtype)) for key, leaf in abstract.items()})
-        args = {
-            key: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
-            for key, leaf in abstract.items()
-        }
-        items = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore_args=args))
-        state = self._manager.restore(step, args=items)["state"]
-        return tree_unflatten(structure, [state[key] for key in abstract])
+        cuts = []
+        for path, leaf in tree_flatten_with_path(abstract_state)[0]:
+            cuts.append(LeafCut(leaf, (leaf_key(path),), (), leaf_key(path), None))
+        expected = {cut.family: _describe(cut.target.shape, cut.target.dtype) for cut in cuts}
+        return self._restore(step, abstract_state, cuts, expected, None)
 
     def restore_cut(self, step: int, abstract_state, kept: Kept, old_runs: Runs):
         """The state of a step cut by a plan, read from disk no further than it survives.
 
         abstract_state: of the cut model. kept: per layer the old slots in new order. old_runs:
         `ModelConfig.runs` of the model as it was saved. Equal to `restore` followed by
-        `surgery.cut_state`. `UserError` as in `restore`.
+        `surgery.cut_state`, and checked as there. Errors as in `restore`.
         """
         cuts = list(cut_leaves(abstract_state, old_runs, kept))
         expected: Described = {}
         for cut in cuts:
             shapes = [cut.old_shape(old_runs, piece) for piece in cut.pieces] or [cut.target.shape]
-            expected |= {
-                key: (shape, np.dtype(cut.target.dtype)) for key, shape in zip(cut.sources, shapes, strict=True)
-            }
-        self._check(step, expected)
-        stored = open_leaves(self._path(step) / "state", expected)
-        return tree_unflatten(jax.tree.structure(abstract_state), read_leaves(cuts, stored))
+            expected |= {k: _describe(shape, cut.target.dtype) for k, shape in zip(cut.sources, shapes, strict=True)}
+        return self._restore(step, abstract_state, cuts, expected, kept)
+
+    def verify(self, step: int, state, kept: Kept | None = None) -> None:
+        """`DamagedError`, naming leaf, layer and expert, unless `state` is what was saved, cut if `kept` is given."""
+        saved = fingerprint.from_arrays(self._read_arrays(step, FINGERPRINTS_FILE))
+        want = fingerprint.cut_fingerprints(saved, kept) if kept else saved
+        place = fingerprint.first_difference(fingerprint.fingerprints(state), want, kept)
+        if place:
+            with self._validating(step):
+                raise DamagedError(f"checkpoint {self._steps.step(step)} is damaged: {place} is not what was saved")
+
+    def _restore(self, step: int, abstract_state, cuts: Sequence[LeafCut], expected: Described, kept: Kept | None):
+        self._check_fits(step, expected)
+        with self._validating(step):
+            try:
+                leaves = read_leaves(cuts, open_leaves(self._steps.step(step) / "state", expected))
+            except (ValueError, OSError) as error:  # what TensorStore has for files that are not as they should be
+                reason = str(error).splitlines()[0]
+                raise DamagedError(f"checkpoint {self._steps.step(step)} is damaged: {reason}") from error
+        state = tree_unflatten(jax.tree.structure(abstract_state), leaves)
+        self.verify(step, state, kept)
+        return state
+
+    def _check_fits(self, step: int, expected: Described) -> None:
+        """Compares tree, shapes and dtypes with the stored ones."""
+        stored: Described = self._read_header(step)["leaves"]
+        wrong = [key for key in dict.fromkeys([*expected, *stored]) if stored.get(key) != expected.get(key)]
+        if wrong:
+            more = f" ({len(wrong) - 1} more leaves differ)" if len(wrong) > 1 else ""
+            raise UserError(
+                f"checkpoint {self._steps.step(step)} does not fit: {wrong[0]} is stored as"
+                f" {stored.get(wrong[0], 'nothing')}, expected {expected.get(wrong[0], 'nothing')}{more}"
+            )
+
+    def _read_header(self, step: int) -> dict[str, Any]:
+        with self._validating(step):
+            return manifest.read_sealed(self._steps.step(step) / META_FILE)
+
+    def _read_arrays(self, step: int, name: str) -> dict[str, np.ndarray]:
+        digest = self._read_header(step)["sha256"][name]
+        with self._validating(step):
+            content = manifest.read_file(self._steps.step(step) / name, digest)
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    @contextlib.contextmanager
+    def _validating(self, step: int) -> Iterator[None]:
+        """What one process finds damaged is damaged for all."""
+        try:
+            with refused_together(DamagedError):
+                yield
+        except DamagedError as error:
+            error.step = step
+            raise
+
+    def _complete(self, step: int, files: dict[str, bytes]) -> None:
+        """The end of a save, in a thread: nothing counts before all of it is on disk."""
+        self._orbax.wait_until_finished()
+        if jax.process_index() != 0:
+            return
+        for name, content in files.items():
+            (self._steps.step(step, SAVING) / name).write_bytes(content)
+        self._steps.complete(step)
+
+    def _wait_patiently(self) -> bool:
+        """Whether there is no failed save to wait for; reports a first one, raises a second one in a row."""
+        try:
+            self.wait()
+        except SaveError as error:
+            if self._failures >= FAILURES:
+                raise
+            self._report(str(error))
+            return False
+        return True
+
+    def _report(self, text: str) -> None:
+        log.warning(text)
+        self._show(text)
 
     def _require_shared(self) -> None:
         """`UserError` unless every process finds what process 0 puts here: Orbax would wait for it for ever."""
@@ -207,55 +316,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             marker.unlink()
 
-    def _path(self, step: int, suffix: str = "") -> Path:
-        return self.directory / f"{step}{suffix}"
-
-    def _check(self, step: int, expected: Described) -> None:
-        """Compares tree, shapes and dtypes with the stored ones; Orbax would cast a dtype in silence."""
-        self.read_meta(step)
-        tree = self._manager.item_metadata(step)["state"].tree
-        stored: Described = {key: (tuple(leaf.shape), np.dtype(leaf.dtype)) for key, leaf in tree.items()}
-        wrong = [key for key in dict.fromkeys([*expected, *stored]) if stored.get(key) != expected.get(key)]
-        if wrong:
-            more = f" ({len(wrong) - 1} more leaves differ)" if len(wrong) > 1 else ""
-            raise UserError(
-                f"checkpoint {self._path(step)} does not fit: {wrong[0]} is stored as"
-                f" {_describe(stored.get(wrong[0]))}, expected {_describe(expected.get(wrong[0]))}{more}"
-            )
-
-    def _found_steps(self) -> list[int]:
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
-
-    def _is_complete(self, step: int) -> bool:
-        try:
-            self.read_meta(step)
-        except UserError:
-            return False
-        return True
-
     def _settle(self) -> None:
-        """Ends every replacement, the right way round, and removes what is no longer kept."""
         if jax.process_index() == 0:
-            for path in self.directory.glob(f"*{TRASH}"):
-                shutil.rmtree(path)
-            for path in self.directory.glob(f"*{REPLACED}"):
-                step = int(path.name.removesuffix(REPLACED))
-                if self._is_complete(step):
-                    self._remove(path)
-                else:
-                    self._remove(self._path(step))
-                    os.replace(path, self._path(step))
-            complete = [step for step in self._found_steps() if self._is_complete(step)]
-            for step in set(complete[: -self._keep]) - {self._pinned}:
-                self._remove(self._path(step))
+            self._steps.settle()
         multihost_utils.sync_global_devices("checkpoints settled")
-
-    def _remove(self, path: Path) -> None:
-        """Renamed first: a step is there as a whole or not at all."""
-        if path.exists():
-            trash = path.with_name(path.name + TRASH)
-            os.replace(path, trash)
-            shutil.rmtree(trash)
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
@@ -270,23 +334,11 @@ def _chunked_axes(path: tuple, leaf: jax.Array) -> tuple[int, ...]:
     return (0, 1) if leaf.ndim > 2 and expert_axis(leaf_name(path), leaf.ndim) == 1 else (0,)
 
 
-def _to_npz(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The bytes of an .npz file: Orbax refuses arrays without elements, and a history starts as one."""
+def _to_npz(arrays: dict[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
-    return np.frombuffer(buffer.getvalue(), np.uint8)
+    return buffer.getvalue()
 
 
-def _describe(leaf: tuple[tuple[int, ...], np.dtype] | None) -> str:
-    return "nothing" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
-
-
-def _fsync(step_directory: Path) -> None:
-    """Puts a step on disk. TensorStore syncs its data, but Orbax neither its JSON files nor the renames."""
-    paths = [Path(root, name) for root, _, files in os.walk(step_directory) for name in (*files, ".")]
-    for path in (*paths, step_directory.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _describe(shape: Sequence[int], dtype: Any) -> str:
+    return f"{np.dtype(dtype)}{list(shape)}"

@@ -14,8 +14,10 @@ from laep_jax.training.ahead import Steps, ahead, compile_steps
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.controller import with_receive_buffer
 from laep_jax.training.cut_restore import bytes_needed, bytes_read
+from laep_jax.training.fingerprint import compile_fingerprints
+from laep_jax.training.manifest import DamagedError
 from laep_jax.training.state import TrainState, abstract_state
-from laep_jax.training.surgery import Gathers, compile_gathers, cut_config, cut_state
+from laep_jax.training.surgery import Gathers, Kept, compile_gathers, cut_config, cut_state
 
 
 class Pause:
@@ -44,13 +46,11 @@ class Cut:
     """
 
     def __init__(self, plan: Plan, old: Config, mesh: Mesh, num_domains: int):
-        self.plan, self.old = plan, old
+        self.plan, self.old, self.num_domains = plan, old, num_domains
         imbalances = [layer.imbalance_after for layer in plan.layers]
         self.config = with_receive_buffer(cut_config(old, plan.kept), imbalances)
         self._target = abstract_state(self.config, mesh)
-        self._programs = ahead(
-            lambda: (compile_steps(self.config, mesh, self._target, num_domains), self._gathers(mesh))
-        )
+        self._programs = ahead(lambda: self._compile(mesh))
         self._bytes: dict[str, int] = {}
 
     @property
@@ -71,7 +71,8 @@ class Cut:
                 steps, gathers = self._programs.result()
             with pause.part("restore"):
                 cut = cut_state(state, gathers, self.plan.kept, self.old.model, self._target)
-                return jax.block_until_ready(cut), steps
+                verify_cut(checkpoints, step, cut, self.plan.kept)
+                return cut, steps
         with pause.part("restore"):
             jax.tree.map(lambda leaf: leaf.delete(), state)
             before = bytes_read()
@@ -80,6 +81,10 @@ class Cut:
             jax.block_until_ready(cut)
         with pause.part("compile"):
             return cut, self._programs.result()[0]
+
+    def _compile(self, mesh: Mesh) -> tuple[Steps, Gathers]:
+        compile_fingerprints(self._target)
+        return compile_steps(self.config, mesh, self._target, self.num_domains), self._gathers(mesh)
 
     def _gathers(self, mesh: Mesh) -> Gathers:
         """The programs that cut memory, where that is how it is done."""
@@ -97,3 +102,11 @@ class Cut:
             "parameters_after": model_size(self.config.model, sequence_length=1).total,
             **self._bytes,
         }
+
+
+def verify_cut(checkpoints: Checkpoints, step: int, cut: TrainState, kept: Kept) -> None:
+    """That memory was cut as the checkpoint would have been; where not, it is not the checkpoint that is to blame."""
+    try:
+        checkpoints.verify(step, cut, kept)
+    except DamagedError as error:
+        raise RuntimeError(f"the state was not cut as planned: {error}") from error

@@ -21,7 +21,7 @@ INDEX_BYTES = 2**26  # of OCDBT's index to be kept
 Bounds = tuple[tuple[int, int], ...]  # of a shard, [start, stop) in each dimension
 
 
-def open_leaves(store: Path, keys: Iterable[str]) -> dict[str, ts.TensorStore]:
+def open_leaves(store: Path, keys: Iterable[str], *, write: bool = False) -> dict[str, ts.TensorStore]:
     """The stored arrays by leaf key; a missing chunk is an error, never zeros."""
 
     def spec(key: str) -> dict:
@@ -30,7 +30,7 @@ def open_leaves(store: Path, keys: Iterable[str]) -> dict[str, ts.TensorStore]:
         return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
 
     context = ts.Context({"cache_pool": {"total_bytes_limit": INDEX_BYTES}})  # or each array would read the index anew
-    opening = {key: ts.open(spec(key), open=True, read=True, context=context) for key in keys}
+    opening = {key: ts.open(spec(key), open=True, read=True, write=write, context=context) for key in keys}
     return {key: future.result() for key, future in opening.items()}
 
 

@@ -257,9 +257,11 @@ class Run:
             self.console.event(f"the run ends before step {cut_step}; nothing is cut")
             self.progress.drop_plan()
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, now: bool = False) -> None:
+        """now: returns when it is on disk."""
         self.log.save_loads()
-        self.checkpoints.save(step, self.state, self.controller.history.to_arrays(), self.progress.to_meta())
+        save = self.checkpoints.save_now if now else self.checkpoints.save
+        save(step, self.state, self.controller.history.to_arrays(), self.progress.to_meta())
 
     def _save_and_cut(self, step: int, cut: Cut) -> None:
         """First phase: the old model and the plan on disk. Then the second."""
@@ -269,8 +271,7 @@ class Run:
         summary["device_imbalance_before"] = self.controller.device_imbalance()
         summary["step_seconds_before"] = self._median_step_seconds()
         with self.pause.part("save"):
-            self._save(step)
-            self.checkpoints.wait()
+            self._save(step, now=True)
         del self.steps
         self._carry_out(cut, self.state)
 
@@ -331,8 +332,7 @@ class Run:
         self.console.event(f"the prune of step {step} did harm and is undone: going on from there, {rule}")
         self.log.rewind(step)
         self.log.write("guard", step, stands=False, **record)
-        self._save(step)
-        self.checkpoints.wait()
+        self._save(step, now=True)
         self.checkpoints.remove_after(step)
         self.checkpoints.pin(None)
 
@@ -369,8 +369,7 @@ class Run:
             summary[f"device_imbalance_{side}"] = self.controller.device_imbalance()
             summary[f"step_seconds_{side}"] = self._median_step_seconds()
             summary["steps"] = progress.step
-            self._save(progress.step)
-            self.checkpoints.wait()
+            self._save(progress.step, now=True)
         self.log.write_file("summary.json", json.dumps(summary, indent=1) + "\n")
         self.console.closing_table(summary)
         return summary

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -15,10 +16,13 @@ from laep_jax.hosts import refused_together
 from laep_jax.sharding import make_mesh
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.console import RunConsole
+from laep_jax.training.exclusive import exclusive, require_room
 from laep_jax.training.executable import load_step
 from laep_jax.training.loop import Run
-from laep_jax.training.resume import find_progress, require_same_run
+from laep_jax.training.manifest import DamagedError
+from laep_jax.training.resume import Progress, find_progress, require_same_run
 from laep_jax.training.runlog import NoLog, RunLog
+from laep_jax.training.state import abstract_state
 
 
 def train(
@@ -34,24 +38,16 @@ def train(
     run_dir, first = Path(run_dir), jax.process_index() == 0
     with refused_together():
         resolved = config.resolve(jax.device_count())
+        mesh = make_mesh(resolved.mesh)
         dataset = _open_dataset(config)
     require_same_run(config, dataset.fingerprint)
+    peak = peak_flops(jax.devices()[0].device_kind)
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints))
-        latest = checkpoints.latest()
         with refused_together():
-            progress = find_progress(resolved, dataset.fingerprint, checkpoints, latest)
-            first_step = None
-            if executable and progress.num_experts == config.model.experts_per_layer:
-                first_step = load_step(executable, resolved, make_mesh(resolved.mesh))
-            resolved = progress.current(config).resolve(jax.device_count())
-            experts, expert_parallel = config.model.experts_per_layer, resolved.mesh.expert or 1
-            log = NoLog()
             if first:
-                log = stack.enter_context(
-                    RunLog(run_dir, num_experts=experts, expert_parallel=expert_parallel, resume_step=progress.step)
-                )
-        peak = peak_flops(jax.devices()[0].device_kind)
+                stack.enter_context(exclusive(run_dir))
+                leaves = jax.tree.leaves(abstract_state(resolved, mesh))
+                require_room(run_dir, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
         console = stack.enter_context(
             RunConsole(
                 config.train.num_steps,
@@ -60,11 +56,35 @@ def train(
                 show=first,
             )
         )
-        log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
-        log.write_file("operative.gin", settings)
-        console.event(_opening_line(resolved, dataset))
-        base = dataclasses.replace(config, mesh=resolved.mesh)
-        return Run(base, dataset, checkpoints, log, console, progress, first_step).train()
+        keep = config.train.keep_checkpoints
+        checkpoints = stack.enter_context(Checkpoints(run_dir / "checkpoints", keep=keep, report=console.event))
+        while True:
+            try:
+                progress = find_progress(resolved, dataset.fingerprint, checkpoints, checkpoints.newest_valid())
+                with contextlib.ExitStack() as attempt:
+                    with refused_together():
+                        first_step = None
+                        if executable and progress.num_experts == config.model.experts_per_layer:
+                            first_step = load_step(executable, resolved, mesh)
+                        current = progress.current(config).resolve(jax.device_count())
+                        log = attempt.enter_context(_opened_log(run_dir, config, current, progress))
+                    log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
+                    log.write_file("operative.gin", settings)
+                    console.event(_opening_line(current, dataset))
+                    base = dataclasses.replace(config, mesh=current.mesh)
+                    return Run(base, dataset, checkpoints, log, console, progress, first_step).train()
+            except DamagedError as error:
+                checkpoints.put_aside(error)
+
+
+@contextlib.contextmanager
+def _opened_log(run_dir: Path, config: Config, current: Config, progress: Progress) -> Iterator[RunLog | NoLog]:
+    if jax.process_index() > 0:
+        yield NoLog()
+        return
+    experts, expert_parallel = config.model.experts_per_layer, current.mesh.expert or 1
+    with RunLog(run_dir, num_experts=experts, expert_parallel=expert_parallel, resume_step=progress.step) as log:
+        yield log
 
 
 def _open_dataset(config: Config) -> Dataset:

@@ -64,7 +64,7 @@ def cut_pieces(old_runs: Runs, kept: Kept) -> list[list[Piece]]:
     return pieces
 
 
-def _run_position(path: tuple) -> int | None:
+def run_position(path: tuple) -> int | None:
     """Where on a pytree path the index of the run stands: behind the key "runs"."""
     return next((i + 1 for i, key in enumerate(path) if key == DictKey("runs")), None)
 
@@ -72,7 +72,7 @@ def _run_position(path: tuple) -> int | None:
 def leaf_key(path: tuple, run: int | None = None) -> str:
     """The dotted path of a leaf, `params.runs.0.moe.down_EFD`; at another run where `run` is given."""
     if run is not None:
-        position = _run_position(path)
+        position = run_position(path)
         assert position is not None, path
         path = (*path[:position], SequenceKey(run), *path[position + 1 :])
     return keystr(path, simple=True, separator=".")
@@ -106,7 +106,7 @@ def cut_leaves(abstract_new, old_runs: Runs, kept: Kept) -> Iterator[LeafCut]:
     """A `LeafCut` for every leaf of the abstract cut state, in the order of `jax.tree.leaves`."""
     pieces = cut_pieces(old_runs, kept)
     for path, target in tree_flatten_with_path(abstract_new)[0]:
-        position = _run_position(path)
+        position = run_position(path)
         if position is None:
             yield LeafCut(target, (leaf_key(path),), (), leaf_key(path), None)
             continue

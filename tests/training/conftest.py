@@ -117,6 +117,6 @@ class States:
         return [rng.permutation(a)[:b].tolist() for a, b in zip(old, new, strict=True)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def states() -> type[States]:
     return States

@@ -1,5 +1,6 @@
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from laep_jax.errors import UserError
 from laep_jax.training import cut_restore, surgery
 from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.manifest import DamagedError
 
 COUNTS = (16, 16, 8, 8)
 META = {"config": {"model": {"num_experts": [16, 8], "lfa": True}}, "plan": None, "lineage": [[3, 1], []], "lr": 2e-3}
@@ -207,14 +209,13 @@ def test_latest_passes_over_what_is_no_complete_step(checkpoints, caplog):
     (checkpoints.directory / "7").mkdir()
     (checkpoints.directory / "8").write_text("no directory")
     (checkpoints.directory / "notes").mkdir()
-    (checkpoints.directory / "9" / "meta").mkdir(parents=True)
-    (checkpoints.directory / "9" / "meta" / "meta.json").write_text('{"half": ')
+    (checkpoints.directory / "9").mkdir()
+    (checkpoints.directory / "9" / "manifest.json").write_text('{"half": ')
     assert checkpoints.latest() == 5
-    assert "9 is incomplete" in caplog.text
-    with pytest.raises(UserError, match="9 is incomplete"):
-        checkpoints.read_meta(9)
-    with pytest.raises(UserError, match="10 is incomplete"):
-        checkpoints.restore(10, small())
+    assert re.search(r"9 passed over: .*manifest\.json is damaged", caplog.text)
+    for step in (9, 10):
+        with pytest.raises(DamagedError, match=rf"{step}/meta\.json does not read: No such file"):
+            checkpoints.restore(step, small())
     checkpoints.save(6, small(6), {}, META)  # below the stray ones
     checkpoints.save(7, small(7), {}, META)  # in the place of one
     checkpoints.wait()
@@ -258,7 +259,7 @@ def test_interrupted_replacement_leaves_one_complete_step(checkpoints, new_one_i
     checkpoints.wait()
     if new_one_is_complete:
         checkpoints.save(5, small(2), {}, META)
-        checkpoints._manager.wait_until_finished()
+        checkpoints._saving[1].result()
         assert (root / "5.replaced").is_dir()
     else:
         os.rename(root / "5", root / "5.replaced")
@@ -310,13 +311,13 @@ def test_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path):
             checkpoints.save(1, state(1.0, 8), {}, {})
             checkpoints.wait()
             checkpoints.save(2, state(2.0), {}, {})
-            while not any("tmp" in name for name in os.listdir(sys.argv[1])):
+            while not any("saving" in name for name in os.listdir(sys.argv[1])):
                 pass
             os.kill(os.getpid(), signal.SIGKILL)
         """,
     )
     assert result.returncode == -signal.SIGKILL
-    assert any("tmp" in path.name for path in tmp_path.iterdir()), "killed too late to show anything"
+    assert any("saving" in path.name for path in tmp_path.iterdir()), "killed too late to show anything"
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.latest() == 1
         assert value_at(checkpoints, 1) == 1

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -13,14 +14,18 @@ import pytest
 from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.data.dataset import make_dataset
 from laep_jax.errors import UserError
+from laep_jax.faults.damage import change_stored, flip_bit
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_mesh
 from laep_jax.training import ahead, loop
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.evaluate import masked_loss
+from laep_jax.training.exclusive import exclusive
+from laep_jax.training.manifest import write_manifest
 from laep_jax.training.start import train
 from laep_jax.training.state import abstract_state
 from laep_jax.training.step import make_eval_step, make_train_step
+from laep_jax.training.step_directory import StepDirectory
 
 PLAN_STEP, CUT_STEP, NUM_STEPS = 10, 13, 20
 
@@ -190,13 +195,85 @@ def test_cutting_in_memory_gives_the_same_run_and_lets_the_old_step_go(run, conf
             gc.collect()
             alive.extend(step() is not None for step in steps)
 
+    def verify(self, step, state, kept=None, verify=Checkpoints.verify):
+        verified.append((step, [len(slots) for slots in kept]))
+        verify(self, step, state, kept)
+
     alive: list[bool] = []
+    verified: list[tuple] = []
     monkeypatch.setattr(loop.Checkpoints, "restore_cut", None)
+    monkeypatch.setattr(loop.Checkpoints, "verify", verify)
     monkeypatch.setattr(loop, "make_train_step", make)
     monkeypatch.setattr(loop.RunConsole, "train", show)
     train(change(config, laep={"restore": "memory"}), tmp_path)
-    assert_same_run(tmp_path, run)
     assert alive == [False]
+    assert verified == [(CUT_STEP, records(run, "prune")[0]["experts_after"])]
+    monkeypatch.undo()
+    assert_same_run(tmp_path, run)
+
+
+def copied(run: Path, to: Path) -> Path:
+    shutil.copytree(run, to)
+    (to / "summary.json").unlink()
+    return to / "checkpoints"
+
+
+def test_from_the_newest_checkpoint_that_validates_it_is_the_same_run_though_saves_fail(
+    run, config, tmp_path, monkeypatch, capsys
+):
+    """Damage that the manifest tells, that fingerprints tell, and that a hash tells, back to before the cut."""
+    checkpoints = copied(run, tmp_path / "x")
+    (checkpoints / "20" / "state" / "manifest.ocdbt").unlink()
+    change_stored(checkpoints / "18", "params.runs.0.moe.down_EFD", (0, 1, 2, 3))
+    flip_bit(checkpoints / "13" / "history.npz")
+    write_manifest(checkpoints / "13")
+    complete, failing = StepDirectory.complete, [13, 18]
+
+    def full_now_and_then(self, step):
+        if step in failing:
+            failing.remove(step)
+            raise OSError(28, "No space left on device")
+        complete(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepDirectory, "complete", full_now_and_then)
+        train(config, tmp_path / "x")
+    assert_same_run(tmp_path / "x", run)
+    lines = [line for line in capsys.readouterr().out.splitlines() if str(checkpoints) in line]
+    assert [line.removeprefix(f"checkpoint {checkpoints}/").removeprefix(f"{checkpoints}/") for line in lines] == [
+        "20/state/manifest.ocdbt is missing; it is now 20.damaged, and the run goes on from an older one",
+        "18 is damaged: params.runs.moe.down_EFD of layer 0, expert 1 is not what was saved;"
+        " it is now 18.damaged, and the run goes on from an older one",
+        "13/history.npz is damaged: it does not have the hash it was saved with;"
+        " it is now 13.damaged, and the run goes on from an older one",
+        "13 could not be saved: OSError: [Errno 28] No space left on device",
+        "18 could not be saved: OSError: [Errno 28] No space left on device",
+    ]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "12", "13", "13.damaged", "18.damaged", "20", "20.damaged", "6"
+    ]  # fmt: skip
+
+
+def test_without_a_checkpoint_that_validates_nothing_begins_again(run, config, tmp_path):
+    checkpoints = copied(run, tmp_path / "x")
+    for step in checkpoints.iterdir():
+        flip_bit(step / "meta.json")
+    metrics = (tmp_path / "x" / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no checkpoint in .* validates"):
+            train(config, tmp_path / "x")
+    assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == metrics
+    assert all(path.name.endswith(".damaged") for path in checkpoints.iterdir())
+
+
+def test_two_runs_in_one_directory_or_on_a_small_disk_are_refused(config, tmp_path, monkeypatch):
+    with exclusive(tmp_path), pytest.raises(UserError, match=r"is in use by process \d+ on "):
+        train(config, tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"has 0\.00 GB free, and 2 checkpoints"):
+        train(config, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
 
 
 def test_the_cut_model_has_the_loss_that_masking_predicts(run, config):

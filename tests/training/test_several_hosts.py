@@ -86,7 +86,7 @@ def launched(shared, bindings):
         arguments = [f"--workdir={workdir}", *gin, *more]
         program = ["-m", "laep_jax", "launch", f"--num-processes={processes}", "--"]
         if hook:
-            workdir.mkdir()
+            workdir.mkdir(exist_ok=True)
             (workdir / "hooked.py").write_text(HOOKED.replace("HOOK", hook))
             command = [sys.executable, str(workdir / "hooked.py"), str(workdir), *arguments]
             program = [
@@ -198,6 +198,24 @@ def test_four_processes_go_on_from_a_checkpoint_of_two(two, tmp_path, launched):
     workdir = rewind(two, CUT, tmp_path / "x")
     result = launched(workdir, 4)
     assert result.returncode == 0, result.stderr
+    assert "resuming from step 6, with a plan to apply" in result.stdout
+    assert_same_training(workdir, two)
+
+
+def test_what_one_process_finds_damaged_all_put_aside(two, tmp_path, launched):
+    hook = """
+from laep_jax.training import checkpoint
+def read_leaves(*args, read=checkpoint.read_leaves):
+    checkpoint.read_leaves = read
+    raise ValueError("DATA_LOSS: a bad sector")
+if index == "1":
+    checkpoint.read_leaves = read_leaves
+"""
+    workdir = rewind(two, SAVED, tmp_path / "x")
+    result = launched(workdir, 2, hook=hook)
+    assert result.returncode == 0, result.stderr
+    line = f"process 1: checkpoint {workdir}/checkpoints/10 is damaged: DATA_LOSS: a bad sector; it is now 10.damaged"
+    assert line in result.stdout
     assert "resuming from step 6, with a plan to apply" in result.stdout
     assert_same_training(workdir, two)
 

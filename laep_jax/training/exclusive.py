@@ -1,0 +1,65 @@
+"""A run directory belongs to one run at a time, can be written, and has room for checkpoints."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from laep_jax.errors import UserError
+from laep_jax.training.manifest import sync
+
+LOCK_FILE = "run.lock"
+STATES = 2  # of which there must be room: one that is kept, and the next while it is written
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Nobody else enters as long as this process is inside; the kernel lets go of the lock where it dies.
+
+    run_dir: made if missing. `UserError` naming the process that is inside. Where the file system has no locks, there
+    is a warning only.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _open(run_dir / LOCK_FILE) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{run_dir} is in use by {file.read().strip() or 'another process'}") from None
+        except OSError as error:
+            log.warning("%s: nothing keeps a second run out, %s", run_dir, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def require_room(run_dir: Path, state_bytes: int) -> None:
+    """`UserError` unless `run_dir` can be written and its file system has room for two states of this size."""
+    path = run_dir / f".{uuid.uuid4().hex}"
+    try:
+        path.write_bytes(b"\0")
+        sync(path)
+        path.unlink()
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be written: {error.strerror}") from error
+    free = shutil.disk_usage(run_dir).free
+    if free < STATES * state_bytes:
+        raise UserError(
+            f"{run_dir} has {free / 1e9:,.2f} GB free, and {STATES} checkpoints of"
+            f" {state_bytes / 1e9:,.2f} GB must have room"
+        )
+
+
+def _open(path: Path):
+    try:
+        return path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be written: {error.strerror}") from error

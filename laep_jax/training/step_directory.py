@@ -1,0 +1,103 @@
+"""The steps in a directory of checkpoints: which of them count, what replaces what, what goes. Files only, one process.
+
+Nothing is removed or replaced in place. A step is renamed first, so that after an interruption at any point it is
+there as a whole or not at all, and `settle` ends what was begun.
+"""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from laep_jax.training.manifest import DamagedError, bring_to_disk, check_files, sync, write_manifest
+
+SAVING = ".saving"  # a step that is not complete yet
+REPLACED = ".replaced"  # a step making way for a new save of the same step
+TRASH = ".trash"  # a step being removed
+DAMAGED = ".damaged"  # a step that does not validate, put aside
+
+log = logging.getLogger(__name__)
+
+
+class StepDirectory:
+    """A directory of complete steps, named by their numbers. keep: how many to keep. pinned: one that stays as well."""
+
+    def __init__(self, path: Path, *, keep: int):
+        self.path = path
+        self.pinned: int | None = None
+        self._keep = keep
+
+    def step(self, step: int, suffix: str = "") -> Path:
+        return self.path / f"{step}{suffix}"
+
+    def complete(self, step: int) -> None:
+        """Gives what lies under SAVING its manifest and, when all of it is on disk, the step's name."""
+        part, path = self.step(step, SAVING), self.step(step)
+        write_manifest(part)
+        bring_to_disk(part)
+        if path.exists():
+            os.replace(path, self.step(step, REPLACED))
+        os.replace(part, path)
+        sync(self.path)
+
+    def found(self) -> list[int]:
+        """Every step of which there is a directory, damaged or not."""
+        return sorted(int(path.name) for path in self.path.iterdir() if path.name.isdecimal() and path.is_dir())
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with a step's files, as far as looking at them is cheap."""
+        try:
+            check_files(self.step(step))
+        except DamagedError as error:
+            return str(error)
+        return None
+
+    def latest(self) -> int | None:
+        """The newest step whose files are as its manifest says."""
+        for step in reversed(self.found()):
+            damage = self.damage(step)
+            if damage is None:
+                return step
+            log.warning("checkpoint %s passed over: %s", self.step(step), damage)
+        return None
+
+    def put_aside(self, step: int) -> Path:
+        """Renames a step so that it does not count any more; to what."""
+        path = self.step(step, DAMAGED)
+        while path.exists():
+            path = path.with_name(path.name + "+")
+        os.replace(self.step(step), path)
+        sync(self.path)
+        return path
+
+    def only_damaged(self) -> bool:
+        """Whether there were steps, and all are put aside."""
+        return not self.found() and any(self.path.glob(f"*{DAMAGED}*"))
+
+    def remove_after(self, step: int) -> None:
+        """Removes every step after this one, newest first."""
+        for later in reversed(self.found()):
+            if later > step:
+                self._remove(self.step(later))
+
+    def settle(self) -> None:
+        """Ends every replacement, the right way round, and removes what failed or is no longer kept."""
+        for path in (*self.path.glob(f"*{TRASH}"), *self.path.glob(f"*{SAVING}")):
+            shutil.rmtree(path)
+        for path in self.path.glob(f"*{REPLACED}"):
+            step = int(path.name.removesuffix(REPLACED))
+            if self.damage(step) is None:
+                self._remove(path)
+            else:
+                self._remove(self.step(step))
+                os.replace(path, self.step(step))
+        complete = [step for step in self.found() if self.damage(step) is None]
+        for step in complete[: -self._keep]:
+            if step != self.pinned:
+                self._remove(self.step(step))
+
+    def _remove(self, path: Path) -> None:
+        if path.exists():
+            trash = path.with_name(path.name + TRASH)
+            os.replace(path, trash)
+            shutil.rmtree(trash)

@@ -1,0 +1,298 @@
+"""Checkpoints that are damaged, cannot be written, or lose their power."""
+
+import errno
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from laep_jax.errors import UserError
+from laep_jax.faults.damage import DAMAGES, change_stored, flip_bit
+from laep_jax.faults.power import mounted, not_on_disk, recorded_syncs
+from laep_jax.training import cut, manifest, step_directory
+from laep_jax.training.checkpoint import Checkpoints, SaveError
+from laep_jax.training.manifest import DamagedError, check_files, sealed
+
+COUNTS = (16, 16, 8, 8)
+SMALL = {"params": {"scale_D": np.arange(8, dtype=np.float32)}}
+
+
+def small(value: float = 0.0):
+    return jax.tree.map(lambda x: jax.numpy.asarray(x + np.float32(value)), SMALL)
+
+
+def value_at(checkpoints, step: int) -> float:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), SMALL)
+    return float(checkpoints.restore(step, abstract)["params"]["scale_D"][0])
+
+
+def steps_in(checkpoints) -> list[str]:
+    return sorted(path.name for path in checkpoints.directory.iterdir())
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        yield checkpoints
+
+
+@pytest.fixture(scope="module")
+def saved(states, tmp_path_factory):
+    """A checkpoint of a state, and its values; not to be changed."""
+    state = states.random(COUNTS, states.mesh())
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with Checkpoints(directory, keep=2) as checkpoints:
+        checkpoints.save(7, state, {"steps": np.arange(3)}, {"plan": "a plan"})
+    return directory, states.by_layer(state)
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "copy")
+    with Checkpoints(tmp_path / "copy", keep=2) as checkpoints:
+        yield checkpoints
+
+
+def test_damage_to_any_file_is_found_and_the_file_named(saved, tmp_path):
+    shutil.copytree(saved[0] / "7", tmp_path / "7")
+    files = [path for path in sorted((tmp_path / "7").rglob("*")) if path.is_file()]
+    names = {path.relative_to(tmp_path / "7").as_posix() for path in files}
+    assert {"manifest.json", "meta.json", "history.npz", "fingerprints.npz", "state/manifest.ocdbt"} < names
+    check_files(tmp_path / "7")
+    for path in files:
+        for damage in DAMAGES.values():
+            damage(path)
+            with pytest.raises(DamagedError, match=re.escape(str(path))):
+                check_files(tmp_path / "7")
+            shutil.copy2(saved[0] / "7" / path.relative_to(tmp_path / "7"), path)
+    check_files(tmp_path / "7")
+
+
+def test_large_files_are_known_by_their_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "HASHED_BYTES", 100)
+    (tmp_path / "large").write_bytes(bytes(101))
+    manifest.write_manifest(tmp_path)
+    flip_bit(tmp_path / "large")
+    check_files(tmp_path)
+    (tmp_path / "large").write_bytes(bytes(100))
+    with pytest.raises(DamagedError, match="large has 100 bytes instead of 101"):
+        check_files(tmp_path)
+
+
+@pytest.mark.parametrize("bit", [None, 1, 8 * 30])
+def test_meta_and_history_are_compared_with_their_hashes(copied, bit):
+    for name, read in (("meta.json", copied.read_meta), ("history.npz", copied.read_history)):
+        flip_bit(copied.directory / "7" / name, bit)
+        with pytest.raises(DamagedError, match=rf"7/{name} is damaged") as error:
+            read(7)
+        assert error.value.step == 7
+        flip_bit(copied.directory / "7" / name, bit)
+    assert copied.read_meta(7) == {"plan": "a plan"}
+    np.testing.assert_array_equal(copied.read_history(7)["steps"], [0, 1, 2])
+
+
+def test_a_flipped_bit_in_the_data_is_never_restored(states, saved, copied):
+    """With the manifest aside, which knows large files by their size only."""
+    abstract = states.abstract(COUNTS, states.mesh())
+    rng = np.random.default_rng(0)
+    files = [path for path in sorted((copied.directory / "7" / "state").rglob("d/*")) if path.stat().st_size > 10_000]
+    assert len(files) >= 3
+    found = 0
+    for path in 4 * files:
+        bit = int(rng.integers(8 * path.stat().st_size))
+        flip_bit(path, bit)
+        try:
+            states.assert_equal(states.by_layer(copied.restore(7, abstract)), saved[1])  # bytes that nobody reads
+        except DamagedError:
+            found += 1
+        flip_bit(path, bit)
+    assert found > 2 * len(files)
+    states.assert_equal(states.by_layer(copied.restore(7, abstract)), saved[1])
+
+
+def test_the_damaged_expert_is_named_and_matters_only_where_it_stays(states, saved, copied):
+    change_stored(copied.directory / "7", "opt_state.1.0.mu.runs.1.moe.down_EFD", (1, 5, 3, 2))
+    place = r"opt_state\.1\.0\.mu\.runs\.moe\.down_EFD of layer 3, expert 5 is not what was saved"
+    mesh, runs = states.mesh(), states.config(COUNTS).runs
+    with pytest.raises(DamagedError, match=place):
+        copied.restore(7, states.abstract(COUNTS, mesh))
+    new = states.abstract((8, 8, 8, 4), mesh)
+    kept = states.plan(COUNTS, (8, 8, 8, 4))
+    kept[3] = [1, 5, 2, 0]
+    with pytest.raises(DamagedError, match=place):
+        copied.restore_cut(7, new, kept, runs)
+    kept[3] = [1, 4, 2, 0]
+    got = copied.restore_cut(7, new, kept, runs)
+    whole = states.random(COUNTS, mesh)
+    states.assert_equal(states.by_layer(got), states.cut_by_layer(whole, kept))
+    copied.verify(7, whole)
+    copied.verify(7, got, kept)
+    with pytest.raises(DamagedError, match=r"of layer 3, expert 4 .*more places.* is not what was saved"):
+        copied.verify(7, got, [*kept[:3], [4, 1, 2, 0]])
+    with pytest.raises(RuntimeError, match=r"the state was not cut as planned: .* of layer 3, expert 4"):
+        cut.verify_cut(copied, 7, got, [*kept[:3], [4, 1, 2, 0]])
+
+
+def test_a_run_goes_on_from_the_newest_step_that_validates(tmp_path, caplog):
+    told = []
+    with Checkpoints(tmp_path, keep=3, report=told.append) as checkpoints:
+        assert checkpoints.newest_valid() is None
+        for step in (1, 2, 3):
+            checkpoints.save(step, small(step), {}, {})
+        checkpoints.wait()
+        (tmp_path / "3" / "meta.json").unlink()
+        (tmp_path / "8").mkdir()
+        assert checkpoints.newest_valid() == 2
+        assert steps_in(checkpoints) == ["1", "2", "3.damaged", "8.damaged"]
+        assert len(told) == 2
+        assert re.search(
+            r"3/meta\.json is missing; it is now 3\.damaged, and the run goes on from an older one", told[1]
+        )
+        assert told[1] in caplog.text
+        checkpoints.save(3, small(3), {}, {})
+        checkpoints.wait()
+        checkpoints.pin(1)
+        for step in (3, 2, 1):
+            (tmp_path / str(step) / "manifest.json").unlink()
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"no checkpoint in .* validates; those there were are now \*\.damaged"):
+                checkpoints.newest_valid()
+        assert steps_in(checkpoints) == ["1.damaged", "2.damaged", "3.damaged", "3.damaged+", "8.damaged"]
+
+
+def test_a_pinned_step_stays_and_later_ones_can_be_removed(checkpoints):
+    checkpoints.pin(1)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, small(step), {}, {})
+    checkpoints.wait()
+    assert steps_in(checkpoints) == ["1", "3", "4"]
+    checkpoints.save(5, small(5), {}, {})
+    checkpoints.remove_after(3)
+    assert steps_in(checkpoints) == ["1"]  # 3 had made way for 5
+    checkpoints.pin(None)
+    for step in (2, 3):
+        checkpoints.save(step, small(step), {}, {})
+    checkpoints.wait()
+    assert steps_in(checkpoints) == ["2", "3"]
+
+
+def test_later_steps_go_newest_first(checkpoints, monkeypatch):
+    for step in (1, 2, 3):
+        checkpoints.save(step, small(step), {}, {})
+    checkpoints.wait()
+    monkeypatch.setattr(step_directory.shutil, "rmtree", lambda path: removed.append(Path(path).name))
+    removed: list[str] = []
+    checkpoints.remove_after(1)
+    assert removed == ["3.trash", "2.trash"]
+
+
+def full_disk(failing: list[bool], monkeypatch) -> None:
+    """The next saves fail, after Orbax has written its part, where it says so."""
+    complete = step_directory.StepDirectory.complete
+
+    def failing_complete(self, step):
+        if failing.pop(0):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        complete(self, step)
+
+    monkeypatch.setattr(step_directory.StepDirectory, "complete", failing_complete)
+
+
+def test_one_failed_save_is_reported_and_a_second_in_a_row_raises(tmp_path, monkeypatch):
+    full_disk([False, True, False, True, True], monkeypatch)
+    told = []
+    with Checkpoints(tmp_path, keep=2, report=told.append) as checkpoints:
+        for step in (1, 2, 3, 4, 5):
+            checkpoints.save(step, small(step), {}, {})
+        message = "5 could not be saved: OSError: [Errno 28] No space left on device"
+        with pytest.raises(SaveError, match=re.escape(message)):
+            checkpoints.save(6, small(6), {}, {})
+        assert [re.search(r"(\d) could not be saved", text)[1] for text in told] == ["2", "4"]
+        assert steps_in(checkpoints) == ["1", "3"]
+        assert (value_at(checkpoints, 1), value_at(checkpoints, 3)) == (1, 3)
+
+
+def test_a_save_that_must_succeed_is_tried_twice(checkpoints, monkeypatch):
+    full_disk([True, False, True, True], monkeypatch)
+    checkpoints.save_now(1, small(1), {}, {})
+    assert steps_in(checkpoints) == ["1"]
+    with pytest.raises(SaveError, match="2 could not be saved"):
+        checkpoints.save_now(2, small(2), {}, {})
+    assert steps_in(checkpoints) == ["1"]
+
+
+def test_a_disk_that_is_full_at_once_fails_like_one_that_fills(checkpoints, monkeypatch):
+    checkpoints.save_now(1, small(1), {}, {})
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._orbax, "save", refuse)
+        checkpoints.save(2, small(2), {}, {})
+        with pytest.raises(SaveError, match="No space left"):
+            checkpoints.wait()
+    checkpoints.save_now(2, small(2), {}, {})
+    assert value_at(checkpoints, 2) == 2
+
+
+def test_everything_of_a_step_is_on_disk_when_wait_returns(tmp_path, states):
+    state = states.random(COUNTS, states.mesh())
+    root = tmp_path / "checkpoints"
+    with recorded_syncs() as syncs, Checkpoints(root, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save_now(step, state, {}, {})
+            assert len(list((root / str(step)).rglob("*"))) > 20
+            assert not_on_disk(root, syncs) == []
+        checkpoints.save_now(2, state, {}, {})
+        assert not_on_disk(root / "2", syncs) == []
+
+
+def test_what_was_not_synced_since_its_last_change_shows(tmp_path):
+    with recorded_syncs() as syncs:
+        (tmp_path / "file").write_text("all")
+        manifest.bring_to_disk(tmp_path)
+        assert not_on_disk(tmp_path, syncs) == []
+        (tmp_path / "file").write_text("more")
+        assert not_on_disk(tmp_path, syncs) == [tmp_path / "file"]
+        (tmp_path / "file").rename(tmp_path / "other")
+        assert not_on_disk(tmp_path, syncs) == [tmp_path, tmp_path / "other"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("synced", [True, False])
+def test_a_loss_of_power_after_wait_loses_nothing(tmp_path, monkeypatch, synced):
+    if not synced:  # as it would be without
+        monkeypatch.setattr(step_directory, "bring_to_disk", lambda directory: None)
+        monkeypatch.setattr(step_directory, "sync", lambda path: None)
+    image, place = tmp_path / "image", tmp_path / "disk"
+    try:
+        with mounted(image, place, make=True), Checkpoints(place / "checkpoints", keep=2) as checkpoints:
+            for step in (1, 2, 3):
+                checkpoints.save(step, small(step), {}, {})
+                checkpoints.wait()
+                shutil.copy(image, tmp_path / f"at {step}")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    found = []
+    for step in (1, 2, 3):
+        with mounted(tmp_path / f"at {step}", place), Checkpoints(place / "checkpoints", keep=2) as after:
+            latest = after.latest()
+            found.append(latest)
+            if latest:
+                assert value_at(after, latest) == latest
+    assert (found == [1, 2, 3]) == synced
+
+
+def test_sealed_text_has_no_bit_to_spare(tmp_path):
+    text = sealed({"a": [1, None, "b"], "c": 0.5}).encode()
+    for bit in range(0, 8 * len(text), 7):
+        (tmp_path / "x").write_bytes(text)
+        flip_bit(tmp_path / "x", bit)
+        with pytest.raises(DamagedError):
+            manifest.read_sealed(tmp_path / "x")
