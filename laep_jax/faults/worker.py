@@ -139,7 +139,12 @@ class Events:
             begin(run, *args)
             self.note("resumed", step=run.progress.step)
 
-        Checkpoints.save, Checkpoints.wait, loop.Run.__init__ = noted_save, noted_wait, noted_begin
+        for owner, name, noted in (
+            (Checkpoints, "save", noted_save),
+            (Checkpoints, "wait", noted_wait),
+            (loop.Run, "__init__", noted_begin),
+        ):
+            setattr(owner, name, noted)
 
 
 def hash_of_run(run_dir: Path) -> str:
@@ -174,7 +179,7 @@ def first_prune_does_harm() -> None:
     def worse(run: loop.Run, step: int, when: str) -> float:
         return evaluate(run, step, when) + (when == "guard" and not run.progress.retries)
 
-    loop.Run._evaluate = worse
+    setattr(loop.Run, "_evaluate", worse)
 
 
 def main(spec: Spec) -> None:
