@@ -1,6 +1,7 @@
 """The one exception for what a user can get wrong, and how a program ends with it."""
 
 import os
+import reprlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,26 @@ class UserError(ValueError):
 def require(condition: bool, field: str, value: object, rule: str) -> None:
     """Raises `UserError("{field}={value} {rule}")` unless `condition` holds."""
     if not condition:
-        raise UserError(f"{field}={value!r} {rule}")
+        raise UserError(f"{field}={short(value)} {rule}")
+
+
+class _Short(reprlib.Repr):
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxtuple, self.maxlist, self.maxdict = 3, 64, 64, 64
+        self.maxstring = self.maxother = self.maxlong = 300
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"<{x.bit_length()} bits>"
+
+
+def short(value: object) -> str:
+    """`repr(value)`, cut where it is deep or long: a message stays one that can be read.
+
+    >>> short("x" * 1000)[-4:], short([[[[0]]]])
+    ("xxx'", '[[[[...]]]]')
+    """
+    return _Short().repr(value)
 
 
 def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
@@ -39,5 +59,5 @@ def explain(error: BaseException) -> int:
     """Prints the line of a `UserError` or of Ctrl-C; returns its exit code."""
     interrupted = isinstance(error, KeyboardInterrupt)
     text = "interrupted; a run started again goes on from its newest checkpoint" if interrupted else f"error: {error}"
-    print(text, file=sys.stderr)
+    print("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), file=sys.stderr)  # files write names and texts
     return 130 if interrupted else 2
