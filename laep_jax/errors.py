@@ -4,6 +4,8 @@ import os
 import reprlib
 import signal
 import sys
+import types
+import typing
 from collections.abc import Callable, Sequence
 
 
@@ -18,6 +20,25 @@ def require(condition: bool, field: str, value: object, rule: str) -> None:
     """Raises `UserError("{field}={value} {rule}")` unless `condition` holds."""
     if not condition:
         raise UserError(f"{field}={short(value)} {rule}")
+
+
+def require_type(field: str, value: object, hint: object) -> None:
+    """Raises `UserError` unless `value` is what an annotation says: plain types, unions, tuples of one type."""
+    text = hint.__name__ if isinstance(hint, type) else str(hint).replace("NoneType", "None")
+    require(_has_type(value, hint), field, value, f"must be of type {text}")
+
+
+def _has_type(value: object, hint: object) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_has_type(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_has_type(v, item) for v in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)  # type: ignore[arg-type]
 
 
 class _Short(reprlib.Repr):

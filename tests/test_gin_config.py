@@ -67,9 +67,7 @@ def test_command_line_values_need_no_quotes(argument, value, equals):
         ("ModelConfig.dtype = bfloat16", "bfloat16 is no Python literal; text stands in quotes"),
         ("ModelConfig.num_layers = 'two'", "ModelConfig.num_layers='two' must be of type int"),
         ("ModelConfig.num_layers = 2.5", "ModelConfig.num_layers=2.5 must be of type int"),
-        ("ModelConfig.num_layers = @LaepConfig()", "must be of type int"),
-        ("import laep_nothing", "No module named 'laep_nothing'"),
-        ("include 'nothing.gin'", "Unable to open file: nothing.gin"),
+        ("include 'nothing.gin'", "include 'nothing.gin' cannot be read: No such file or directory"),
         ("ModelConfig.num_layers 3", "config does not parse: Couldn't parse statement"),
         ("LaepConfig.beta = -0.5", "LaepConfig.beta=-0.5 must lie between 0 and 1"),
     ],
@@ -81,7 +79,7 @@ def test_what_is_wrong_is_told_in_one_line(write, text, message):
 
 
 def test_a_missing_file_or_value_is_refused():
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
         load_config(["nowhere.gin"])
     with pytest.raises(UserError, match="alpha needs a value"):
         parse_arguments(["--gin.LaepConfig.alpha"])
