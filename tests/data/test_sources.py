@@ -110,8 +110,8 @@ def write(name, data):
         ("text", lambda p: p / "*.txt", "DataConfig.path='{path}' is neither a file, a folder with files nor a glob"),
         ("text", lambda p: p, "DataConfig.path='{path}' is neither a file, a folder with files nor a glob of files"),
         ("text", write("x", b"abc\xff"), "DataConfig.path='{path}' holds a text that is not UTF-8: x, byte 3"),
-        ("jsonl", write("x", b'{"text": "a"}\n{"text": '), "must hold JSON lines, but line 2 of x is none: Expecting"),
-        ("jsonl", write("x", b'{"text": "\xff"}'), "must hold JSON lines, but line 1 of x is none: 'utf-8' codec"),
+        ("jsonl", write("x", b'{"text": "a"}\n{"text": '), "line 2 of x is not JSON: Expecting"),
+        ("jsonl", write("x", b'{"text": "\xff"}'), "line 1 of x is not JSON: 'utf-8' codec"),
         ("jsonl", write("x", b'{"body": "a"}'), "DataConfig.text_field='text' is not in line 1 of x"),
         ("jsonl", write("x", b'["text"]'), "DataConfig.text_field='text' is not in line 1 of x"),
         ("jsonl", write("x", b'{"text": 3}'), "DataConfig.text_field='text' holds no string in line 1 of x"),
@@ -143,7 +143,7 @@ def test_refusals(tmp_path, source, make, message):
 def test_a_link_to_nowhere_is_refused_not_passed_over(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
-    with pytest.raises(UserError, match=r"DataConfig.path='.*' cannot be read: .*b\.txt: No such file"):
+    with pytest.raises(UserError, match=r"DataConfig.path='.*' .*b\.txt cannot be read: No such file"):
         documents("text", tmp_path)
 
 
