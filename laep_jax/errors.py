@@ -80,5 +80,7 @@ def explain(error: BaseException) -> int:
     """Prints the line of a `UserError` or of Ctrl-C; returns its exit code."""
     interrupted = isinstance(error, KeyboardInterrupt)
     text = "interrupted; a run started again goes on from its newest checkpoint" if interrupted else f"error: {error}"
-    print("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), file=sys.stderr)  # files write names and texts
+    print(
+        "".join(c if c.isprintable() else repr(c)[1:-1] for c in text), file=sys.stderr
+    )  # files write names and texts
     return 130 if interrupted else 2

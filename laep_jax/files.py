@@ -121,12 +121,14 @@ def read_arrays(path: Path, name: str, keys: Iterable[str]) -> dict[str, np.ndar
         return parse_arrays(file, name, keys)
 
 
-def parse_arrays(file: IO[bytes], name: str, keys: Iterable[str]) -> dict[str, np.ndarray]:
-    """These arrays of an .npz file, read-only: integers, floats or booleans, each of at most MOST_ARRAY bytes."""
+def parse_arrays(file: IO[bytes], name: str, keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """These arrays of an .npz file, or all: integers, floats or booleans, read-only, of at most MOST_ARRAY bytes each."""
     try:
         with zipfile.ZipFile(file) as archive:
-            missing = [key for key in keys if f"{key}.npy" not in archive.NameToInfo]
-            require(not missing, f"arrays in {name}", [Path(each).stem for each in archive.namelist()], f"lack {missing}")
+            found = [file.removesuffix(".npy") for file in archive.namelist() if file.endswith(".npy")]
+            keys = found if keys is None else keys
+            missing = [key for key in keys if key not in found]
+            require(not missing, f"arrays in {name}", found, f"lack {missing}")
             return {key: _parse_member(archive, archive.getinfo(f"{key}.npy")) for key in keys}
     except UserError:
         raise

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.tree_util import tree_flatten_with_path, tree_unflatten
 
 from laep_jax.errors import UserError
+from laep_jax.files import parse_arrays, read_json
 from laep_jax.hosts import is_alone, refused_together, texts_of_all
 from laep_jax.sharding import expert_axis, leaf_name
 from laep_jax.training.cut_restore import open_leaves, read_leaves
@@ -134,18 +135,13 @@ class Checkpoints:
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The `meta` item; `UserError` where the step is missing, incomplete or damaged there."""
-        try:
-            meta = json.loads((self._path(step) / "meta" / META_FILE).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-            raise UserError(f"checkpoint {self._path(step)} is incomplete: its meta item does not read") from error
-        if not isinstance(meta, dict):
-            raise UserError(f"checkpoint {self._path(step)} is damaged: its meta item is no JSON object")
-        return meta
+        name = f"checkpoint {self._path(step)} is incomplete: its meta item"
+        return read_json(self._path(step) / "meta" / META_FILE, name)
 
     def read_history(self, step: int) -> dict[str, np.ndarray]:
         items = self._manager.restore(step, args=ocp.args.Composite(history=ocp.args.PyTreeRestore()))
-        with np.load(io.BytesIO(items["history"]["npz"].tobytes()), allow_pickle=False) as arrays:
-            return dict(arrays)
+        file = io.BytesIO(items["history"]["npz"].tobytes())
+        return parse_arrays(file, f"history of checkpoint {self._path(step)}")
 
     def restore(self, step: int, abstract_state):
         """The state of a step, with the tree and the shardings of `abstract_state`, on any mesh.

@@ -10,6 +10,7 @@ import jax
 from laep_jax.chips import peak_flops
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
+from laep_jax.files import refuse_links
 from laep_jax.hosts import refused_together
 from laep_jax.sharding import make_mesh
 from laep_jax.training.checkpoint import Checkpoints
@@ -32,6 +33,7 @@ def train(
     """
     run_dir, first = Path(run_dir), jax.process_index() == 0
     with refused_together():
+        refuse_links(run_dir)
         resolved = config.resolve(jax.device_count())
         dataset = _open_dataset(config)
     require_same_run(config, dataset.fingerprint)
@@ -39,7 +41,7 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints))
         latest = checkpoints.latest()
         with refused_together():
-            progress = find_progress(resolved, dataset.fingerprint, checkpoints, latest)
+            progress, changed = find_progress(resolved, dataset.fingerprint, checkpoints, latest)
             first_step = None
             if executable and progress.num_experts == config.model.experts_per_layer:
                 first_step = load_step(executable, resolved, make_mesh(resolved.mesh))
@@ -62,6 +64,8 @@ def train(
         log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
         log.write_file("operative.gin", settings)
         console.event(_opening_line(resolved, dataset))
+        if changed:
+            console.event(f"changed since the checkpoint: {', '.join(changed)}")
         return Run(resolved, dataset, checkpoints, log, console, progress, first_step).train()
 
 

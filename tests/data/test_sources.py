@@ -143,7 +143,7 @@ def test_refusals(tmp_path, source, make, message):
 def test_a_link_to_nowhere_is_refused_not_passed_over(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
-    with pytest.raises(UserError, match=r"DataConfig.path='.*' .*b\.txt cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"DataConfig.path='.*': .*b\.txt cannot be read: No such file"):
         documents("text", tmp_path)
 
 
