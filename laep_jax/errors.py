@@ -8,12 +8,19 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 
+LONGEST = 2_000  # characters of a message
+
 
 class UserError(ValueError):
     """A bad setting, file or plan. The message is one line naming the field, the value and the rule.
 
-    Entry points print it without a traceback and exit with code 2.
+    Whatever a file or a name brings into it: what does not print is escaped, and what is too long cut. Entry points
+    print it without a traceback and exit with code 2.
     """
+
+    def __init__(self, message: str):
+        text = message if len(message) <= LONGEST else f"{message[: LONGEST // 2]}...{message[-LONGEST // 2 :]}"
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 def require(condition: bool, field: str, value: object, rule: str) -> None:
@@ -52,7 +59,7 @@ class _Short(reprlib.Repr):
 
 
 def short(value: object) -> str:
-    """`repr(value)`, cut where it is deep or long: a message stays one that can be read.
+    """`repr(value)`, cut where it is deep or long, without making the whole of it first.
 
     >>> short("x" * 1000)[-4:], short([[[[0]]]])
     ("xxx'", '[[[[...]]]]')

@@ -122,7 +122,7 @@ def read_arrays(path: Path, name: str, keys: Iterable[str]) -> dict[str, np.ndar
 
 
 def parse_arrays(file: IO[bytes], name: str, keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """These arrays of an .npz file, or all: integers, floats or booleans, read-only, of at most MOST_ARRAY bytes each."""
+    """These arrays of an .npz file, or all, read-only: integers, floats or booleans of at most MOST_ARRAY bytes."""
     try:
         with zipfile.ZipFile(file) as archive:
             found = [file.removesuffix(".npy") for file in archive.namelist() if file.endswith(".npy")]

@@ -111,8 +111,8 @@ class _Statements(config_parser.ParserDelegate):
             parser = config_parser.ConfigParser(text, self)
             while statement := parser.parse_statement():  # iterating would take an unexpected end for the end
                 self._take(statement, including)
-        except UserError as error:
-            raise UserError(" ".join(str(error).split())) from error
+        except UserError:
+            raise
         except Exception as error:  # tokenize, gin and Python's literals have many for what does not parse
             raise UserError(f"{where}: {_one_line(error)}") from error
 
@@ -193,8 +193,8 @@ def _one_line(error: Exception) -> str:
     """The parser's message in one line."""
     text = " ".join(str(error).split())
     if unquoted := re.search(r"Failed to parse token '(\w+)'", text):
-        return f"{unquoted[1][:100]} is no Python literal; text stands in quotes"
-    return f"config does not parse: {text[:300]}"
+        return f"{unquoted[1]} is no Python literal; text stands in quotes"
+    return f"config does not parse: {text}"
 
 
 def operative_config(config: Config) -> str:

@@ -149,7 +149,7 @@ def _find_files(config: DataConfig) -> list[tuple[str, Path]]:
 
 
 def _matches(root: Path, pattern: str) -> Iterator[Path]:
-    """What matches and is no folder, hidden ones only where the pattern has a dot; `**` enters no links: they may loop."""
+    """What matches but folders, hidden ones only where the pattern has a dot; `**` enters no links, which may loop."""
     hidden = pattern.startswith(".") or "/." in pattern
     try:
         for path in set(root.glob(pattern)):

@@ -63,7 +63,7 @@ def _refusing(problem: str) -> Iterator[None]:
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise UserError(f"{problem}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{problem}: {error}") from error
 
 
 def _load_json(path: str) -> Tokenizer:

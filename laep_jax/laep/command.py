@@ -93,7 +93,7 @@ def _alpha(text: str) -> float | str | tuple[float, ...]:
 
 
 def read_counts(path: Path) -> np.ndarray:
-    """Token counts [N, L, E] from a .npy or .npz file, read as `laep_jax.files` says. `UserError` where there are none."""
+    """Token counts [N, L, E] from a .npy or .npz file. `UserError` where there are none."""
     tokens = read_array(path, f"--counts={str(path)!r}", FIELD)
     require(
         tokens.ndim in (2, 3),

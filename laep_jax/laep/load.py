@@ -127,7 +127,7 @@ class LoadHistory:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], capacity: int) -> "LoadHistory":
-        """The history that `to_arrays` wrote, cut to its last `capacity` steps; `UserError` where it is no such thing."""
+        """The history that `to_arrays` wrote, cut to its last `capacity` steps. `UserError` on anything else."""
         missing = {"num_experts", "steps", "tokens"} - arrays.keys()
         require(not missing, "arrays of the history", sorted(arrays), f"lack {sorted(missing)}")
         num_experts, steps, tokens = arrays["num_experts"], arrays["steps"], arrays["tokens"]

@@ -18,6 +18,8 @@ from laep_jax.files import read_arrays, read_json, read_records
 from laep_jax.laep.load import ABSENT, check_loads
 from laep_jax.laep.pruning import alpha_per_layer
 
+MOST_LOSS = 1e30  # nats, so that an axis can hold it
+
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
@@ -125,6 +127,9 @@ def _losses(records: list[dict], kind: str, field: str) -> tuple[dict, ...]:
     for record in chosen:
         step = _step(record["step"], f"step of a {kind} record")
         require_type(f"{field} of step {step}", record[field], float | None)
+        require(
+            abs(record[field] or 0) < MOST_LOSS, f"{field} of step {step}", record[field], f"is not below {MOST_LOSS}"
+        )
     return chosen
 
 

@@ -12,8 +12,8 @@ from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.runlog import plain
 
 FIXED = {  # fields of a config that make a run the one it is: shapes, batches, what every number depends on
-    "ModelConfig": "vocab_size num_layers hidden_size num_heads head_dim ffn_size num_experts top_k lfa lfa_bias rope_base"
-    " norm_eps router_init dtype",
+    "ModelConfig": "vocab_size num_layers hidden_size num_heads head_dim ffn_size num_experts top_k lfa lfa_bias"
+    " rope_base norm_eps router_init dtype",
     "DataConfig": "source text_field tokenizer sequence_length batch_size heldout_share",
     "OptimizerConfig": "b1 b2",  # the moments in the checkpoint are means over these times
     "TrainConfig": "grad_accumulation seed",  # balancing losses are means over a micro-batch
@@ -35,10 +35,11 @@ class Progress:
     """Where a run stands. Everything a resumed run needs that is not an array; plain JSON.
 
     `step`, with the seed in the config, is also the position in the data and the random state.
-    config: of the last start, with the experts that the run began with. num_experts: of the model in this checkpoint. fitted_buffer: the receive
-    buffer that the last cut's loads need, None before a cut. lineage: per layer the original id of each
-    slot. pending_plan: a plan (JSON text) that is made and not carried out. plan_step, cut_step: after
-    which step it was made, and is to be carried out. summary: the rows of the closing table so far.
+    config: of the last start, with the experts that the run began with. num_experts: of the model in this
+    checkpoint. fitted_buffer: the receive buffer that the last cut's loads need, None before a cut. lineage: per
+    layer the original id of each slot. pending_plan: a plan (JSON text) that is made and not carried out.
+    plan_step, cut_step: after which step it was made, and is to be carried out. summary: the rows of the closing
+    table so far.
     """
 
     step: int
@@ -145,7 +146,7 @@ def _is_like(value: object, fresh: object) -> bool:
 def find_progress(
     config: Config, fingerprint: str, checkpoints: Checkpoints, step: int | None
 ) -> tuple[Progress, list[str]]:
-    """Where the run stands, by its newest checkpoint, if there is one and `config` continues it; and what changed since."""
+    """Where the run stands, by its newest checkpoint if there is one that `config` continues; what changed since."""
     if step is None:
         return Progress.fresh(config, fingerprint), []
     where = checkpoints.directory / str(step)

@@ -49,11 +49,12 @@ def test_mean_loads_take_the_window_and_never_two_models(run_dir):
     np.testing.assert_array_equal(run.mean_loads(10), run.tokens_NLE[:10].mean(0))
 
 
-def test_layers_that_began_narrower(copied):
-    pruned_at = np.load(copied / "loads.npz")["pruned_at"]
+def test_layers_that_began_narrower(make, tmp_path):
+    run_dir = make(tmp_path / "run", num_steps=40, cut_step=None)
+    pruned_at = np.load(run_dir / "loads.npz")["pruned_at"]
     pruned_at[0] = [-1] * 12 + [-2] * 4
-    edit_loads(copied, pruned_at=pruned_at)
-    run = read_run(copied)
+    edit_loads(run_dir, pruned_at=pruned_at)
+    run = read_run(run_dir)
     assert run.present(0, 1).tolist() == list(range(12))
     assert run.order(1)[0] == tuple(range(12))
 
@@ -77,21 +78,29 @@ def test_an_unbounded_alpha_of_a_plan(copied):
     ("spoil", "message"),
     [
         (shutil.rmtree, "run directory .*run does not exist"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl does not exist"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl cannot be read: No such file"),
         (lambda run: (run / "metrics.jsonl").write_text('{"kind": "train"}\n'), "metrics.jsonl line 1 is not a record"),
         (lambda run: (run / "metrics.jsonl").write_text("3\n"), "metrics.jsonl line 1 is not a record"),
-        (lambda run: (run / "config.json").unlink(), "config.json does not read: No such file"),
+        (lambda run: (run / "config.json").unlink(), "config.json cannot be read: No such file"),
         (lambda run: (run / "config.json").write_text("{"), "config.json is not JSON"),
-        (lambda run: (run / "config.json").write_text("{}"), "'window' is missing"),
+        (lambda run: (run / "config.json").write_text("{}"), "'laep' is missing"),
+        (lambda run: (run / "config.json").write_text('{"laep": {}}'), "'window' is missing"),
         (lambda run: (run / "loads.npz").unlink(), "loads.npz does not exist"),
         (lambda run: (run / "loads.npz").write_bytes(b"PK\x03\x04"), "loads.npz does not read"),
-        (lambda run: edit_loads(run, pruned_at=None), "loads.npz does not read"),
+        (lambda run: edit_loads(run, pruned_at=None), r"loads.npz=.* lack \['pruned_at'\]"),
         (lambda run: edit_loads(run, steps=np.arange(3)), "do not fit"),
         (
             lambda run: edit_loads(run, tokens_per_expert=np.zeros((0, 4, 16), int)),
+            "do not fit",
+        ),
+        (
+            lambda run: edit_loads(run, tokens_per_expert=np.zeros((300, 64), int)),
             r"must be \[steps, layers, experts\]",
         ),
-        (lambda run: (run / "plans" / "180.json").unlink(), "180.json does not read"),
+        (lambda run: edit_loads(run, tokens_per_expert=np.full((300, 4, 16), -1)), "must be integers from 0 on"),
+        (lambda run: edit_loads(run, pruned_at=np.full((4, 16), 9)), "leaves a layer empty"),
+        (lambda run: edit_loads(run, expert_parallel=3), "must divide by expert_parallel=3"),
+        (lambda run: (run / "plans" / "180.json").unlink(), "180.json cannot be read"),
     ],
 )
 def test_bad_input_is_one_line_naming_the_file(copied, spoil, message):
