@@ -90,7 +90,7 @@ class _Statements(config_parser.ParserDelegate):
     def configurable_reference(self, scoped_configurable_name, evaluate):
         raise ValueError(f"@{scoped_configurable_name} is a reference; a config holds values only")
 
-    def macro(self, macro_name):
+    def macro(self, macro_name):  # type: ignore[override]
         return _Macro(macro_name)
 
     def read_file(self, path: Path, name: str, including: tuple[Path, ...]) -> None:
@@ -192,7 +192,7 @@ def _nearest(name: str, names: typing.Iterable[str]) -> str | None:
 def _one_line(error: Exception) -> str:
     """The parser's message in one line."""
     text = " ".join(str(error).split())
-    if unquoted := re.search(r"Failed to parse token '(\w+)'", text):
+    if unquoted := re.search(r"Failed to parse token '([^\W\d]\w*)'", text):
         return f"{unquoted[1]} is no Python literal; text stands in quotes"
     return f"config does not parse: {text}"
 

@@ -1,6 +1,7 @@
 """The `plan` command: files in, table and JSON out, one line on bad input, and NumPy alone is enough."""
 
 import json
+import math
 import subprocess
 import sys
 import zipfile
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import laep_jax
 from laep_jax.errors import UserError
@@ -271,3 +273,21 @@ def test_fewer_runs_say_what_they_cost(folder, capsys):
     assert len(set(one)) == 1 < len(set(many))
     more = sum(one) - sum(many)
     assert f"runs of equal layers became 1; {more} experts more (+{more / sum(many):.1%})" in capsys.readouterr().out
+
+
+def test_any_counts_make_a_plan_or_are_refused(fuzz, folder):
+    whole = (folder / "counts.npz").read_bytes()
+    dtypes = st.sampled_from(["<i8", ">i4", "u1", "u8", "f4", "f8", "?"])
+    edges = st.sampled_from([0, 1, 7, 255, 2**62])
+
+    def check(data):
+        if data.draw(st.booleans()):
+            (folder / "any").write_bytes(data.draw(fuzz.bytes(whole)))
+        else:
+            shape = data.draw(st.lists(st.integers(0, 4), max_size=4))
+            values = [data.draw(edges) for _ in range(math.prod(shape))]
+            with (folder / "any").open("wb") as file, np.errstate(all="ignore"):
+                np.savez(file, tokens_per_expert=np.array(values, np.uint64).astype(data.draw(dtypes)).reshape(shape))
+        fuzz.reads(lambda: run(folder, counts="any"))
+
+    fuzz(check)

@@ -227,3 +227,21 @@ def test_other_json_is_refused(plan, message):
     with pytest.raises(UserError, match=f"^{message}") as error:
         Plan.from_json(plan)
     assert "\n" not in str(error.value)
+
+
+def test_any_json_is_a_sound_plan_or_refused(fuzz):
+    def check(data):
+        text = json.dumps(fuzz.json(data.draw, json.loads(GOOD.to_json())))
+        plan = fuzz.reads(lambda: Plan.from_json(text))
+        assert plan is None or Plan.from_json(plan.to_json()) == plan
+
+    fuzz(check)
+
+
+def test_any_text_is_a_sound_plan_or_refused(fuzz):
+    def check(data):
+        text = data.draw(fuzz.bytes(GOOD.to_json().encode())).decode("utf-8", "surrogateescape")
+        plan = fuzz.reads(lambda: Plan.from_json(text))
+        assert plan is None or Plan.from_json(plan.to_json()) == plan
+
+    fuzz(check)

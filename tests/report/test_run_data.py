@@ -3,8 +3,10 @@ import shutil
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from laep_jax.errors import UserError
+from laep_jax.report import figures, series
 from laep_jax.report.run_data import read_run
 
 
@@ -108,3 +110,39 @@ def test_bad_input_is_one_line_naming_the_file(copied, spoil, message):
     with pytest.raises(UserError, match=message) as caught:
         read_run(copied)
     assert "\n" not in str(caught.value)
+
+
+def test_any_damage_is_a_run_or_refused_and_what_is_read_draws(fuzz, make, tmp_path):
+    whole = make(tmp_path / "whole", num_layers=2, num_experts=8, num_steps=40, cut_step=30)
+    files = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+
+    def check(data):
+        for path, valid in files.items():
+            path.write_bytes(valid)
+        path = data.draw(st.sampled_from(sorted(files)))
+        if path.suffix == ".npz" or not data.draw(st.integers(0, 3)):
+            path.write_bytes(data.draw(fuzz.bytes(files[path])))
+        else:
+            lines = files[path].decode().splitlines()
+            prunes = [i for i, line in enumerate(lines) if '"prune"' in line] or [0]
+            line = data.draw(st.one_of(st.sampled_from(prunes), st.integers(0, len(lines) - 1)))
+            lines[line] = json.dumps(fuzz.json(data.draw, json.loads(lines[line])))
+            path.write_text("\n".join(lines) + "\n")
+        run = fuzz.reads(lambda: read_run(whole))
+        if run is not None:
+            for layer in range(run.num_layers):
+                series.expert_lines(run, layer)
+                series.cumulative_load(run, layer)
+                series.mean_line(run, layer)
+            series.device_loads(run)
+            figures.draw_loss(run)
+
+    fuzz(check)
+
+
+@pytest.mark.parametrize("plan", ["/etc/passwd", "plans/../../x.json", "plans/180.json\n", "config.json"])
+def test_a_plan_is_read_from_plans_only(copied, plan):
+    path = copied / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"plans/180.json"', json.dumps(plan)))
+    with pytest.raises(UserError, match=r"cut of step 180: plan=.* must be plans/STEP.json"):
+        read_run(copied)
