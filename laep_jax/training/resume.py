@@ -137,10 +137,10 @@ class Progress:
 
 
 def _is_like(value: object, fresh: object) -> bool:
-    """Whether a value of the summary can stand where a fresh run has `fresh`: a number, None, or a list of numbers."""
+    """Whether a value of the summary can stand where a fresh run has `fresh`; None is not known, or not finite."""
     numbers = value if isinstance(value, list) else [value]
-    sound = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
-    return (value is None or sound) if fresh is None else sound and type(value) is type(fresh)
+    sound = all(number is None or type(number) in (int, float) for number in numbers)
+    return sound and (fresh is None or type(value) is type(fresh))
 
 
 def find_progress(

@@ -195,7 +195,7 @@ def test_text_is_bytes_of_any_kind_but_utf8(tmp_path):
 
 def test_a_gzip_bomb_is_refused_on_the_way(tmp_path):
     path = tmp_path / "x.jsonl.gz"
-    for text in (b"\n" * 10**7, b" " * 10**7, b'{"text": "a"}\n' * 10**6):
+    for text in (b"\n" * 10**6, b" " * 10**6, b'{"text": "a"}\n' * 10**5):
         path.write_bytes(gzip.compress(text))
         with pytest.raises(UserError, match=r"a gzip file that grows more than 100 times: .*x\.jsonl\.gz"):
             documents("jsonl", path)
