@@ -7,34 +7,17 @@
 
 import dataclasses
 import math
-import types
 import typing
 
-from laep_jax.errors import UserError, require
+from laep_jax.errors import UserError, require, require_type
 
 DTYPES = ("float32", "bfloat16")
+MOST_LAYERS, MOST_CPU_DEVICES = 10_000, 1_024  # more are a slip, and would take memory before anything is checked
 BATCH_AXES = ("data", "fsdp", "expert")
 
 
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
     require(value in allowed, field, value, f"must be one of {', '.join(allowed)}")
-
-
-def _matches(value: object, hint: object) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_matches(value, part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        return isinstance(value, tuple) and all(_matches(v, item) for v in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)  # type: ignore[arg-type]
-
-
-def _describe(hint: object) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("NoneType", "None")
 
 
 def _check_fields(config: object) -> None:
@@ -45,9 +28,12 @@ def _check_fields(config: object) -> None:
         if isinstance(value, list):
             value = tuple(value)
             object.__setattr__(config, field, value)
-        require(_matches(value, hint), f"{name}.{field}", value, f"must be of type {_describe(hint)}")
-        if isinstance(value, float):
-            require(not math.isnan(value), f"{name}.{field}", value, "must be a number")
+        require_type(f"{name}.{field}", value, hint)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                require(not math.isnan(number), f"{name}.{field}", value, "must be a number")
+            if isinstance(number, int):
+                require(abs(number) < 2**31, f"{name}.{field}", value, "must be below 2**31")
 
 
 def _at_least(config: object, bound: float, *fields: str) -> None:
@@ -101,7 +87,8 @@ class ModelConfig:
 
     def __post_init__(self):
         _check_fields(self)
-        _at_least(self, 1, "vocab_size", "num_layers", "hidden_size", "num_heads", "ffn_size", "top_k")
+        _at_least(self, 1, "vocab_size", "hidden_size", "num_heads", "ffn_size", "top_k")
+        _in_range(self, 1, MOST_LAYERS, "num_layers")
         if isinstance(self.num_experts, int):
             object.__setattr__(self, "num_experts", (self.num_experts,) * self.num_layers)
         require(
@@ -168,7 +155,8 @@ class MeshConfig:
 
     def __post_init__(self):
         _check_fields(self)
-        _at_least(self, 1, "data", "fsdp", "expert", "cpu_devices")
+        _at_least(self, 1, "data", "fsdp", "expert")
+        _in_range(self, 1, MOST_CPU_DEVICES, "cpu_devices")
 
     def resolve(self, num_devices: int, num_experts: tuple[int, ...]) -> "MeshConfig":
         """The same mesh with every size filled in; refuses one that does not fit the devices.

@@ -176,10 +176,10 @@ def first_prune_does_harm() -> None:
     """What the guard measures after the first prune is made worse; a model this small would not mind."""
     evaluate = loop.Run._evaluate
 
-    def worse(run: loop.Run, step: int, when: str) -> float:
-        return evaluate(run, step, when) + (when == "guard" and not run.progress.retries)
+    def worse(self: loop.Run, step: int, when: str) -> float:
+        return evaluate(self, step, when) + (when == "guard" and not self.progress.retries)
 
-    setattr(loop.Run, "_evaluate", worse)
+    loop.Run._evaluate = worse
 
 
 def main(spec: Spec) -> None:

@@ -183,7 +183,7 @@ class Run:
             what = "the update is skipped" if kind == "skipped" else "a spike"
             self.console.event(f"step {step}: loss {loss:.4g}, gradient {grad_norm:.4g}: {what}; rows {_few(rows)}")
         if finite:
-            progress.recent_losses = [*progress.recent_losses, loss][-RECENT:]
+            progress.recent_losses = (*progress.recent_losses, loss)[-RECENT:]
         if progress.skipped >= self.config.train.max_skipped_steps:
             raise FloatingPointError(
                 f"{progress.skipped} steps in a row until step {step} were not finite, and skipped"

@@ -12,6 +12,7 @@ import jax
 from laep_jax.chips import peak_flops
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
+from laep_jax.files import refuse_links
 from laep_jax.hosts import refused_together
 from laep_jax.sharding import make_mesh
 from laep_jax.training.checkpoint import Checkpoints
@@ -37,6 +38,7 @@ def train(
     """
     run_dir, first = Path(run_dir), jax.process_index() == 0
     with refused_together():
+        refuse_links(run_dir)
         resolved = config.resolve(jax.device_count())
         mesh = make_mesh(resolved.mesh)
         dataset = _open_dataset(config)
@@ -60,7 +62,8 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(run_dir / "checkpoints", keep=keep, report=console.event))
         while True:
             try:
-                progress = find_progress(resolved, dataset.fingerprint, checkpoints, checkpoints.newest_valid())
+                newest = checkpoints.newest_valid()
+                progress, changed = find_progress(resolved, dataset.fingerprint, checkpoints, newest)
                 with contextlib.ExitStack() as attempt:
                     with refused_together():
                         first_step = None
@@ -71,6 +74,8 @@ def train(
                     log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
                     log.write_file("operative.gin", settings)
                     console.event(_opening_line(current, dataset))
+                    if changed:
+                        console.event(f"changed since the checkpoint: {', '.join(changed)}")
                     base = dataclasses.replace(config, mesh=current.mesh)
                     return Run(base, dataset, checkpoints, log, console, progress, first_step).train()
             except DamagedError as error:

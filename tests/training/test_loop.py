@@ -330,10 +330,12 @@ def test_rearranging_alone_recurs_and_changes_no_loss(run, config, tmp_path):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"train": {"seed": 1}}, r"TrainConfig\.seed=1 does not fit the checkpoint .*, made with 0"),
-        ({"model": {"ffn_size": 16}}, r"ModelConfig\.ffn_size=16 does not fit"),
-        ({"model": {"num_experts": (8, 8, 4)}}, r"ModelConfig\.num_experts=\(8, 8, 4\) does not fit"),
-        ({"data": {"sequence_length": 64}}, r"DataConfig\.sequence_length=64 does not fit"),
+        (
+            {"train": {"seed": 1}, "model": {"ffn_size": 16}},
+            r"/20: ModelConfig\.ffn_size 8 -> 16; TrainConfig\.seed 0 -> 1;",
+        ),
+        ({"model": {"num_experts": (8, 8, 4)}}, r"ModelConfig\.num_experts \(8, 8, 8\) -> \(8, 8, 4\); use another"),
+        ({"data": {"sequence_length": 64}}, r"DataConfig\.sequence_length 32 -> 64; use another workdir"),
         ({"mesh": {"fsdp": 1, "expert": 8}}, r"num_experts\[\d\]=4 is not divisible by MeshConfig\.expert=8"),
         ({"mesh": {"fsdp": 3}}, "does not divide 8 devices"),
         ({"data": {"batch_size": 12}}, r"DataConfig\.batch_size=12 is not divisible by 8 devices"),
@@ -349,13 +351,47 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(run, config, parts, me
     assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
 
 
+def test_a_link_in_the_run_directory_is_refused_and_not_written_through(config, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plans").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="plans is a link"):
+        train(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["plans"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def whole(state) -> dict[str, bytes]:
+    """Shape, dtype and bytes of every leaf, in host order."""
+    leaves = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
+    return {name: repr((x.shape, x.dtype)).encode() + x.tobytes() for name, x in leaves.items()}
+
+
+@pytest.mark.parametrize("step", [CUT_STEP, NUM_STEPS], ids=["before the cut", "after it"])
+def test_the_state_is_the_same_from_8_to_4_to_2_to_1_devices_and_back(run, config, tmp_path, step):
+    source, seen = run / "checkpoints", []
+    for devices, fsdp, expert in ((8, 2, 4), (4, 1, 4), (4, 4, 1), (2, 1, 2), (1, 1, 1), (8, 4, 2)):
+        mesh = make_mesh(MeshConfig(1, fsdp, expert), jax.devices()[:devices])
+        with Checkpoints(source, keep=9) as checkpoints:
+            meta = checkpoints.read_meta(step)
+            model = config.with_num_experts(tuple(meta["num_experts"]))
+            state = checkpoints.restore(step, abstract_state(model, mesh))
+            history = checkpoints.read_history(step)
+        seen.append(whole(state) | whole(history))
+        source = tmp_path / str(len(seen))
+        with Checkpoints(source, keep=1) as checkpoints:
+            checkpoints.save(step, state, history, meta)
+    different = [name for name in seen[0] for other in seen if other[name] != seen[0][name]]
+    assert not different
+
+
 def test_a_new_run_that_is_refused_leaves_nothing(config, tmp_path):
     with pytest.raises(UserError, match="does not divide"):
         train(change(config, mesh={"fsdp": 3}), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_the_receive_buffer_follows_the_loads_at_a_cut_and_stays_so_on_resuming(config, tmp_path, monkeypatch):
+def test_the_receive_buffer_follows_the_loads_at_a_cut_and_stays_so_on_resuming(config, tmp_path, monkeypatch, capsys):
     buffers = []
 
     def recording(config, mesh):
@@ -370,5 +406,7 @@ def test_the_receive_buffer_follows_the_loads_at_a_cut_and_stays_so_on_resuming(
     worst = max(layer.imbalance_after for layer in plan.layers)
     assert buffers == [4.0, pytest.approx(min(1.1 * worst, 4))]
     assert buffers[1] < 4.0
+    capsys.readouterr()
     train(change(bounded, train={"num_steps": 16}), tmp_path)
     assert buffers[2:] == buffers[1:2]
+    assert "changed since the checkpoint: TrainConfig.num_steps 14 -> 16" in " ".join(capsys.readouterr().out.split())

@@ -1,5 +1,7 @@
 """Whole runs in several real processes, as several hosts would do them, against one process with all devices."""
 
+import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -8,11 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
+from laep_jax.config import Config
 from laep_jax.gin_config import load_config
+from laep_jax.sharding import make_mesh
+from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.start import train
+from laep_jax.training.state import abstract_state
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny.gin")  # what train.py takes where no file is named
@@ -73,13 +81,19 @@ def bindings(shared) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def launched(shared, bindings):
-    """Starts a training in several processes; hook: Python lines that each of them runs first."""
+def environment(shared) -> dict[str, str]:
+    """Of every process that is started."""
     compiled = {
         "JAX_COMPILATION_CACHE_DIR": str(shared / "programs"),  # every start would compile the same programs
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")}
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")}
+    return kept | compiled | {"PYTHONPATH": str(ROOT), "COLUMNS": "150"}
+
+
+@pytest.fixture(scope="module")
+def launched(bindings, environment):
+    """Starts a training in several processes; hook: Python lines that each of them runs first."""
 
     def launch(workdir: Path, processes: int, *more: str, hook: str = "") -> subprocess.CompletedProcess:
         gin = [f"--gin.{binding.replace(' = ', '=', 1)}" for binding in bindings]
@@ -97,7 +111,7 @@ def launched(shared, bindings):
         result = subprocess.run(
             [sys.executable, *program, *arguments],
             cwd=ROOT,
-            env=environment | compiled | {"PYTHONPATH": str(ROOT), "COLUMNS": "150"},
+            env=environment,
             capture_output=True,
             text=True,
             timeout=PATIENCE,
@@ -225,6 +239,60 @@ def test_four_processes_train_as_one_does(one, tmp_path, launched):
     result = launched(tmp_path / "x", 4)
     assert result.returncode == 0, result.stderr
     assert_same_training(tmp_path / "x", one)
+
+
+def restored(source: str, target: str) -> dict[str, str]:
+    """SHA-256 of every leaf of the steps of a run, as all processes hold it together; saves them anew to `target`."""
+    found = {}
+    for step in (CUT, NUM_STEPS):  # before the cut and after it
+        with Checkpoints(source, keep=9) as checkpoints:
+            meta = checkpoints.read_meta(step)
+            config = Config.from_dict(meta["config"]).with_num_experts(tuple(meta["num_experts"]))
+            state = checkpoints.restore(step, abstract_state(config, make_mesh(config.mesh)))
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+            array = np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+            sha = hashlib.sha256(f"{array.shape} {array.dtype}".encode() + array.tobytes())
+            found[f"{step} {jax.tree_util.keystr(path)}"] = sha.hexdigest()
+        with Checkpoints(target, keep=9) as checkpoints:
+            checkpoints.save(step, state, {}, meta)
+    return found
+
+
+RESTORING = f"""
+import hashlib, json, pathlib, sys
+from laep_jax.hosts import connect, num_processes
+from laep_jax.sharding import make_cpu_devices, make_mesh
+make_cpu_devices(8 // num_processes(), processes=num_processes())
+connect()
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from laep_jax.config import Config
+from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.state import abstract_state
+CUT, NUM_STEPS = {CUT}, {NUM_STEPS}
+{inspect.getsource(restored)}
+assert jax.device_count() == 8 and jax.process_count() == num_processes()
+for name, source, target in json.loads(sys.argv[1]):
+    found = restored(source, target)
+    if jax.process_index() == 0:
+        pathlib.Path(target, "found.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_state_is_the_same_bytes_in_one_process_and_in_several(one, two, tmp_path, environment, processes):
+    """What one process and what two saved, restored by several, saved by these and restored by one again."""
+    tasks = [(run.name, str(run / "checkpoints"), str(tmp_path / run.name)) for run in (one, two)]
+    command = [sys.executable, "-c", RESTORING, json.dumps(tasks)]
+    start = f"import sys\nfrom laep_jax.launch import launch\nsys.exit(launch({command}, {processes}))"
+    result = subprocess.run([sys.executable, "-c", start], cwd=ROOT, env=environment, timeout=PATIENCE, check=False)
+    assert result.returncode == 0
+    for name, source, target in tasks:
+        want = restored(source, str(tmp_path / f"{name} again"))
+        assert len(want) > 40
+        assert json.loads(Path(target, "found.json").read_text()) == want
+        assert restored(target, str(tmp_path / f"{name} at last")) == want
 
 
 def codes(workdir: Path) -> list[str]:
