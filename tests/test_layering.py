@@ -19,7 +19,7 @@ ORDER = [
     {"__main__"},
 ]
 TRAINING_ORDER = [
-    {"optimizer", "surgery", "runlog", "console", "controller"},
+    {"optimizer", "surgery", "runlog", "console", "controller", "stops"},
     {"state", "cut_restore"},
     {"step", "checkpoint", "evaluate", "resume"},
     {"executable", "ahead"},

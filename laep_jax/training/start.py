@@ -18,6 +18,7 @@ from laep_jax.training.executable import load_step
 from laep_jax.training.loop import Run
 from laep_jax.training.resume import find_progress, require_same_run
 from laep_jax.training.runlog import NoLog, RunLog
+from laep_jax.training.stops import Stops
 
 
 def train(
@@ -28,6 +29,7 @@ def train(
     settings: text for `operative.gin`. executable: a file of `preflight --save`, for the model that the run began
     with. Returns what summary.json holds. `UserError`, before anything
     is compiled or written, where the config does not fit the devices, the corpus or the checkpoint.
+    `StoppedError` after SIGTERM or Ctrl-C, when the step in flight is done and saved.
     With several processes (`laep_jax.hosts`) each calls it alike; `run_dir` is one that all see.
     """
     run_dir, first = Path(run_dir), jax.process_index() == 0
@@ -62,7 +64,8 @@ def train(
         log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
         log.write_file("operative.gin", settings)
         console.event(_opening_line(resolved, dataset))
-        return Run(resolved, dataset, checkpoints, log, console, progress, first_step).train()
+        run = Run(resolved, dataset, checkpoints, log, console, progress, first_step)
+        return run.train(stack.enter_context(Stops(config.train.step_timeout)))
 
 
 def _open_dataset(config: Config) -> Dataset:
