@@ -47,7 +47,7 @@ def _in_range(config: object, low: float, high: float, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         require(
-            low <= value <= high,
+            value is None or low <= value <= high,
             f"{type(config).__name__}.{field}",
             value,
             f"must lie between {low} and {high}",
@@ -335,11 +335,13 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
     max_skipped_steps: int = 10
+    step_timeout: float | None = 600.0  # seconds until a step counts as hung and the process ends; None: never
 
     def __post_init__(self):
         _check_fields(self)
         _at_least(self, 1, *(f.name for f in dataclasses.fields(self) if f.name != "seed"))
         _in_range(self, 0, 2**31 - 1, "seed")
+        _in_range(self, 1, 7 * 24 * 3600, "step_timeout")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The one exception for what a user can get wrong, and how a program ends with it."""
+"""The exceptions that are no faults of the program: what a user got wrong, and being told to stop. How it ends then."""
 
 import os
 import reprlib
@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Sequence
 
 LONGEST = 2_000  # characters of a message
+REFUSED, STOPPED, INTERRUPTED = 2, os.EX_TEMPFAIL, 128 + signal.SIGINT  # exit codes
 
 
 class UserError(ValueError):
@@ -21,6 +22,13 @@ class UserError(ValueError):
     def __init__(self, message: str):
         text = message if len(message) <= LONGEST else f"{message[: LONGEST // 2]}...{message[-LONGEST // 2 :]}"
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
+
+class StoppedError(Exception):
+    """A run was told to stop; everything up to `step` is saved. Entry points exit with code 75: start it again."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped and saved after step {step}; a run started again goes on from there")
 
 
 def require(condition: bool, field: str, value: object, rule: str) -> None:
@@ -67,15 +75,18 @@ def short(value: object) -> str:
     return _Short().repr(value)
 
 
+EXPLAINED = (UserError, StoppedError, KeyboardInterrupt)  # by one line instead of a traceback
+
+
 def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """The exit code of `main(argv)`: 2 after a `UserError`, 130 after Ctrl-C, each told in one line.
+    """The exit code of `main(argv)`: after a `UserError` 2, a `StoppedError` 75, Ctrl-C 130, each told in one line.
 
     Where nobody reads what is printed any more, as behind `| head`, it ends like a program that SIGPIPE ends.
     """
     try:
         code = main(argv)
         sys.stdout.flush()
-    except (UserError, KeyboardInterrupt) as error:
+    except EXPLAINED as error:
         return explain(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at the end complains
@@ -84,10 +95,14 @@ def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 
 def explain(error: BaseException) -> int:
-    """Prints the line of a `UserError` or of Ctrl-C; returns its exit code."""
-    interrupted = isinstance(error, KeyboardInterrupt)
-    text = "interrupted; a run started again goes on from its newest checkpoint" if interrupted else f"error: {error}"
+    """Prints the line of one of EXPLAINED; returns its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        text, code = "interrupted; a run started again goes on from its newest checkpoint", INTERRUPTED
+    elif isinstance(error, StoppedError):
+        text, code = str(error), STOPPED
+    else:
+        text, code = f"error: {error}", REFUSED
     print(
         "".join(c if c.isprintable() else repr(c)[1:-1] for c in text), file=sys.stderr
     )  # files write names and texts
-    return 130 if interrupted else 2
+    return code

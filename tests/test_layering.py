@@ -15,11 +15,11 @@ ORDER = [
     {"model", "data"},
     {"training"},
     {"preflight"},
-    {"bench"},
+    {"bench", "faults"},
     {"__main__"},
 ]
 TRAINING_ORDER = [
-    {"optimizer", "surgery", "runlog", "console", "controller", "anomalies", "guard", "manifest", "exclusive"},
+    {"optimizer", "surgery", "runlog", "console", "controller", "anomalies", "guard", "manifest", "exclusive", "stops"},
     {"state", "cut_restore", "record", "fingerprint", "step_directory"},
     {"step", "checkpoint", "evaluate", "resume"},
     {"executable", "ahead"},

@@ -19,6 +19,7 @@ import numpy as np
 
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset
+from laep_jax.errors import StoppedError
 from laep_jax.hosts import require_same
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.plan import Plan, apply_plan_to_lineage
@@ -38,6 +39,7 @@ from laep_jax.training.resume import Progress
 from laep_jax.training.runlog import NoLog, RunLog
 from laep_jax.training.state import TrainState, abstract_state, init_state
 from laep_jax.training.step import make_eval_step, make_train_step
+from laep_jax.training.stops import Stops
 
 
 def _few(rows: np.ndarray) -> str:
@@ -116,23 +118,35 @@ class Run:
             state = self.checkpoints.restore(step, abstract_state(config, self.mesh))
             self._adopt(config, state, self.controller, steps)
 
-    def train(self) -> dict:
-        """Runs to the end; returns the summary."""
+    def train(self, stops: Stops) -> dict:
+        """Runs to the end; returns the summary. `StoppedError` where it was told to stop, and has saved."""
         pending = None
         self.clock = time.perf_counter()
         while (step := self.progress.step) < self.config.train.num_steps:
+            if not self._compiles:
+                stops.begin_step()
             batch = put_batch(self.dataset.train_batch(step), self.mesh)
             self.state, metrics = self.steps.train(self.state, batch)
             self.progress.step = step = step + 1
             if pending:
                 self._record(*pending)
             pending = (step, metrics)
-            if self._is_boundary(step):
+            stopping = stops.asked(step)
+            if stopping or self._is_boundary(step):
                 self._record(*pending)
                 pending = None
-                self._boundary(step)
+                stops.end_step()
+                self._boundary(step, stopping)
+                if stopping and step < self.config.train.num_steps:
+                    self.checkpoints.wait()
+                    raise StoppedError(self.progress.step)
                 self.clock = time.perf_counter()
         return self._close()
+
+    @property
+    def _compiles(self) -> bool:
+        """Whether the first step of this model, with its compilation in it, is still to be recorded."""
+        return not self.step_seconds and not isinstance(self.steps.train, jax.stages.Compiled)
 
     def _is_boundary(self, step: int) -> bool:
         settings = self.config.train
@@ -153,7 +167,7 @@ class Run:
         metrics = jax.device_get(metrics)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        compiled = not self.step_seconds and not isinstance(self.steps.train, jax.stages.Compiled)  # in this step
+        compiled = self._compiles
         self.step_seconds.append(None if compiled else seconds)
         self.controller.record(step, counts)
         self.log.record_counts(step, counts, self.progress.lineage)
@@ -189,8 +203,11 @@ class Run:
                 f"{progress.skipped} steps in a row until step {step} were not finite, and skipped"
             )
 
-    def _boundary(self, step: int) -> None:
-        """Everything that is not training: evaluation, the stability test, saving, cutting."""
+    def _boundary(self, step: int, stopping: bool) -> None:
+        """Everything that is not training: evaluation, the stability test, saving, cutting.
+
+        What is due is done before the run stops, since it resumes behind it.
+        """
         settings = self.config.train
         if step == settings.num_steps:  # the rest is for `_close`
             return
@@ -202,7 +219,7 @@ class Run:
             self._decide(step)
         if self.cut and step == self.progress.cut_step:
             self._save_and_cut(step, self.cut)
-        elif step % settings.checkpoint_every == 0:
+        elif stopping or step % settings.checkpoint_every == 0:
             self._save(step)
 
     def _evaluate(self, step: int, when: str) -> float:

@@ -4,6 +4,8 @@ import dataclasses
 import typing
 from pathlib import Path
 
+import jax
+
 from laep_jax.config import Config
 from laep_jax.errors import UserError, require, require_type, short
 from laep_jax.hosts import require_same
@@ -28,7 +30,8 @@ FREE = {  # fields that say how to go on, where the run lies, or what is decided
     " guard_steps guard_tolerance max_retries",
     "DataConfig": "path cache_dir",  # what lies there is compared by its hash
     "OptimizerConfig": "learning_rate warmup_steps final_fraction eps weight_decay clip_norm",
-    "TrainConfig": "num_steps log_every eval_every eval_batches checkpoint_every keep_checkpoints max_skipped_steps",
+    "TrainConfig": "num_steps log_every eval_every eval_batches checkpoint_every keep_checkpoints max_skipped_steps"
+    " step_timeout",
 }
 
 
@@ -158,8 +161,7 @@ class Progress:
 
 def _is_like(value: object, fresh: object) -> bool:
     """Whether a value of the summary can stand where a fresh run has `fresh`; None is not known, or not finite."""
-    numbers = value if isinstance(value, list) else [value]
-    sound = all(number is None or type(number) in (int, float) for number in numbers)
+    sound = all(type(number) in (int, float) for number in jax.tree.leaves(value))
     return sound and (fresh is None or type(value) is type(fresh))
 
 

@@ -24,6 +24,7 @@ from laep_jax.training.manifest import DamagedError
 from laep_jax.training.resume import Progress, find_progress, require_same_run
 from laep_jax.training.runlog import NoLog, RunLog
 from laep_jax.training.state import abstract_state
+from laep_jax.training.stops import Stops
 
 
 def train(
@@ -34,6 +35,7 @@ def train(
     settings: text for `operative.gin`. executable: a file of `preflight --save`, for the model that the run began
     with. Returns what summary.json holds. `UserError`, before anything
     is compiled or written, where the config does not fit the devices, the corpus or the checkpoint.
+    `StoppedError` after SIGTERM or Ctrl-C, when the step in flight is done and saved.
     With several processes (`laep_jax.hosts`) each calls it alike; `run_dir` is one that all see.
     """
     run_dir, first = Path(run_dir), jax.process_index() == 0
@@ -77,7 +79,8 @@ def train(
                     if changed:
                         console.event(f"changed since the checkpoint: {', '.join(changed)}")
                     base = dataclasses.replace(config, mesh=current.mesh)
-                    return Run(base, dataset, checkpoints, log, console, progress, first_step).train()
+                    run = Run(base, dataset, checkpoints, log, console, progress, first_step)
+                    return run.train(attempt.enter_context(Stops(config.train.step_timeout)))
             except DamagedError as error:
                 checkpoints.put_aside(error)
 

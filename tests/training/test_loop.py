@@ -3,7 +3,9 @@
 import dataclasses
 import gc
 import json
+import os
 import shutil
+import signal
 import weakref
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 
 from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.data.dataset import make_dataset
-from laep_jax.errors import UserError
+from laep_jax.errors import StoppedError, UserError
 from laep_jax.faults.damage import change_stored, flip_bit
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_mesh
@@ -161,6 +163,31 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, config, tmp_path
     with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
         assert checkpoints.latest() == checkpoint
     train(config, tmp_path)
+    assert_same_run(tmp_path, run)
+
+
+def test_a_run_told_to_stop_again_and_again_goes_on_as_if_nothing_had_been(run, config, tmp_path, monkeypatch):
+    found = signal.getsignal(signal.SIGTERM)
+    for step in (3, 8, PLAN_STEP, CUT_STEP):  # an ordinary one, then boundaries: evaluation, plan, cut
+
+        def show(self, at: int, record: dict, told_at: int = step - 1) -> None:
+            if at == told_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.RunConsole, "train", show)
+            with pytest.raises(StoppedError, match=f"stopped and saved after step {step}; a run started again goes on"):
+                train(config, tmp_path)
+        with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
+            assert checkpoints.latest() == step
+        assert signal.getsignal(signal.SIGTERM) is found
+
+    def at_the_end(self, at: int, record: dict) -> None:
+        if at == NUM_STEPS - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.RunConsole, "train", at_the_end)
+    train(config, tmp_path)  # the last step is done: nothing is left to stop
     assert_same_run(tmp_path, run)
 
 

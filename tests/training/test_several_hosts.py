@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,13 +56,18 @@ NOISE = 1e-5
 PATIENCE = 900  # seconds; other work may share the cores
 
 HOOKED = """
-import os, pathlib, sys, time
+import os, pathlib, signal, sys, time
 import jax
+from laep_jax import hosts
 from laep_jax.errors import UserError, run_main
 from laep_jax.training import command, loop, start
 here, arguments = pathlib.Path(sys.argv[1]), sys.argv[2:]
 index = os.environ["JAX_PROCESS_ID"]
 (here / f"{index}.pid").write_text(str(os.getpid()))
+def leave(code, leave=os._exit):
+    (here / f"{index}.code").write_text(str(code))
+    leave(code)
+os._exit = leave
 HOOK
 code = run_main(command.main, arguments)
 (here / f"{index}.code").write_text(str(code))
@@ -93,9 +99,11 @@ def environment(shared) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def launched(bindings, environment):
-    """Starts a training in several processes; hook: Python lines that each of them runs first."""
+    """Starts a training in several processes; hook: Python lines that each of them runs first, restarted too."""
 
-    def launch(workdir: Path, processes: int, *more: str, hook: str = "") -> subprocess.CompletedProcess:
+    def launch(
+        workdir: Path, processes: int, *more: str, hook: str = "", restarts: int = 0
+    ) -> subprocess.CompletedProcess:
         gin = [f"--gin.{binding.replace(' = ', '=', 1)}" for binding in bindings]
         arguments = [f"--workdir={workdir}", *gin, *more]
         program = ["-m", "laep_jax", "launch", f"--num-processes={processes}", "--"]
@@ -105,7 +113,7 @@ def launched(bindings, environment):
             command = [sys.executable, str(workdir / "hooked.py"), str(workdir), *arguments]
             program = [
                 "-c",
-                f"import sys\nfrom laep_jax.launch import launch\nsys.exit(launch({command}, {processes}))",
+                f"import sys\nfrom laep_jax.launch import launch\nsys.exit(launch({command}, {processes}, {restarts}))",
             ]
             arguments = []
         result = subprocess.run(
@@ -341,6 +349,61 @@ loop.Run._record = record
     assert result.returncode != 0
     assert "[process 1] OSError: no space left" in result.stderr
     assert_all_gone(tmp_path / "x")
+
+
+def assert_the_same_bits(got: Path, want: Path) -> None:
+    assert losses(got) == losses(want)
+    for kind in ("eval", "prune"):
+        wanted = ("step", "heldout_loss", "lineage")
+        picked = [[[record.get(name) for name in wanted] for record in records(w, kind)] for w in (got, want)]
+        assert picked[0] == picked[1]
+    with np.load(got / "loads.npz") as a, np.load(want / "loads.npz") as b:
+        np.testing.assert_array_equal(a["tokens_per_expert"], b["tokens_per_expert"])
+
+
+# Process 1 freezes once; started again, it alone is told to stop.
+TROUBLED = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's &
+hosts.HEARTBEAT_TIMEOUT = SECONDS
+again = (here / "frozen").exists()
+def record(self, step, metrics, record=loop.Run._record):
+    record(self, step, metrics)
+    if index == "1" and not again and step == FREEZE:
+        (here / "frozen").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if again:
+        if index == "1" and step == TOLD:
+            os.kill(os.getpid(), signal.SENT)
+        time.sleep(1)  # JAX looks for a signal once a second
+loop.Run._record = record
+"""
+
+
+@pytest.mark.parametrize(
+    ("heartbeat", "timeout", "code", "sent"),
+    [(60, 3.0, 1, "SIGTERM"), pytest.param(30, None, 134, "SIGINT", marks=pytest.mark.slow)],
+    ids=["step timeout, SIGTERM", "heartbeat, SIGINT"],
+)
+def test_a_frozen_process_and_a_signal_to_one_leave_nothing_behind(
+    two, tmp_path, launched, heartbeat, timeout, code, sent
+):
+    hook = TROUBLED
+    for name, value in {"SECONDS": heartbeat, "FREEZE": CUT + 2, "TOLD": CUT + 1, "SENT": sent}.items():
+        hook = hook.replace(name, str(value))
+    limit = f"--gin.TrainConfig.step_timeout={timeout}"
+    stopped = launched(tmp_path / "x", 2, limit, hook=hook, restarts=1)
+    assert stopped.returncode == 75, stopped.stderr
+    assert f"process 0 ended with code {code}: restart 1 of 1" in stopped.stderr
+    assert ("Timeout (" in stopped.stderr) == (timeout is not None)
+    assert f"resuming from step {CUT}" in stopped.stdout
+    assert codes(tmp_path / "x") == ["75", "75"]
+    [step] = re.findall(r"stopped and saved after step (\d+); ", stopped.stderr)
+    assert CUT + 1 < int(step) < NUM_STEPS
+    assert step in {path.name for path in (tmp_path / "x" / "checkpoints").iterdir()}
+    result = launched(tmp_path / "x", 2)
+    assert result.returncode == 0, result.stderr
+    assert f"resuming from step {step}" in result.stdout
+    assert_the_same_bits(tmp_path / "x", two)
 
 
 REFUSED = {
