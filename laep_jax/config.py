@@ -221,7 +221,8 @@ class LaepConfig:
     each is compiled by itself. The cut comes `cut_delay` steps after its plan was made, in which the
     smaller model's steps are compiled beside the training. `restore`: cut through the checkpoint or in device memory.
     `guard_steps` after a prune the held-out loss may be `guard_tolerance` nats above that before it; else the prune is
-    undone and tried again with alpha and beta halved, `max_retries` times at most. guard_steps=None: no guard.
+    undone and tried again with alpha and beta halved, `max_retries` times at most. guard_steps=None: no guard. With
+    `dry_run_tolerance` the loss is also measured with the experts masked, before anything is cut, and may rise that much.
     """
 
     alpha: float | str | tuple[float, ...] = "hybrid"
@@ -245,6 +246,7 @@ class LaepConfig:
     guard_steps: int | None = 50
     guard_tolerance: float = 0.02
     max_retries: int = 2
+    dry_run_tolerance: float | None = None
 
     def __post_init__(self):
         _check_fields(self)
@@ -258,7 +260,17 @@ class LaepConfig:
         _in_range(self, 0, 1, "beta", "overlap")
         _in_range(self, -1, 1, "rank_correlation")
         _at_least(self, 1, "window", "stable_windows", "prune_at_step", "max_runs", "guard_steps")
-        _at_least(self, 0, "min_step", "max_prunes", "rearrange_gain", "cut_delay", "guard_tolerance", "max_retries")
+        _at_least(
+            self,
+            0,
+            "min_step",
+            "max_prunes",
+            "rearrange_gain",
+            "cut_delay",
+            "guard_tolerance",
+            "max_retries",
+            "dry_run_tolerance",
+        )
         _one_of("LaepConfig.estimator", self.estimator, ("vote", "mean"))
         _one_of("LaepConfig.inequality", self.inequality, ("le", "lt"))
         _one_of("LaepConfig.rounding", self.rounding, ("restore", "prune"))

@@ -24,6 +24,8 @@ TRAINING_ORDER = [
     {"step", "checkpoint", "evaluate", "resume"},
     {"executable", "ahead"},
     {"cut"},
+    {"run"},
+    {"prune"},
     {"loop"},
     {"start"},
     {"command"},

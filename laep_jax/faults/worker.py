@@ -22,20 +22,21 @@ import numpy as np
 from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.hosts import connect, leaving_at_once, num_processes
 from laep_jax.sharding import make_cpu_devices, make_mesh
-from laep_jax.training import cut, loop
+from laep_jax.training import cut, loop, prune
 from laep_jax.training.ahead import is_compiling
 from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.run import Run
 from laep_jax.training.start import train
 from laep_jax.training.state import abstract_state
 
 RUN = "run"  # the event that begins with the run
 EVENTS = {  # of a prune, in its order
-    "plan": (loop.Run, "_decide"),
+    "plan": (loop, "decide"),
     "compile": (cut, "compile_steps"),
-    "save": (loop.Run, "_save_and_cut"),
+    "save": (loop, "save_and_cut"),
     "restore": (Checkpoints, "restore_cut"),
-    "first evaluation": (loop.Run, "_report"),
-    "undo": (loop.Run, "_undo"),
+    "first evaluation": (prune, "_report"),
+    "undo": (prune, "_undo"),
 }
 NUM_STEPS = 28
 
@@ -123,7 +124,7 @@ class Events:
 
     def watch_saves(self) -> None:
         """Notes every step that is complete on disk, and the step that a run goes on from."""
-        save, wait, begin = Checkpoints.save, Checkpoints.wait, loop.Run.__init__
+        save, wait, begin = Checkpoints.save, Checkpoints.wait, Run.__init__
         saving: list[int] = []
 
         def noted_save(checkpoints, step, *args):
@@ -142,7 +143,7 @@ class Events:
         for owner, name, noted in (
             (Checkpoints, "save", noted_save),
             (Checkpoints, "wait", noted_wait),
-            (loop.Run, "__init__", noted_begin),
+            (Run, "__init__", noted_begin),
         ):
             setattr(owner, name, noted)
 
@@ -174,12 +175,12 @@ def timeless(fields: dict) -> dict:
 
 def first_prune_does_harm() -> None:
     """What the guard measures after the first prune is made worse; a model this small would not mind."""
-    evaluate = loop.Run._evaluate
+    evaluate = Run.evaluate
 
-    def worse(self: loop.Run, step: int, when: str) -> float:
+    def worse(self: Run, step: int, when: str) -> float:
         return evaluate(self, step, when) + (when == "guard" and not self.progress.retries)
 
-    loop.Run._evaluate = worse
+    Run.evaluate = worse
 
 
 def main(spec: Spec) -> None:

@@ -184,6 +184,10 @@ class Checkpoints:
         path = self._steps.put_aside(step)
         self._report(f"{damage}; it is now {path.name}, and the run goes on from an older one")
 
+    def has(self, step: int) -> bool:
+        """Whether the step is there and its files are as its manifest says, as process 0 finds it."""
+        return texts_of_all(str(step in self._steps.found() and self._steps.damage(step) is None))[0] == "True"
+
     def pin(self, step: int | None) -> None:
         """This step stays however many are newer, until another one or None is named."""
         self._steps.pinned = step

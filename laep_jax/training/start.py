@@ -19,9 +19,10 @@ from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.console import RunConsole
 from laep_jax.training.exclusive import exclusive, require_room
 from laep_jax.training.executable import load_step
-from laep_jax.training.loop import Run
+from laep_jax.training.loop import train_to_end
 from laep_jax.training.manifest import DamagedError
 from laep_jax.training.resume import Progress, find_progress, require_same_run
+from laep_jax.training.run import Run
 from laep_jax.training.runlog import NoLog, RunLog
 from laep_jax.training.state import abstract_state
 from laep_jax.training.stops import Stops
@@ -80,7 +81,7 @@ def train(
                         console.event(f"changed since the checkpoint: {', '.join(changed)}")
                     base = dataclasses.replace(config, mesh=current.mesh)
                     run = Run(base, dataset, checkpoints, log, console, progress, first_step)
-                    return run.train(attempt.enter_context(Stops(config.train.step_timeout)))
+                    return train_to_end(run, attempt.enter_context(Stops(config.train.step_timeout)))
             except DamagedError as error:
                 checkpoints.put_aside(error)
 

@@ -160,12 +160,13 @@ def test_a_second_prune_measures_loads_with_the_step_compiled_ahead(config, tmp_
 LEAVING = """
 import sys, time
 from laep_jax.errors import run_main
-from laep_jax.training import command, cut, loop
+from laep_jax.training import command, cut
+from laep_jax.training.console import RunConsole
 cut.compile_steps = lambda *args: time.sleep(600)
 def show(self, step, record):
     if step == 5:
         raise ERROR
-loop.RunConsole.train = show
+RunConsole.train = show
 sys.exit(run_main(command.main, sys.argv[1:]))
 """
 

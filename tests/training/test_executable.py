@@ -9,7 +9,7 @@ import pytest
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from laep_jax.errors import UserError
 from laep_jax.sharding import make_mesh
-from laep_jax.training import loop
+from laep_jax.training import run
 from laep_jax.training.executable import load_step, save_step
 from laep_jax.training.start import train
 from laep_jax.training.state import abstract_state
@@ -48,7 +48,7 @@ def test_a_run_with_the_executable_compiles_no_step_and_has_the_same_losses(save
     def forbidden(*_):
         raise AssertionError("a step was compiled")
 
-    monkeypatch.setattr(loop, "make_train_step", forbidden)
+    monkeypatch.setattr(run, "make_train_step", forbidden)
     train(config, tmp_path / "loaded", executable=saved)
     assert len(losses(tmp_path / "loaded")) == 3
     assert losses(tmp_path / "loaded") == losses(tmp_path / "compiled")

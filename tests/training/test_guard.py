@@ -20,9 +20,11 @@ from laep_jax.config import (
 )
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_mesh
-from laep_jax.training import controller, loop
+from laep_jax.training import controller, prune
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.guard import softened
+from laep_jax.training.run import Run
+from laep_jax.training.runlog import RunLog
 from laep_jax.training.start import train
 from laep_jax.training.state import abstract_state
 
@@ -145,24 +147,24 @@ class InterruptError(Exception):
 @pytest.mark.parametrize(
     ("owner", "method"),
     [
-        (loop.RunLog, "rewind"),
-        (loop.Run, "_save"),
-        (loop.Checkpoints, "remove_after"),
+        (RunLog, "rewind"),
+        (Run, "save"),
+        (Checkpoints, "remove_after"),
     ],
     ids=["before the log", "before the save", "after the save"],
 )
 def test_interrupted_on_the_way_back_it_is_undone_all_the_same(undone, config, tmp_path, monkeypatch, owner, method):
     monkeypatch.setattr(controller, "make_plan", harmful_plan)
-    original, undo = getattr(owner, method), loop.Run._undo
+    original, undo = getattr(owner, method), prune._undo
     undoing: list[bool] = []
 
-    def stop(self, *args):
+    def stop(*args, **kwargs):
         if undoing:
             raise InterruptError
-        return original(self, *args)
+        return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_undo", lambda self, *args: (undoing.append(True), undo(self, *args)))
+        patch.setattr(prune, "_undo", lambda *args: (undoing.append(True), undo(*args)))
         patch.setattr(owner, method, stop)
         with pytest.raises(InterruptError):
             train(config, tmp_path)

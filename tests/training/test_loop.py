@@ -19,8 +19,9 @@ from laep_jax.errors import StoppedError, UserError
 from laep_jax.faults.damage import change_stored, flip_bit
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_mesh
-from laep_jax.training import ahead, loop
+from laep_jax.training import loop
 from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.console import RunConsole
 from laep_jax.training.evaluate import masked_loss
 from laep_jax.training.exclusive import exclusive
 from laep_jax.training.manifest import write_manifest
@@ -157,7 +158,7 @@ def interrupt_at(step: int):
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, config, tmp_path, monkeypatch, step, checkpoint):
     with monkeypatch.context() as patch:
-        patch.setattr(loop.RunConsole, "train", interrupt_at(step))
+        patch.setattr(RunConsole, "train", interrupt_at(step))
         with pytest.raises(InterruptError):
             train(config, tmp_path)
     with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
@@ -175,7 +176,7 @@ def test_a_run_told_to_stop_again_and_again_goes_on_as_if_nothing_had_been(run, 
                 os.kill(os.getpid(), signal.SIGTERM)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop.RunConsole, "train", show)
+            patch.setattr(RunConsole, "train", show)
             with pytest.raises(StoppedError, match=f"stopped and saved after step {step}; a run started again goes on"):
                 train(config, tmp_path)
         with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
@@ -186,7 +187,7 @@ def test_a_run_told_to_stop_again_and_again_goes_on_as_if_nothing_had_been(run, 
         if at == NUM_STEPS - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop.RunConsole, "train", at_the_end)
+    monkeypatch.setattr(RunConsole, "train", at_the_end)
     train(config, tmp_path)  # the last step is done: nothing is left to stop
     assert_same_run(tmp_path, run)
 
@@ -196,13 +197,13 @@ def test_interrupted_in_the_middle_of_the_prune_the_plan_is_applied_from_disk(ru
         raise InterruptError
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Checkpoints, "restore_cut", stop)
+        patch.setattr(Checkpoints, "restore_cut", stop)
         for _ in range(2):  # the second time while it recovers
             with pytest.raises(InterruptError):
                 train(config, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_decide", stop)  # nothing is decided anew before the plan is applied
-        patch.setattr(loop.RunConsole, "train", interrupt_at(CUT_STEP + 1))
+        patch.setattr(loop, "decide", stop)  # nothing is decided anew before the plan is applied
+        patch.setattr(RunConsole, "train", interrupt_at(CUT_STEP + 1))
         with pytest.raises(InterruptError):
             train(config, tmp_path)
     train(config, tmp_path)
@@ -228,10 +229,10 @@ def test_cutting_in_memory_gives_the_same_run_and_lets_the_old_step_go(run, conf
 
     alive: list[bool] = []
     verified: list[tuple] = []
-    monkeypatch.setattr(loop.Checkpoints, "restore_cut", None)
-    monkeypatch.setattr(loop.Checkpoints, "verify", verify)
-    monkeypatch.setattr(loop, "make_train_step", make)
-    monkeypatch.setattr(loop.RunConsole, "train", show)
+    monkeypatch.setattr(Checkpoints, "restore_cut", None)
+    monkeypatch.setattr(Checkpoints, "verify", verify)
+    monkeypatch.setattr("laep_jax.training.run.make_train_step", make)
+    monkeypatch.setattr(RunConsole, "train", show)
     train(change(config, laep={"restore": "memory"}), tmp_path)
     assert alive == [False]
     assert verified == [(CUT_STEP, records(run, "prune")[0]["experts_after"])]
@@ -425,8 +426,8 @@ def test_the_receive_buffer_follows_the_loads_at_a_cut_and_stays_so_on_resuming(
         buffers.append(config.model.receive_buffer)
         return make_train_step(config, mesh)
 
-    for module in (loop, ahead):
-        monkeypatch.setattr(module, "make_train_step", recording)
+    for module in ("run", "ahead"):
+        monkeypatch.setattr(f"laep_jax.training.{module}.make_train_step", recording)
     bounded = change(config, model={"dispatch": "ragged_all_to_all", "receive_buffer": 4.0}, train={"num_steps": 14})
     train(bounded, tmp_path)
     plan = Plan.from_json((tmp_path / "plans" / f"{PLAN_STEP}.json").read_text())

@@ -60,7 +60,7 @@ import os, pathlib, signal, sys, time
 import jax
 from laep_jax import hosts
 from laep_jax.errors import UserError, run_main
-from laep_jax.training import command, loop, start
+from laep_jax.training import command, loop, run, start
 here, arguments = pathlib.Path(sys.argv[1]), sys.argv[2:]
 index = os.environ["JAX_PROCESS_ID"]
 (here / f"{index}.pid").write_text(str(os.getpid()))
@@ -318,11 +318,11 @@ def assert_all_gone(workdir: Path) -> None:
 def test_processes_with_different_plans_stop(tmp_path, launched):
     hook = """
 import dataclasses
-def prune_plan(self, loads=None, plan=loop.Controller.prune_plan):
+def prune_plan(self, loads=None, plan=run.Controller.prune_plan):
     print("sha256", plan(self, loads).sha256(), file=sys.stderr)
     self.laep = dataclasses.replace(self.laep, beta=0.6 if index == "0" else 0.3)
     return plan(self, loads)
-loop.Controller.prune_plan = prune_plan
+run.Controller.prune_plan = prune_plan
 """
     result = launched(tmp_path / "x", 2, hook=hook)
     assert result.returncode == 2
@@ -337,12 +337,12 @@ loop.Controller.prune_plan = prune_plan
 
 def test_a_process_that_fails_takes_the_others_along(tmp_path, launched):
     hook = """
-def record(self, step, metrics, record=loop.Run._record):
+def record(run, step, metrics, record=loop.record):
     if step == 2 and index == "1":
         (here / "failed").write_text(str(time.time()))
         raise OSError("no space left")
-    record(self, step, metrics)
-loop.Run._record = record
+    record(run, step, metrics)
+loop.record = record
 """
     result = launched(tmp_path / "x", 2, hook=hook)
     assert time.time() - float((tmp_path / "x" / "failed").read_text()) < 30  # 5 s of grace on a busy machine
@@ -366,8 +366,8 @@ TROUBLED = """
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's &
 hosts.HEARTBEAT_TIMEOUT = SECONDS
 again = (here / "frozen").exists()
-def record(self, step, metrics, record=loop.Run._record):
-    record(self, step, metrics)
+def record(run, step, metrics, record=loop.record):
+    record(run, step, metrics)
     if index == "1" and not again and step == FREEZE:
         (here / "frozen").touch()
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -375,7 +375,7 @@ def record(self, step, metrics, record=loop.Run._record):
         if index == "1" and step == TOLD:
             os.kill(os.getpid(), signal.SENT)
         time.sleep(1)  # JAX looks for a signal once a second
-loop.Run._record = record
+loop.record = record
 """
 
 

@@ -112,7 +112,7 @@ def test_a_time_that_cannot_be_is_refused(seconds):
 SLOW = """
 import pathlib, sys, time
 from laep_jax.errors import run_main
-from laep_jax.training import command, cut, loop, start, stops
+from laep_jax.training import command, cut, loop, run, start, stops
 def slowly(function):
     calls = []
     def slow(*args, **kwargs):
@@ -121,20 +121,20 @@ def slowly(function):
         calls.append(args)
         return function(*args, **kwargs)
     return slow
-def compiling(*args, make=loop.make_train_step):
+def compiling(*args, make=run.make_train_step):
     return slowly(make(*args))
-def record(self, step, metrics, record=loop.Run._record):
-    record(self, step, metrics)
+def record(run, step, metrics, record=loop.record):
+    record(run, step, metrics)
     if step == 5:
         pathlib.Path(sys.argv[1]).write_text(str(time.time()))
         time.sleep(600)
 stops.HEAD_START = 0.5
-loop.make_train_step = compiling
-loop.heldout_loss = slowly(loop.heldout_loss)
-loop.Checkpoints.save = slowly(loop.Checkpoints.save)
-loop.Checkpoints.restore_cut = slowly(loop.Checkpoints.restore_cut)
+run.make_train_step = compiling
+run.heldout_loss = slowly(run.heldout_loss)
+run.Checkpoints.save = slowly(run.Checkpoints.save)
+run.Checkpoints.restore_cut = slowly(run.Checkpoints.restore_cut)
 cut.compile_steps = slowly(cut.compile_steps)
-loop.Run._record = record
+loop.record = record
 sys.exit(run_main(command.main, sys.argv[2:]))
 """
 
