@@ -38,7 +38,9 @@ def heldout_loss(
         loss_M, targets_M, _ = eval_step(state.params, state.router_bias, put_batch(batch, mesh))
         total_M, number_M = total_M + np.asarray(loss_M, np.float64), number_M + np.asarray(targets_M)
     targets = {name: int(number) for name, number in zip(domains, number_M, strict=True) if number}
-    losses = {domains[i]: float(total_M[i] / number_M[i]) for i in np.flatnonzero(number_M)}
+    losses = {
+        name: float(total / targets[name]) for name, total in zip(domains, total_M, strict=True) if name in targets
+    }
     return HeldoutLoss(float(total_M.sum() / number_M.sum()), losses, targets)
 
 
@@ -63,7 +65,12 @@ def masked_loss(
     mesh: Mesh,
     domains: Sequence[str],
 ) -> HeldoutLoss:
-    """`heldout_loss` of the model that a cut of this state would make, with the pruned experts masked."""
+    """`heldout_loss` of the model that a cut of this state would make, with the pruned experts masked.
+
+    The same but for the order of sums: those of the router, whose product may be computed in another way for another
+    number of experts, and with the all-gather dispatch those over a token's experts, which the cut moves to other
+    devices. Where neither is another it is the same bit for bit.
+    """
     masked = dataclasses.replace(state, router_bias=masked_bias(state.router_bias, pruned))
     return heldout_loss(eval_step, masked, batches, mesh, domains)
 
