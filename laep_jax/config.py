@@ -222,7 +222,7 @@ class LaepConfig:
     smaller model's steps are compiled beside the training. `restore`: cut through the checkpoint or in device memory.
     `guard_steps` after a prune the held-out loss may be `guard_tolerance` nats above that before it; else the prune is
     undone and tried again with alpha and beta halved, `max_retries` times at most. guard_steps=None: no guard. With
-    `dry_run_tolerance` the loss is also measured with the experts masked, before anything is cut, and may rise that much.
+    `dry_run_tolerance` the loss is also measured before anything is cut, by masking, and may rise that much.
     """
 
     alpha: float | str | tuple[float, ...] = "hybrid"

@@ -233,28 +233,29 @@ def draw_loss(run: RunData) -> Figure:
 
 
 def draw_domains(run: RunData) -> Figure:
-    """Each domain's held-out loss: what the last prune did to it and what became of it, the worst on top."""
+    """Each domain's held-out loss: what the last prune did to it, and what became of it; the worst on top."""
     losses = series.domain_losses(run)
     names, targets_M = losses.names[:MAX_DOMAINS], losses.targets_M[:MAX_DOMAINS]
-    figure = Figure(figsize=(10, 1.8 + 0.24 * max(len(names), 5)), layout="constrained")
-    axes = figure.add_subplot()
-    handles = []
-    styles = [(VERMILLION, "D"), (BLUE, "o")] if losses.is_change else [(BLUE, "o")]
-    for (label, loss_M), (color, marker) in zip(losses.rows.items(), styles, strict=False):
+    figure = Figure(figsize=(12, 1.8 + 0.24 * max(len(names), 5)), layout="constrained")
+    panels = figure.subplots(1, max(len(losses.rows), 1), sharey=True, squeeze=False)[0]
+    for axes, (label, loss_M) in zip(panels, losses.rows.items(), strict=False):
         sizes = np.maximum(150 * targets_M / losses.targets_M.max(), 8)
-        axes.scatter(loss_M[:MAX_DOMAINS], range(len(names)), s=sizes, color=color, marker=marker, alpha=0.75)
-        mean = np.average(loss_M, weights=losses.targets_M)
-        axes.axvline(mean, color=color, linestyle="--", linewidth=1.3)
-        handles += [Line2D([], [], linestyle="", color=color, marker=marker, label=label)]
-    handles += [Line2D([], [], color="black", linestyle="--", label="all targets")]
-    axes.set_yticks(range(len(names)), [f"{n} ({t:,})" for n, t in zip(names, targets_M, strict=True)])
-    axes.invert_yaxis()
+        axes.scatter(loss_M[:MAX_DOMAINS], range(len(names)), s=sizes, color=BLUE, alpha=0.75)
+        axes.axvline(np.average(loss_M, weights=losses.targets_M), color="black", linestyle="--", linewidth=1.3)
+        axes.set_title(label, fontsize=11)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
     less = ", less that before the prune" if losses.is_change else ""
-    axes.set(xlabel=f"held-out loss{less} (nats per token)", ylabel="domain (targets)")
-    axes.grid(alpha=0.3)
+    for axes in panels:
+        axes.set(xlabel=f"held-out loss{less} (nats per token)", ylabel="domain (targets)")
+        axes.grid(alpha=0.3)
+    panels[0].set_yticks(range(len(names)), [f"{n} ({t:,})" for n, t in zip(names, targets_M, strict=True)])
+    panels[0].set_ylim(max(len(names), 1) - 0.4, -0.6)
     some = f", {len(names)} of {len(losses.names)} domains" if len(names) < len(losses.names) else ""
-    title = f"Held-out loss by domain{some}; the smaller a mark, the noisier"
-    _title(figure, title, run, list(range(run.num_layers)), handles)
+    handles = [
+        Line2D([], [], color=BLUE, linestyle="", marker="o", label="a domain; the smaller, the noisier"),
+        Line2D([], [], color="black", linestyle="--", label="all targets"),
+    ]
+    _title(figure, f"Held-out loss by domain{some}", run, list(range(run.num_layers)), handles)
     return figure
 
 

@@ -65,7 +65,12 @@ def masked_loss(
     mesh: Mesh,
     domains: Sequence[str],
 ) -> HeldoutLoss:
-    """`heldout_loss` of the model that a cut of this state would make, with the pruned experts masked."""
+    """`heldout_loss` of the model that a cut of this state would make, with the pruned experts masked.
+
+    The same but for the order of sums: those of the router, whose product may be computed in another way for another
+    number of experts, and with the all-gather dispatch those over a token's experts, which the cut moves to other
+    devices. Where neither is another it is the same bit for bit.
+    """
     masked = dataclasses.replace(state, router_bias=masked_bias(state.router_bias, pruned))
     return heldout_loss(eval_step, masked, batches, mesh, domains)
 

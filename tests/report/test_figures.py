@@ -88,14 +88,16 @@ def test_loss_shows_every_record_and_marks_the_cut(run):
 
 
 def test_domains_are_lines_with_the_worst_on_top_and_marks_as_large_as_their_targets(run):
-    (axes,) = figures.draw_domains(run).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["forms (40)", "books (9,000)", "web (2,960)"]
-    assert axes.get_ylim()[0] > axes.get_ylim()[1]
-    at_cut, newest = axes.collections
+    panels = figures.draw_domains(run).axes
+    assert [axes.get_title() for axes in panels] == ["right after the prune", "step 300"]
+    labels = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert labels == ["forms (40)", "books (9,000)", "web (2,960)"]
+    assert panels[0].get_ylim()[0] > panels[0].get_ylim()[1] == panels[1].get_ylim()[1]
+    [at_cut], [newest] = (axes.collections for axes in panels)
     np.testing.assert_allclose(at_cut.get_offsets()[:, 0], [0.56, 0.06, 0.01])
     np.testing.assert_allclose(np.ptp(newest.get_offsets()[:, 0]), 0, atol=1e-9)
     assert at_cut.get_sizes().argsort().tolist() == [0, 2, 1]
-    mean = axes.lines[0].get_xdata()[0]  # of all targets, not of the domains
+    mean = panels[0].lines[0].get_xdata()[0]  # of all targets, not of the domains
     assert mean == pytest.approx((0.56 * 40 + 0.06 * 9000 + 0.01 * 2960) / 12000)
 
 

@@ -90,7 +90,7 @@ def final_state(run_dir: Path) -> dict[str, bytes]:
 
 def assert_same_run(got: Path, want: Path) -> None:
     """Bit for bit, but for times."""
-    for kind in ("train", "eval", "stability", "prune"):
+    for kind in ("train", "heldout", "eval", "stability", "prune"):
         assert list(map(timeless, records(got, kind))) == list(map(timeless, records(want, kind))), kind
     with np.load(got / "loads.npz") as a, np.load(want / "loads.npz") as b:
         for name in b.files:
