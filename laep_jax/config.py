@@ -9,49 +9,12 @@ import dataclasses
 import math
 import typing
 
-from laep_jax.errors import UserError, require, require_type
+from laep_jax.checks import at_least, check_fields, in_range, one_of
+from laep_jax.errors import UserError, require
 
 DTYPES = ("float32", "bfloat16")
 MOST_LAYERS, MOST_CPU_DEVICES = 10_000, 1_024  # more are a slip, and would take memory before anything is checked
 BATCH_AXES = ("data", "fsdp", "expert")
-
-
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    require(value in allowed, field, value, f"must be one of {', '.join(allowed)}")
-
-
-def _check_fields(config: object) -> None:
-    """Types as annotated (lists become tuples, an int serves as a float), then no NaN anywhere."""
-    name = type(config).__name__
-    for field, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, field)
-        if isinstance(value, list):
-            value = tuple(value)
-            object.__setattr__(config, field, value)
-        require_type(f"{name}.{field}", value, hint)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float):
-                require(not math.isnan(number), f"{name}.{field}", value, "must be a number")
-            if isinstance(number, int):
-                require(abs(number) < 2**31, f"{name}.{field}", value, "must be below 2**31")
-
-
-def _at_least(config: object, bound: float, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        if value is not None:
-            require(value >= bound, f"{type(config).__name__}.{field}", value, f"must be at least {bound}")
-
-
-def _in_range(config: object, low: float, high: float, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        require(
-            value is None or low <= value <= high,
-            f"{type(config).__name__}.{field}",
-            value,
-            f"must lie between {low} and {high}",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +49,9 @@ class ModelConfig:
     grouped_matmul: str = "auto"  # blocks on CPU, ragged_dot elsewhere
 
     def __post_init__(self):
-        _check_fields(self)
-        _at_least(self, 1, "vocab_size", "hidden_size", "num_heads", "ffn_size", "top_k")
-        _in_range(self, 1, MOST_LAYERS, "num_layers")
+        check_fields(self)
+        at_least(self, 1, "vocab_size", "hidden_size", "num_heads", "ffn_size", "top_k")
+        in_range(self, 1, MOST_LAYERS, "num_layers")
         if isinstance(self.num_experts, int):
             object.__setattr__(self, "num_experts", (self.num_experts,) * self.num_layers)
         require(
@@ -114,12 +77,12 @@ class ModelConfig:
         require(self.rope_base > 1, "ModelConfig.rope_base", self.rope_base, "must be above 1")
         require(self.norm_eps > 0, "ModelConfig.norm_eps", self.norm_eps, "must be positive")
         require(self.router_init > 0, "ModelConfig.router_init", self.router_init, "must be positive")
-        _one_of("ModelConfig.dtype", self.dtype, DTYPES)
-        _one_of("ModelConfig.layers", self.layers, ("scan", "unrolled"))
-        _one_of("ModelConfig.remat", self.remat, ("none", "full", "save_dispatch"))
-        _at_least(self, 1, "receive_buffer")
-        _one_of("ModelConfig.dispatch", self.dispatch, ("all_gather", "ragged_all_to_all"))
-        _one_of("ModelConfig.grouped_matmul", self.grouped_matmul, ("auto", "blocks", "ragged_dot"))
+        one_of("ModelConfig.dtype", self.dtype, DTYPES)
+        one_of("ModelConfig.layers", self.layers, ("scan", "unrolled"))
+        one_of("ModelConfig.remat", self.remat, ("none", "full", "save_dispatch"))
+        at_least(self, 1, "receive_buffer")
+        one_of("ModelConfig.dispatch", self.dispatch, ("all_gather", "ragged_all_to_all"))
+        one_of("ModelConfig.grouped_matmul", self.grouped_matmul, ("auto", "blocks", "ragged_dot"))
 
     @property
     def experts_per_layer(self) -> tuple[int, ...]:
@@ -154,9 +117,9 @@ class MeshConfig:
     cpu_devices: int = 8
 
     def __post_init__(self):
-        _check_fields(self)
-        _at_least(self, 1, "data", "fsdp", "expert")
-        _in_range(self, 1, MOST_CPU_DEVICES, "cpu_devices")
+        check_fields(self)
+        at_least(self, 1, "data", "fsdp", "expert")
+        in_range(self, 1, MOST_CPU_DEVICES, "cpu_devices")
 
     def resolve(self, num_devices: int, num_experts: tuple[int, ...]) -> "MeshConfig":
         """The same mesh with every size filled in; refuses one that does not fit the devices.
@@ -201,8 +164,8 @@ class AuxLossConfig:
     loss_free_bias: float = 0.0
 
     def __post_init__(self):
-        _check_fields(self)
-        _at_least(self, 0, *(field.name for field in dataclasses.fields(self)))
+        check_fields(self)
+        at_least(self, 0, *(field.name for field in dataclasses.fields(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,18 +212,18 @@ class LaepConfig:
     dry_run_tolerance: float | None = None
 
     def __post_init__(self):
-        _check_fields(self)
+        check_fields(self)
         if isinstance(self.alpha, str):
-            _one_of("LaepConfig.alpha", self.alpha, ("inf", "hybrid"))
+            one_of("LaepConfig.alpha", self.alpha, ("inf", "hybrid"))
         elif isinstance(self.alpha, float) and math.isinf(self.alpha) and self.alpha > 0:
             object.__setattr__(self, "alpha", "inf")  # JSON has no infinity
         else:
             for value in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
                 require(value >= 0, "LaepConfig.alpha", self.alpha, "must not be negative")
-        _in_range(self, 0, 1, "beta", "overlap")
-        _in_range(self, -1, 1, "rank_correlation")
-        _at_least(self, 1, "window", "stable_windows", "prune_at_step", "max_runs", "guard_steps")
-        _at_least(
+        in_range(self, 0, 1, "beta", "overlap")
+        in_range(self, -1, 1, "rank_correlation")
+        at_least(self, 1, "window", "stable_windows", "prune_at_step", "max_runs", "guard_steps")
+        at_least(
             self,
             0,
             "min_step",
@@ -271,12 +234,12 @@ class LaepConfig:
             "max_retries",
             "dry_run_tolerance",
         )
-        _one_of("LaepConfig.estimator", self.estimator, ("vote", "mean"))
-        _one_of("LaepConfig.inequality", self.inequality, ("le", "lt"))
-        _one_of("LaepConfig.rounding", self.rounding, ("restore", "prune"))
-        _one_of("LaepConfig.placement", self.placement, ("greedy", "refined"))
-        _one_of("LaepConfig.placement_loads", self.placement_loads, ("masked", "recorded"))
-        _one_of("LaepConfig.restore", self.restore, ("orbax", "memory"))
+        one_of("LaepConfig.estimator", self.estimator, ("vote", "mean"))
+        one_of("LaepConfig.inequality", self.inequality, ("le", "lt"))
+        one_of("LaepConfig.rounding", self.rounding, ("restore", "prune"))
+        one_of("LaepConfig.placement", self.placement, ("greedy", "refined"))
+        one_of("LaepConfig.placement_loads", self.placement_loads, ("masked", "recorded"))
+        one_of("LaepConfig.restore", self.restore, ("orbax", "memory"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,14 +261,14 @@ class DataConfig:
     cache_dir: str = ".cache/laep_jax"
 
     def __post_init__(self):
-        _check_fields(self)
-        _one_of("DataConfig.source", self.source, ("stdlib", "text", "jsonl", "array_record", "synthetic"))
+        check_fields(self)
+        one_of("DataConfig.source", self.source, ("stdlib", "text", "jsonl", "array_record", "synthetic"))
         reads_path = self.source in ("text", "jsonl", "array_record")
         require(bool(self.path) == reads_path, "DataConfig.path", self.path, f"does not go with source={self.source!r}")
         for name in ("path", "cache_dir"):
             require("://" not in getattr(self, name), f"DataConfig.{name}", getattr(self, name), "must be mounted")
-        _at_least(self, 2, "sequence_length")
-        _at_least(self, 1, "batch_size")
+        at_least(self, 2, "sequence_length")
+        at_least(self, 1, "batch_size")
         require(0 < self.heldout_share < 1, "DataConfig.heldout_share", self.heldout_share, "must lie between 0 and 1")
 
 
@@ -323,12 +286,12 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        _check_fields(self)
+        check_fields(self)
         require(self.learning_rate > 0, "OptimizerConfig.learning_rate", self.learning_rate, "must be positive")
         require(self.clip_norm > 0, "OptimizerConfig.clip_norm", self.clip_norm, "must be positive")
         require(self.eps > 0, "OptimizerConfig.eps", self.eps, "must be positive")
-        _at_least(self, 0, "warmup_steps", "weight_decay")
-        _in_range(self, 0, 1, "final_fraction", "b1", "b2")
+        at_least(self, 0, "warmup_steps", "weight_decay")
+        in_range(self, 0, 1, "final_fraction", "b1", "b2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,10 +313,10 @@ class TrainConfig:
     step_timeout: float | None = 600.0  # seconds until a step counts as hung and the process ends; None: never
 
     def __post_init__(self):
-        _check_fields(self)
-        _at_least(self, 1, *(f.name for f in dataclasses.fields(self) if f.name != "seed"))
-        _in_range(self, 0, 2**31 - 1, "seed")
-        _in_range(self, 1, 7 * 24 * 3600, "step_timeout")
+        check_fields(self)
+        at_least(self, 1, *(f.name for f in dataclasses.fields(self) if f.name != "seed"))
+        in_range(self, 0, 2**31 - 1, "seed")
+        in_range(self, 1, 7 * 24 * 3600, "step_timeout")
 
 
 @dataclasses.dataclass(frozen=True)
