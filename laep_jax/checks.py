@@ -1,4 +1,4 @@
-"""What the dataclasses of `laep_jax.config` check of their fields; each refusal is a `UserError` that names the field."""
+"""What the dataclasses of `laep_jax.config` check of their fields; a refusal is a `UserError` that names the field."""
 
 import math
 import typing

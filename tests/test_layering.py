@@ -8,7 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "laep_jax"
 # A room may import those before it and itself. Files not named here belong to their folder.
 ORDER = [
-    {"laep_jax", "errors", "checks"},
+    {"laep_jax", "errors"},
+    {"checks"},
     {"config", "chips", "files", "hosts", "launch"},
     {"laep"},
     {"gin_config", "sharding", "report"},
