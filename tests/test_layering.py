@@ -15,7 +15,7 @@ ORDER = [
     {"model", "data"},
     {"training"},
     {"preflight"},
-    {"bench"},
+    {"bench", "faults"},
     {"__main__"},
 ]
 TRAINING_ORDER = [

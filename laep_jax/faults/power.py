@@ -15,9 +15,9 @@ def recorded_syncs() -> Iterator[Syncs]:
     syncs: Syncs = {}
     fsync = os.fsync
 
-    def recording(descriptor: int) -> None:
-        found = os.fstat(descriptor)
-        fsync(descriptor)
+    def recording(fd) -> None:
+        found = os.fstat(fd)
+        fsync(fd)
         syncs[found.st_dev, found.st_ino] = found.st_mtime_ns, found.st_size
 
     os.fsync = recording
