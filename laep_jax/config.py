@@ -7,34 +7,17 @@
 
 import dataclasses
 import math
-import types
 import typing
 
-from laep_jax.errors import UserError, require
+from laep_jax.errors import UserError, require, require_type
 
 DTYPES = ("float32", "bfloat16")
+MOST_LAYERS, MOST_CPU_DEVICES = 10_000, 1_024  # more are a slip, and would take memory before anything is checked
 BATCH_AXES = ("data", "fsdp", "expert")
 
 
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
     require(value in allowed, field, value, f"must be one of {', '.join(allowed)}")
-
-
-def _matches(value: object, hint: object) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_matches(value, part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        return isinstance(value, tuple) and all(_matches(v, item) for v in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)  # type: ignore[arg-type]
-
-
-def _describe(hint: object) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("NoneType", "None")
 
 
 def _check_fields(config: object) -> None:
@@ -45,9 +28,12 @@ def _check_fields(config: object) -> None:
         if isinstance(value, list):
             value = tuple(value)
             object.__setattr__(config, field, value)
-        require(_matches(value, hint), f"{name}.{field}", value, f"must be of type {_describe(hint)}")
-        if isinstance(value, float):
-            require(not math.isnan(value), f"{name}.{field}", value, "must be a number")
+        require_type(f"{name}.{field}", value, hint)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                require(not math.isnan(number), f"{name}.{field}", value, "must be a number")
+            if isinstance(number, int):
+                require(abs(number) < 2**31, f"{name}.{field}", value, "must be below 2**31")
 
 
 def _at_least(config: object, bound: float, *fields: str) -> None:
@@ -61,7 +47,7 @@ def _in_range(config: object, low: float, high: float, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         require(
-            low <= value <= high,
+            value is None or low <= value <= high,
             f"{type(config).__name__}.{field}",
             value,
             f"must lie between {low} and {high}",
@@ -101,7 +87,8 @@ class ModelConfig:
 
     def __post_init__(self):
         _check_fields(self)
-        _at_least(self, 1, "vocab_size", "num_layers", "hidden_size", "num_heads", "ffn_size", "top_k")
+        _at_least(self, 1, "vocab_size", "hidden_size", "num_heads", "ffn_size", "top_k")
+        _in_range(self, 1, MOST_LAYERS, "num_layers")
         if isinstance(self.num_experts, int):
             object.__setattr__(self, "num_experts", (self.num_experts,) * self.num_layers)
         require(
@@ -168,7 +155,8 @@ class MeshConfig:
 
     def __post_init__(self):
         _check_fields(self)
-        _at_least(self, 1, "data", "fsdp", "expert", "cpu_devices")
+        _at_least(self, 1, "data", "fsdp", "expert")
+        _in_range(self, 1, MOST_CPU_DEVICES, "cpu_devices")
 
     def resolve(self, num_devices: int, num_experts: tuple[int, ...]) -> "MeshConfig":
         """The same mesh with every size filled in; refuses one that does not fit the devices.
@@ -232,6 +220,8 @@ class LaepConfig:
     `max_runs`: restore experts until neighbouring layers form at most so many runs of equal count, since
     each is compiled by itself. The cut comes `cut_delay` steps after its plan was made, in which the
     smaller model's steps are compiled beside the training. `restore`: cut through the checkpoint or in device memory.
+    `guard_steps` after a prune the held-out loss may be `guard_tolerance` nats above that before it; else the prune is
+    undone and tried again with alpha and beta halved, `max_retries` times at most. guard_steps=None: no guard.
     """
 
     alpha: float | str | tuple[float, ...] = "hybrid"
@@ -252,6 +242,9 @@ class LaepConfig:
     max_runs: int | None = None
     cut_delay: int = 20
     restore: str = "orbax"
+    guard_steps: int | None = 50
+    guard_tolerance: float = 0.02
+    max_retries: int = 2
 
     def __post_init__(self):
         _check_fields(self)
@@ -264,8 +257,8 @@ class LaepConfig:
                 require(value >= 0, "LaepConfig.alpha", self.alpha, "must not be negative")
         _in_range(self, 0, 1, "beta", "overlap")
         _in_range(self, -1, 1, "rank_correlation")
-        _at_least(self, 1, "window", "stable_windows", "prune_at_step", "max_runs")
-        _at_least(self, 0, "min_step", "max_prunes", "rearrange_gain", "cut_delay")
+        _at_least(self, 1, "window", "stable_windows", "prune_at_step", "max_runs", "guard_steps")
+        _at_least(self, 0, "min_step", "max_prunes", "rearrange_gain", "cut_delay", "guard_tolerance", "max_retries")
         _one_of("LaepConfig.estimator", self.estimator, ("vote", "mean"))
         _one_of("LaepConfig.inequality", self.inequality, ("le", "lt"))
         _one_of("LaepConfig.rounding", self.rounding, ("restore", "prune"))
@@ -328,7 +321,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Length, rhythm and seed of a run. Counts are optimizer steps."""
+    """Length, rhythm and seed of a run. Counts are optimizer steps.
+
+    A step whose loss or gradient is not finite is skipped; `max_skipped_steps` of them in a row stop the run.
+    """
 
     num_steps: int = 400
     grad_accumulation: int = 1
@@ -338,11 +334,14 @@ class TrainConfig:
     eval_batches: int = 8
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
+    max_skipped_steps: int = 10
+    step_timeout: float | None = 600.0  # seconds until a step counts as hung and the process ends; None: never
 
     def __post_init__(self):
         _check_fields(self)
         _at_least(self, 1, *(f.name for f in dataclasses.fields(self) if f.name != "seed"))
         _in_range(self, 0, 2**31 - 1, "seed")
+        _in_range(self, 1, 7 * 24 * 3600, "step_timeout")
 
 
 @dataclasses.dataclass(frozen=True)

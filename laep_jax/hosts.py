@@ -17,13 +17,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from laep_jax.errors import UserError, explain, require
+from laep_jax.errors import EXPLAINED, StoppedError, UserError, explain, require
 
 ADDRESS, NUMBER, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 HEARTBEAT_TIMEOUT = 30  # seconds until a silent process counts as dead and the others end; JAX waits 100
 MESSAGE = 1024  # bytes
-SHARED_ERRORS = (UserError, FloatingPointError)  # every process comes to them, at the same place
+SHARED_ERRORS = (UserError, FloatingPointError, StoppedError)  # every process comes to them, at the same place
 
 
 def num_processes() -> int:
@@ -129,7 +129,7 @@ def leaving_at_once(is_busy: Callable[[], bool]) -> Iterator[None]:
             if jax.process_count() > 1:
                 jax.distributed.shutdown()
         code = 1
-        if isinstance(error, (UserError, KeyboardInterrupt)):
+        if isinstance(error, EXPLAINED):
             code = explain(error)
         else:
             traceback.print_exc()

@@ -1,15 +1,19 @@
 """`python -m laep_jax launch`: the training of several hosts, tried with processes of one machine.
 
-    python -m laep_jax launch --num-processes 2 -- --gin_file=configs/tiny.gin --workdir=runs/x
+    python -m laep_jax launch --num-processes 2 --restarts 3 -- --gin_file=configs/tiny.gin --workdir=runs/x
 
 Starts that many `python -m laep_jax train` with the arguments behind `--`, connected over the loopback
 interface; they share `MeshConfig.cpu_devices` emulated devices. Process 0 writes to the terminal, what
-others say is shown where they fail. The first to fail ends all. On real hosts nothing is launched: each
-runs train.py itself.
+others say is shown where they fail. The first to fail ends all, and after a crash all are started again. On real
+hosts nothing is launched: each runs train.py itself.
+
+SIGTERM and Ctrl-C are passed on; the processes save and end, however long that takes. A second signal ends them
+at once.
 """
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -17,13 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO
 
-from laep_jax.errors import require
+from laep_jax.errors import INTERRUPTED, REFUSED, STOPPED, require
 
 POLL = 0.1  # seconds
-GRACE = 5.0  # seconds for the others to end by themselves after a failure or Ctrl-C
+GRACE = 5.0  # seconds for the others to end by themselves after a failure
+FINAL = (0, REFUSED, STOPPED, INTERRUPTED)  # exit codes after which starting again is useless or unwanted
+# Has the kernel send SIGTERM to a process when the launcher is gone, be it by SIGKILL; then becomes that process.
+ORPHANS_STOP = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,37 +39,67 @@ def main(argv: Sequence[str]) -> int:
         description="Trains in several processes of this machine, as several hosts would.",
     )
     parser.add_argument("--num-processes", type=int, required=True, metavar="N", help="processes to start")
+    parser.add_argument(
+        "--restarts", type=int, default=0, metavar="N", help="how often to start all again after a crash"
+    )
     parser.add_argument("train_arguments", nargs="*", metavar="-- ARGUMENTS", help="of train.py")
     arguments = parser.parse_args(argv)
     require(arguments.num_processes >= 1, "--num-processes", arguments.num_processes, "must be at least 1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    return launch([sys.executable, "-m", "laep_jax", "train", *arguments.train_arguments], arguments.num_processes)
+    require(arguments.restarts >= 0, "--restarts", arguments.restarts, "must not be negative")
+    command = [sys.executable, "-m", "laep_jax", "train", *arguments.train_arguments]
+    return launch(command, arguments.num_processes, arguments.restarts)
 
 
-def launch(command: Sequence[str], num_processes: int) -> int:
+def launch(command: Sequence[str], num_processes: int, restarts: int = 0) -> int:
     """Runs `command` as that many connected processes; no process is left when this returns or raises.
 
-    Returns 0, or the exit code of the first that failed (128 + the signal that ended it), or 130
-    after Ctrl-C.
+    restarts: how often they are all started again after a crash. Returns 0, or the exit code of the first that
+    failed (128 + the signal that ended it), 75 where they were told to stop, or 128 + the second signal.
     """
+    with _hearing() as told:
+        index, code = _run(command, num_processes, told)
+        for restart in range(1, restarts + 1):
+            if told or code in FINAL:
+                break
+            print(f"process {index} ended with code {code}: restart {restart} of {restarts}", file=sys.stderr)
+            index, code = _run(command, num_processes, told)
+    if len(told) > 1:
+        return 128 + told[1]
+    return STOPPED if told and code == 128 + signal.SIGTERM else code  # before it could save there was nothing to save
+
+
+@contextlib.contextmanager
+def _hearing() -> Iterator[list[int]]:
+    """The list of the signals that tell the launcher to stop, as they come; those that are ignored stay so."""
+    told: list[int] = []
+    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number, handler in found.items() if handler is not signal.SIG_IGN]
+    try:
+        for number in heard:
+            signal.signal(number, lambda number, frame: told.append(number))
+        yield told
+    finally:
+        for number in heard:
+            signal.signal(number, found[number])
+
+
+def _run(command: Sequence[str], num_processes: int, told: Sequence[int]) -> tuple[int, int]:
+    """Runs all processes once. The first that failed and its exit code, (0, 0) without one."""
     address = f"127.0.0.1:{_free_port()}"
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(num_processes)]
         children: list[subprocess.Popen] = []
         stack.callback(_kill, children)
-        try:
-            for index in range(num_processes):
-                output = None if index == 0 else said[index]
-                children.append(_start(command, address, num_processes, index, output))
-            failed = _wait_for_failure(children)
-            if not failed:
-                return 0
-            _wait(children, GRACE)
-        except KeyboardInterrupt:  # a terminal sends it to the processes as well
-            _wait(children, GRACE)
-            return 128 + signal.SIGINT
+        for index in range(num_processes):
+            children.append(_start(command, address, num_processes, index, None if index == 0 else said[index]))
+        failed = _wait_for_failure(children, told)
+        if not failed:
+            return 0, 0
+        first = max(failed, key=lambda index: children[index].returncode)  # signals are negative
+        code = _exit_code(children[first].returncode)
+        _wait(children, math.inf if code == STOPPED else GRACE, told)
         _tell(failed, children, said)
-        return _exit_code(max(children[index].returncode for index in failed))  # signals are negative
+        return first, code
 
 
 def _free_port() -> int:
@@ -84,23 +121,35 @@ def _start(
         "JAX_PROCESS_ID": str(index),
     }
     error = None if output is None else subprocess.STDOUT
+    if sys.platform == "linux":
+        command = [sys.executable, "-S", "-c", ORPHANS_STOP, *command]
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=error)
 
 
-def _wait_for_failure(children: Sequence[subprocess.Popen]) -> list[int]:
-    """The first to fail, with those who failed at the same time; nobody when all have ended well."""
-    while True:
+def _wait_for_failure(children: Sequence[subprocess.Popen], told: Sequence[int]) -> list[int]:
+    """The first to fail, with those who failed at the same time; nobody when all have ended well.
+
+    Passes the first signal on, as the SIGTERM that any number of the processes may get any number of times: Ctrl-C
+    has reached them already, a second one would break them off. Returns nobody after the second.
+    """
+    passed_on = False
+    while len(told) < 2:
         codes = [child.poll() for child in children]
         failed = [index for index, code in enumerate(codes) if code]
         if failed or None not in codes:
             return failed
+        if told and not passed_on:
+            for child in children:
+                child.terminate()
+            passed_on = True
         time.sleep(POLL)
+    return []
 
 
-def _wait(children: Sequence[subprocess.Popen], seconds: float) -> None:
-    """Returns when all have ended, or after that many seconds."""
+def _wait(children: Sequence[subprocess.Popen], seconds: float, told: Sequence[int]) -> None:
+    """Returns when all have ended, after that many seconds, or after the second signal."""
     deadline = time.monotonic() + seconds
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline and len(told) < 2:
         time.sleep(POLL)
 
 
@@ -115,11 +164,11 @@ def _kill(children: Sequence[subprocess.Popen]) -> None:
 def _tell(failed: Sequence[int], children: Sequence[subprocess.Popen], said: Sequence[IO[bytes]]) -> None:
     """Prints what the processes that failed said; the first, which writes to the terminal, has told already.
 
-    A refusal (code 2) is the same in all of them. Who fails later does so because of these.
+    A refusal or a stop is the same in all of them. Who fails later does so because of these.
     """
     for index in failed:
         code = children[index].returncode
-        if index and not (code == children[0].returncode == 2):
+        if index and not (code == children[0].returncode and code in (REFUSED, STOPPED)):
             said[index].seek(0)
             for line in said[index].read().decode(errors="replace").splitlines():
                 print(f"[process {index}] {line}", file=sys.stderr)

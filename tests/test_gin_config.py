@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import strategies as st
 
 from laep_jax.config import Config, LaepConfig, ModelConfig
 from laep_jax.errors import UserError
@@ -67,21 +68,86 @@ def test_command_line_values_need_no_quotes(argument, value, equals):
         ("ModelConfig.dtype = bfloat16", "bfloat16 is no Python literal; text stands in quotes"),
         ("ModelConfig.num_layers = 'two'", "ModelConfig.num_layers='two' must be of type int"),
         ("ModelConfig.num_layers = 2.5", "ModelConfig.num_layers=2.5 must be of type int"),
-        ("ModelConfig.num_layers = @LaepConfig()", "must be of type int"),
-        ("import laep_nothing", "No module named 'laep_nothing'"),
-        ("include 'nothing.gin'", "Unable to open file: nothing.gin"),
+        ("include 'nothing.gin'", "include 'nothing.gin' cannot be read: No such file or directory"),
         ("ModelConfig.num_layers 3", "config does not parse: Couldn't parse statement"),
         ("LaepConfig.beta = -0.5", "LaepConfig.beta=-0.5 must lie between 0 and 1"),
+        ("ModelConfig.num_layers = @LaepConfig()", "@LaepConfig is a reference; a config holds values only"),
+        ("A = @gin.singleton()\nModelConfig.num_layers = %A", "@gin.singleton is a reference"),
+        ("import laep_trap", "import laep_trap: a config imports nothing"),
+        ("import laep_trap as x", "import laep_trap: a config imports nothing"),
+        ("from laep_trap import x", "import laep_trap.x: a config imports nothing"),
+        ("from __gin__ import dynamic_registration", "a config imports nothing"),
+        ("ModelConfig.num_layers = __import__('laep_trap')", "__import__ is no Python literal"),
+        ("ModelConfig.num_layers = %gin.REQUIRED", "%gin.REQUIRED is used but never set"),
+        ("A = %A\nModelConfig.num_layers = %A", "A is a macro, and holds another one"),
+        ("A = (1, [%B])\nB = 1\nModelConfig.num_layers = %A", "A is a macro, and holds another one"),
+        ("include 'a.gin'", "include 'a.gin' includes itself"),
+        ("include '/etc/passwd'", "include '/etc/passwd' leads out of the folder of a.gin"),
+        ("include '../b.gin'", "include '../b.gin' leads out of the folder of a.gin"),
+        ("include 'link.gin'", "include 'link.gin' leads out of the folder of a.gin"),
+        ("include '\\0'", "leads out of the folder"),
+        ("include '.'", "include '.' is not a regular file"),
+        ("ModelConfig.num_layers = " + "(" * 10_000, "config does not parse: maximum recursion"),
+        ("ModelConfig.num_layers = (1,", "config does not parse: ('EOF in multi-line statement'"),
+        ("ModelConfig.num_layers = -", "config does not parse"),
+        ("ModelConfig.num_layers = {[1]: 2}", "config does not parse: unhashable"),
+        ("ModelConfig.num_layers = 0x" + "f" * 10_000, "ModelConfig.num_layers=<40000 bits> must be below 2**31"),
+        ("ModelConfig.num_layers = " + "9" * 10_000, "config does not parse: Exceeds the limit"),
+        ("ModelConfig.num_layers = 10001", "ModelConfig.num_layers=10001 must lie between 1 and 10000"),
+        ("MeshConfig.cpu_devices = 1_000_000", "MeshConfig.cpu_devices=1000000 must lie between 1 and 1024"),
+        ("#" * 40_000, "size of --gin_file="),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(write, text, message):
+def test_what_is_wrong_is_told_in_one_line(write, tmp_path, monkeypatch, text, message):
+    (tmp_path / "link.gin").symlink_to("/dev/zero")
+    (tmp_path / "laep_trap.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=re.escape(message)) as error:
         load_config(write(text))
     assert "\n" not in str(error.value)
 
 
+def test_files_and_bindings_have_one_limit(write):
+    write("# " * 10_000, "b.gin")
+    with pytest.raises(UserError, match=r"b.gin: the config as a whole is above 32768 characters"):
+        load_config(write("include 'b.gin'\n" * 9))
+    with pytest.raises(UserError, match="the command line: the config as a whole is above"):
+        load_config([], ["TrainConfig.num_steps = 9"] * 9_000)
+    with pytest.raises(UserError, match="a setting of 40000 characters is above 32768"):
+        parse_arguments(["--gin.LaepConfig.alpha=" + "(" * 40_000])
+
+
+def test_any_text_is_a_config_or_refused(fuzz, tmp_path):
+    text = operative_config(Config()) + "STEPS = 3\nTrainConfig.num_steps = %STEPS\nModelConfig:\n  top_k = 1\n"
+    path = tmp_path / "a.gin"
+
+    def check(data):
+        path.write_bytes(data.draw(fuzz.bytes(text.encode())))
+        config = fuzz.reads(lambda: load_config([str(path)]))
+        assert config is None or load_config(write_config(path, config)) == config
+
+    fuzz(check)
+
+
+def test_any_command_line_is_a_config_or_refused(fuzz):
+    odd = ["(" * 3000, "-" * 3000, "%A", "@LaepConfig()", "1\nimport os", "0.5"]
+    values = st.one_of(st.text(), st.sampled_from(odd))
+
+    def check(data):
+        name = data.draw(st.one_of(st.sampled_from(["LaepConfig.alpha", "ModelConfig.num_layers"]), st.text()))
+        arguments = [f"--gin.{name}", data.draw(values)]
+        fuzz.reads(lambda: load_config(*parse_arguments(arguments)[:2]))
+
+    fuzz(check)
+
+
+def write_config(path, config) -> list[str]:
+    path.write_text(operative_config(config))
+    return [str(path)]
+
+
 def test_a_missing_file_or_value_is_refused():
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
         load_config(["nowhere.gin"])
     with pytest.raises(UserError, match="alpha needs a value"):
         parse_arguments(["--gin.LaepConfig.alpha"])

@@ -76,26 +76,105 @@ def test_a_refusal_of_all_is_told_once(tmp_path, capfd):
     assert capfd.readouterr().err == "error: no such thing\n"
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_the_launcher_ends_all(tmp_path, sent, code):
-    command = program(tmp_path, "everybody()\n(here / 'ready').touch()\ntime.sleep(600)\n")
-    start = "import signal, sys\nfrom laep_jax import launch\nlaunch.sys.executable, *arguments = sys.argv[1:]\n"
-    start += (
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
-    )
-    start += "launch.GRACE = 0.5\nsys.exit(launch.main(arguments))\n"
-    fake = tmp_path / "python"  # in the place of `python -m laep_jax train`
-    fake.write_text(f"#!/bin/sh\nexec {' '.join(command)}\n")
-    fake.chmod(0o755)
-    launcher = subprocess.Popen([sys.executable, "-c", start, str(fake), "--num-processes", "2"], cwd=ROOT)
-    while not (tmp_path / "ready").exists():
-        assert launcher.poll() is None
-        time.sleep(0.05)
-    launcher.send_signal(sent)
-    assert launcher.wait(timeout=60) == code
+@pytest.mark.parametrize(("code", "starts"), [(3, 3), (-9, 3), (2, 1), (75, 1), (130, 1), (0, 1)])
+def test_after_a_crash_all_are_started_again_so_many_times(tmp_path, capfd, code, starts):
+    body = "everybody()\n(here / f'{index}.starts').open('a').write('x')\n"
+    body += f"os.kill(os.getpid(), {-code})\n" if code < 0 else f"sys.exit({code})\n"
+    code = 128 - code if code < 0 else code
+    assert launch.launch(program(tmp_path, body), 2, restarts=2) == code
+    assert [(tmp_path / f"{index}.starts").read_text() for index in range(2)] == ["x" * starts] * 2
+    told = [line for line in capfd.readouterr().err.splitlines() if "restart" in line]
+    assert [line.split(" ended ")[1] for line in told] == [
+        f"with code {code}: restart {restart} of 2" for restart in range(1, starts)
+    ]
+
+
+@pytest.fixture
+def launcher(tmp_path):
+    """A function: a launcher, as a process, of two programs of that body, which make `ready` when they are."""
+
+    def start(body: str) -> subprocess.Popen:
+        code = "import signal, sys\nfrom laep_jax import launch\n"
+        code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored behind a shell's &
+        code += f"launch.GRACE = 0.5\nsys.exit(launch.launch({program(tmp_path, body)}, 2, restarts=1))\n"
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+        started.append(process)
+        while len(list(tmp_path.glob("*.ready"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        return process
+
+    started: list[subprocess.Popen] = []
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+SAVING = """
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+(here / f'{index}.ready').touch()
+everybody()
+while not told: time.sleep(0.02)
+(here / f'{index}.saving').touch()
+time.sleep(SECONDS + index)
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_is_passed_on_and_all_are_waited_for(tmp_path, launcher, sent):
+    process = launcher(SAVING.replace("SECONDS", "0.2"))  # one of them for longer than GRACE
+    process.send_signal(sent)
+    assert process.wait(timeout=60) == 75
     assert_all_gone(tmp_path, 2)
 
 
-def test_no_processes_are_refused():
-    with pytest.raises(UserError, match=r"--num-processes=0 must be at least 1"):
-        launch.main(["--num-processes", "0"])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_to_the_launcher_ends_all(tmp_path, launcher, sent, code):
+    process = launcher(SAVING.replace("SECONDS", "600"))
+    process.send_signal(sent)
+    while len(list(tmp_path.glob("*.saving"))) < 2:
+        time.sleep(0.05)
+    process.send_signal(sent)
+    assert process.wait(timeout=60) == code
+    assert_all_gone(tmp_path, 2)
+
+
+def test_a_signal_before_there_is_anything_to_save_is_a_stop_too(tmp_path, launcher):
+    process = launcher("(here / f'{index}.ready').touch()\ntime.sleep(600)\n")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert_all_gone(tmp_path, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
+def test_processes_whose_launcher_was_killed_stop(tmp_path, launcher):
+    launcher(SAVING.replace("SECONDS", "0")).kill()
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.saving"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-processes", "0"], "--num-processes=0 must be at least 1"),
+        (["--num-processes", "2", "--restarts", "-1"], "--restarts=-1 must not be negative"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        launch.main(arguments)
+
+
+def test_the_arguments_reach_the_processes(tmp_path, monkeypatch):
+    fake = tmp_path / "python"  # in the place of `python -m laep_jax train`
+    fake.write_text(f"#!/bin/sh\necho x >> {tmp_path}/starts\n[ \"$*\" = '-m laep_jax train --workdir=x' ] && exit 3\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(launch.sys, "platform", "elsewhere")
+    monkeypatch.setattr(launch.sys, "executable", str(fake))
+    assert launch.main(["--num-processes", "1", "--restarts", "2", "--", "--workdir=x"]) == 3
+    assert (tmp_path / "starts").read_text() == "x\n" * 3

@@ -6,12 +6,11 @@ all; then the training tokens and the held-out tokens. The header holds the SHA-
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,13 +18,13 @@ import numpy as np
 
 from laep_jax.config import DataConfig
 from laep_jax.data.corpus import Corpus, add_to_hash, corpus_field, is_heldout
-from laep_jax.data.sources import read_documents
+from laep_jax.data.sources import Document, read_documents
 from laep_jax.data.tokenizer import Tokenizer
 from laep_jax.errors import UserError, require
 
 VERSION = 1  # of the file, of reading and of tokenizing: another one makes every cache anew
 DIGEST, HEADER = 64, 4096  # bytes
-DOCUMENTS_AT_ONCE = 256
+DOCUMENTS_AT_ONCE, BYTES_AT_ONCE = 256, 1 << 24  # tokenized together
 CHUNK = 1 << 22  # bytes hashed at a time
 
 log = logging.getLogger(__name__)
@@ -119,9 +118,22 @@ def _write_tokens(file: BinaryIO, config: DataConfig, corpus: Corpus, tokenizer:
 
 def _tokenize(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tokens closed by the end of document) of every document, in order."""
-    documents, sha = read_documents(config), hashlib.sha256()
-    while some := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
+    sha = hashlib.sha256()
+    for some in _batches(read_documents(config)):
         for document, tokens in zip(some, tokenizer.encode([text for _, text in some]), strict=True):
             add_to_hash(sha, document)
-            yield document.name, np.append(tokens, tokenizer.eod).astype(tokenizer.dtype)
+            yield document.name, np.append(tokens.astype(tokenizer.dtype), tokenizer.dtype.type(tokenizer.eod))
     require(sha.hexdigest() == corpus.sha256, *corpus_field(config), "changed while it was read")
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """All of them in order, a batch closed where it has enough documents or bytes."""
+    some, size = [], 0
+    for document in documents:
+        some.append(document)
+        size += len(document.text)
+        if len(some) == DOCUMENTS_AT_ONCE or size >= BYTES_AT_ONCE:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some

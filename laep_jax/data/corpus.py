@@ -1,4 +1,4 @@
-"""A corpus as a whole: which documents are held out, and a hash of everything in it."""
+"""A corpus as a whole: which documents are held out, what they belong to, and a hash of everything in it."""
 
 import hashlib
 from typing import NamedTuple
@@ -9,12 +9,16 @@ from laep_jax.errors import require
 
 
 class Corpus(NamedTuple):
-    """What a corpus holds; `sha256` covers names and texts, in order."""
+    """What a corpus holds; `sha256` covers names and texts, in order, `heldout_domains` has one name a document."""
 
     sha256: str
     num_train: int
-    num_heldout: int
+    heldout_domains: tuple[str, ...]
     num_bytes: int
+
+    @property
+    def num_heldout(self) -> int:
+        return len(self.heldout_domains)
 
 
 def is_heldout(name: str, share: float) -> bool:
@@ -26,6 +30,21 @@ def is_heldout(name: str, share: float) -> bool:
     return int.from_bytes(hashlib.sha256(_name_bytes(name)).digest()[:8]) < share * 2**64
 
 
+def domain(name: str, source: str) -> str:
+    """What a document belongs to: the first folder of its name.
+
+    Outside any folder it is the file that holds it, but what lies there in `stdlib`, single modules, is one domain,
+    and so are the single files of `text`.
+
+    >>> domain("json/decoder.py", "stdlib"), domain("abc.py", "stdlib"), domain("web.jsonl#7", "jsonl")
+    ('json', '(modules)', 'web.jsonl')
+    """
+    first, in_folder, _ = _name_bytes(name).decode(errors="replace").partition("/")
+    if in_folder:
+        return first
+    return {"stdlib": "(modules)", "text": "."}.get(source) or first.rpartition("#")[0]
+
+
 def add_to_hash(sha, document: Document) -> None:
     """Adds a document to a corpus hash, lengths included, so that borders count too."""
     name = _name_bytes(document.name)
@@ -35,18 +54,19 @@ def add_to_hash(sha, document: Document) -> None:
 
 def survey(config: DataConfig) -> Corpus:
     """Reads the corpus once. `UserError` where one side of the split would have no document."""
-    sha, num_documents, num_heldout, num_bytes = hashlib.sha256(), 0, 0, 0
+    sha, num_documents, num_bytes, domains = hashlib.sha256(), 0, 0, []
     for document in read_documents(config):
         add_to_hash(sha, document)
         num_documents += 1
-        num_heldout += is_heldout(document.name, config.heldout_share)
         num_bytes += len(document.text)
+        if is_heldout(document.name, config.heldout_share):
+            domains.append(domain(document.name, config.source))
     field, value = corpus_field(config)
     require(num_documents > 0, field, value, "holds no text")
-    for side, count in (("training", num_documents - num_heldout), ("held-out", num_heldout)):
+    for side, count in (("training", num_documents - len(domains)), ("held-out", len(domains))):
         rule = f"leaves no {side} document: {field}={value!r} holds {num_documents}"
         require(count > 0, "DataConfig.heldout_share", config.heldout_share, rule)
-    return Corpus(sha.hexdigest(), num_documents - num_heldout, num_heldout, num_bytes)
+    return Corpus(sha.hexdigest(), num_documents - len(domains), tuple(domains), num_bytes)
 
 
 def corpus_field(config: DataConfig) -> tuple[str, str]:

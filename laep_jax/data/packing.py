@@ -23,6 +23,15 @@ def cut_rows(stream: np.ndarray, rows_B: np.ndarray, sequence_length: int) -> np
     return np.where(places_BT < len(stream), tokens_BT, np.int32(PADDING))
 
 
+def document_indices(ends: np.ndarray, rows_B: np.ndarray, sequence_length: int) -> np.ndarray:
+    """The document that each token of the named rows is in, and so its target, [B, S]; the last one on padding.
+
+    ends: where each document's last token is, ascending.
+    """
+    places_BS = rows_B[:, None] * sequence_length + np.arange(sequence_length)
+    return np.searchsorted(ends, np.minimum(places_BS, ends[-1]))
+
+
 def pack(tokens_BT: np.ndarray, eod: int) -> dict[str, np.ndarray]:
     """Model inputs and targets of rows, each int32 [B, S].
 

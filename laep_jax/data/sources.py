@@ -1,12 +1,14 @@
 """Where text comes from: named documents of UTF-8 bytes, always in the same order.
 
 A document's name is its path relative to the corpus, with "#" and its number where a file holds several.
-What cannot be read stops the run; only hidden files, blank lines and empty texts are passed over.
+What cannot be read stops the run, and so does what is no regular file, too long, or grows out of all proportion when
+unpacked; only hidden files, blank lines, empty texts and links to folders are passed over.
 """
 
+import contextlib
 import glob
 import gzip
-import json
+import math
 import os
 import sysconfig
 import zlib
@@ -17,6 +19,7 @@ from typing import NamedTuple
 from laep_jax.config import DataConfig
 from laep_jax.data.synthetic import synthetic_documents
 from laep_jax.errors import UserError, require
+from laep_jax.files import open_regular, parse_json, read_bytes
 
 NOT_STDLIB = (  # folders of it that are not read
     {"site-packages", "dist-packages", "__pycache__"}
@@ -25,6 +28,9 @@ NOT_STDLIB = (  # folders of it that are not read
     | {"distutils", "lib2to3"}  # newer versions lack them
 )
 RECORDS_AT_ONCE = 1024
+MOST_TEXT = 2**27  # bytes of a document
+MOST_LINE = 2**26  # bytes of a JSON line
+MOST_GROWTH = 100  # of a gzip file, in units of its size; text grows to 3 to 10 times
 
 
 class Document(NamedTuple):
@@ -64,27 +70,40 @@ def _read_stdlib() -> Iterator[tuple[str, bytes]]:
 
 
 def _read_text(name: str, path: Path, config: DataConfig) -> Iterator[tuple[str, bytes]]:
-    yield name, _utf8(path.read_bytes(), _field(config), name)
+    yield name, _utf8(read_bytes(path, _name(path, config), MOST_TEXT), _field(config), name)
 
 
 def _read_jsonl(name: str, path: Path, config: DataConfig) -> Iterator[tuple[str, bytes]]:
     """One document a line, named by its line; compressing the file changes no name."""
     name = name.removesuffix(".gz")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{name}#{number}", _json_text(line, f"line {number} of {name}", config)
+        for number, line in enumerate(_lines(path, config), 1):
+            if line.strip():
+                yield f"{name}#{number}", _json_text(line, f"line {number} of {name}", config)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{_field(config)} holds a damaged gzip file: {path}") from error
 
 
+def _lines(path: Path, config: DataConfig) -> Iterator[bytes]:
+    """The lines of a file, unpacked where it is compressed."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_regular(path, _name(path, config)))
+        left = math.inf
+        if path.suffix == ".gz":
+            left = MOST_GROWTH * os.fstat(file.fileno()).st_size
+            file = stack.enter_context(gzip.open(file))
+        while line := file.readline(MOST_LINE + 1):
+            left -= len(line)
+            if len(line) > MOST_LINE:
+                raise UserError(f"{_field(config)} holds a line of more than {MOST_LINE} bytes: {path}")
+            if left < 0:
+                raise UserError(f"{_field(config)} holds a gzip file that grows more than {MOST_GROWTH} times: {path}")
+            yield line
+
+
 def _json_text(line: bytes, where: str, config: DataConfig) -> bytes:
     """The document in one line of JSON."""
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{_field(config)} must hold JSON lines, but {where} is none: {error}") from error
+    value = parse_json(line, f"{_field(config)}: {where}")
     field = ("DataConfig.text_field", config.text_field)
     require(isinstance(value, dict) and config.text_field in value, *field, f"is not in {where}")
     text = value[config.text_field]
@@ -100,6 +119,7 @@ def _read_array_record(name: str, path: Path, config: DataConfig) -> Iterator[tu
     from array_record.python.array_record_module import ArrayRecordReader
 
     problem = f"{_field(config)} holds no ArrayRecord file or a damaged one: {path}"
+    open_regular(path, _name(path, config)).close()
     try:
         reader = ArrayRecordReader(str(path))
         number = reader.num_records()
@@ -120,11 +140,23 @@ def _find_files(config: DataConfig) -> list[tuple[str, Path]]:
     elif root.is_file():
         root, found = root.parent, [root]
     else:
-        found = [Path(path) for path in set(glob.glob(config.path, recursive=True)) if os.path.isfile(path)]
-        fixed = next((i for i, part in enumerate(root.parts) if glob.has_magic(part)), 0)
-        root = Path(*root.parts[:fixed])
+        fixed = next((i for i, part in enumerate(root.parts) if glob.has_magic(part)), None)
+        if fixed is not None:
+            root, pattern = Path(*root.parts[:fixed]), str(Path(*root.parts[fixed:]))
+            found = list(_matches(root, pattern))
     require(bool(found), "DataConfig.path", config.path, "is neither a file, a folder with files nor a glob of files")
     return _named(found, root)
+
+
+def _matches(root: Path, pattern: str) -> Iterator[Path]:
+    """What matches but folders, hidden ones only where the pattern has a dot; `**` enters no links, which may loop."""
+    hidden = pattern.startswith(".") or "/." in pattern
+    try:
+        for path in set(root.glob(pattern)):
+            if not path.is_dir() and (hidden or not any(part.startswith(".") for part in path.relative_to(root).parts)):
+                yield path
+    except ValueError as error:  # as of **.txt, in some versions of Python
+        raise UserError(f"DataConfig.path={str(root / pattern)!r} is no pattern: {error}") from error
 
 
 def _walk(root: Path, leave_out: Set[str] = frozenset()) -> Iterator[Path]:
@@ -149,6 +181,10 @@ def _utf8(data: bytes, field: str, where: str) -> bytes:
     except UnicodeDecodeError as error:
         raise UserError(f"{field} holds a text that is not UTF-8: {where}, byte {error.start}") from error
     return data
+
+
+def _name(path: Path, config: DataConfig) -> str:
+    return f"{_field(config)}: {path}"
 
 
 def _field(config: DataConfig) -> str:

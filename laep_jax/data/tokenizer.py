@@ -1,15 +1,18 @@
 """Text to token ids: plain bytes, or any Hugging Face `tokenizer.json` (extra `tok`)."""
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from laep_jax.errors import UserError, require
+from laep_jax.files import read_bytes
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # first one found ends documents
+MOST_BYTES = 2**27  # of a tokenizer.json; the largest known have 40 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,23 +55,36 @@ def import_tokenizers():
     return tokenizers
 
 
+@contextlib.contextmanager
+def _refusing(problem: str) -> Iterator[None]:
+    """What the package `tokenizers` raises as a `UserError`; a panic in it is no `Exception`."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise UserError(f"{problem}: {error}") from error
+
+
 def _load_json(path: str) -> Tokenizer:
+    name = f"DataConfig.tokenizer={path!r}"
     require(Path(path).is_file(), "DataConfig.tokenizer", path, 'is neither "bytes" nor a file')
     tokenizers = import_tokenizers()
-    data = Path(path).read_bytes()
-    try:
+    data = read_bytes(Path(path), name, MOST_BYTES)
+    with _refusing(f"{name} is no Hugging Face tokenizer.json"):
         model = tokenizers.Tokenizer.from_buffer(data)
         first_free = max(model.get_vocab(with_added_tokens=True).values()) + 1
-    except ValueError as error:
-        raise UserError(f"DataConfig.tokenizer={path!r} is no Hugging Face tokenizer.json: {error}") from error
-    model.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not its end
-    model.no_padding()
-    model.no_truncation()
-    special = {token.content: id for id, token in model.get_added_tokens_decoder().items() if token.special}
+        model.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not its end
+        model.no_padding()
+        model.no_truncation()
+        special = {token.content: id for id, token in model.get_added_tokens_decoder().items() if token.special}
+    dropout = getattr(model.model, "dropout", None)
+    require(not dropout, f"dropout of {name}", dropout, "gives other tokens each time")
     eod = next((special[token] for token in END_OF_TEXT if token in special), first_free)
 
     def encode(texts: Sequence[bytes]) -> list[np.ndarray]:
-        encodings = model.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        with _refusing(f"{name} does not encode the corpus"):
+            encodings = model.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     return Tokenizer(hashlib.sha256(data).hexdigest(), max(first_free, eod + 1), eod, encode)

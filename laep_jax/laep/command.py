@@ -11,6 +11,7 @@ import numpy as np
 
 from laep_jax.config import LaepConfig
 from laep_jax.errors import UserError, require
+from laep_jax.files import read_array
 from laep_jax.laep.load import FIELD
 from laep_jax.laep.placement import METHODS
 from laep_jax.laep.plan import make_plan
@@ -93,19 +94,7 @@ def _alpha(text: str) -> float | str | tuple[float, ...]:
 
 def read_counts(path: Path) -> np.ndarray:
     """Token counts [N, L, E] from a .npy or .npz file. `UserError` where there are none."""
-    try:
-        require(path.is_file(), "--counts", str(path), "is not a file")
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                tokens = loaded
-            else:
-                require(FIELD in loaded.files, f"arrays in {path}", loaded.files, f"lack {FIELD!r}")
-                tokens = np.asarray(loaded[FIELD])  # which is bytes if no .npy lies in the zip
-    except UserError:
-        raise
-    except Exception as error:  # NumPy, zipfile, zlib and tokenize have many for a damaged file
-        raise UserError(f"--counts={str(path)!r} does not read as a .npy or .npz file of numbers") from error
+    tokens = read_array(path, f"--counts={str(path)!r}", FIELD)
     require(
         tokens.ndim in (2, 3),
         f"{FIELD}.shape",

@@ -13,6 +13,8 @@ import numpy as np
 from laep_jax.errors import require
 
 FIELD = "tokens_per_expert"
+MOST_TOKENS = 2**48  # of a layer's counts in all, so that sums and products of ranks fit int64
+ALIVE, ABSENT = -1, -2  # in a run's `pruned_at`: the expert is there; the layer never had so many
 
 
 def as_counts(tokens: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -47,7 +49,7 @@ def _layer_counts(tokens_NE: np.ndarray, layer: int) -> np.ndarray:
     _require_all(tokens_NE >= 0, tokens_NE, layer, "must not be negative")
     with np.errstate(over="ignore"):
         total = float(tokens_NE.sum(dtype=np.float64))
-    require(total < 2**48, f"sum of {name}", total, "must be below 2**48")
+    require(total < MOST_TOKENS, f"sum of {name}", total, "must be below 2**48")
     return tokens_NE.astype(np.int64)
 
 
@@ -55,6 +57,19 @@ def _require_all(good_NE: np.ndarray, tokens_NE: np.ndarray, layer: int, rule: s
     if not good_NE.all():
         iteration, expert = np.argwhere(~good_NE)[0].tolist()
         require(False, f"{FIELD}[{iteration}, {layer}, {expert}]", tokens_NE[iteration, expert].item(), rule)
+
+
+def check_loads(name: str, steps: np.ndarray, tokens_per_expert: np.ndarray, pruned_at: np.ndarray) -> None:
+    """`UserError` unless these are loads as a run records them: see `laep_jax.training.runlog`."""
+    shape = tokens_per_expert.shape
+    require(len(shape) == 3 and 0 not in shape[1:], f"{name} {FIELD} shape", shape, "must be [steps, layers, experts]")
+    shapes = steps.shape, pruned_at.shape
+    require(shapes == (shape[:1], shape[1:]), f"{name} steps, pruned_at", shapes, f"do not fit {shape}")
+    for field, values, least in (("steps", steps, 1), (FIELD, tokens_per_expert, 0), ("pruned_at", pruned_at, ABSENT)):
+        sound = values.dtype.kind in "iu" and bool(((values >= least) & (values < MOST_TOKENS)).all())
+        require(sound, f"{name} {field}", str(values.dtype), f"must be integers from {least} on, below 2**48")
+    require(bool((np.diff(steps.astype(np.int64)) > 0).all()), f"{name} steps", steps.tolist(), "must ascend")
+    require(bool((pruned_at == ALIVE).any(1).all()), f"{name} pruned_at", pruned_at.tolist(), "leaves a layer empty")
 
 
 class LoadHistory:
@@ -112,8 +127,17 @@ class LoadHistory:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], capacity: int) -> "LoadHistory":
-        """The history that `to_arrays` wrote, cut to its last `capacity` steps."""
-        history = cls(arrays["num_experts"].tolist(), capacity)
-        history._steps = arrays["steps"].tolist()[-capacity:]
-        history._rows = list(arrays["tokens"].astype(np.int64))[-capacity:]
+        """The history that `to_arrays` wrote, cut to its last `capacity` steps. `UserError` on anything else."""
+        missing = {"num_experts", "steps", "tokens"} - arrays.keys()
+        require(not missing, "arrays of the history", sorted(arrays), f"lack {sorted(missing)}")
+        num_experts, steps, tokens = arrays["num_experts"], arrays["steps"], arrays["tokens"]
+        integers = all(array.dtype.kind == "i" for array in (num_experts, steps, tokens))
+        shape = (*steps.shape, int(num_experts.sum())) if integers else ()
+        require(
+            num_experts.ndim == steps.ndim == 1 and tokens.shape == shape, "history", tokens.shape, f"is not {shape}"
+        )
+        require(bool((np.diff(steps) > 0).all()), "steps of the history", steps.tolist(), "must ascend")
+        history = cls(num_experts.tolist(), capacity)
+        history._steps = steps.tolist()[-capacity:]
+        history._rows = list(tokens.astype(np.int64))[-capacity:]
         return history

@@ -9,7 +9,8 @@ import math
 import sys
 from typing import Any
 
-from laep_jax.errors import UserError, require
+from laep_jax.errors import require
+from laep_jax.files import MOST_JSON, parse_json
 
 FORMAT, VERSION = "laep-plan", 1
 SETTINGS = ("estimator", "inequality", "rounding", "placement")
@@ -50,10 +51,8 @@ def dump(plan: dict[str, Any]) -> str:
 
 def parse(text: str) -> dict[str, Any]:
     """The fields of a plan from JSON text. `UserError` on another format, version, key or type."""
-    try:
-        plan = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"plan is not JSON: {error}") from error
+    require(len(text) <= MOST_JSON, "length of plan", len(text), f"is above {MOST_JSON}")
+    plan = parse_json(text, "plan")
     require(isinstance(plan, dict), "plan", type(plan).__name__, "must be a JSON object")
     require(plan.get("format") == FORMAT, "plan format", plan.get("format"), f"must be {FORMAT!r}")
     version = plan.get("version")

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from laep_jax.errors import UserError
+from laep_jax.files import refuse_links
 from laep_jax.report import figures
 from laep_jax.report.run_data import read_run
 
@@ -13,6 +14,7 @@ FIGURES = {
     "device_loads.png": figures.draw_device_loads,
     "load_heatmap.png": figures.draw_load_heatmap,
     "loss.png": figures.draw_loss,
+    "domains.png": figures.draw_domains,
 }
 DPI = 110
 
@@ -24,6 +26,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="where the figures go (default: RUN_DIR/figures)")
     args = parser.parse_args(argv)
     run = read_run(args.run_dir)
+    if not args.out:
+        refuse_links(args.run_dir)
     out = args.out or args.run_dir / "figures"
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Draws a run: the paper's Figures 1 and 2, device loads, a heat map of the experts and the loss.
+"""Draws a run: the paper's Figures 1 and 2, device loads, a heat map of the experts, the loss, also by domain.
 
 Every function takes a `RunData` and returns a Matplotlib `Figure`; none touches pyplot's global state.
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
@@ -25,6 +25,7 @@ from laep_jax.report.run_data import Cut, RunData
 
 BLUE, ORANGE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#999999"
 MAX_LAYERS = 8  # that get a panel of their own
+MAX_DOMAINS = 40  # that get a line of their own
 TOKENS = FuncFormatter(lambda value, _: f"{value:,.0f}" if value < 1e4 else f"{value:,.3g}")
 CUT_LINE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2}
 
@@ -228,6 +229,32 @@ def draw_loss(run: RunData) -> Figure:
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
     _title(figure, "Loss", run, list(range(run.num_layers)), axes.get_legend_handles_labels()[0])
+    return figure
+
+
+def draw_domains(run: RunData) -> Figure:
+    """Each domain's held-out loss: what the last prune did to it and what became of it, the worst on top."""
+    losses = series.domain_losses(run)
+    names, targets_M = losses.names[:MAX_DOMAINS], losses.targets_M[:MAX_DOMAINS]
+    figure = Figure(figsize=(10, 1.8 + 0.24 * max(len(names), 5)), layout="constrained")
+    axes = figure.add_subplot()
+    handles = []
+    styles = [(VERMILLION, "D"), (BLUE, "o")] if losses.is_change else [(BLUE, "o")]
+    for (label, loss_M), (color, marker) in zip(losses.rows.items(), styles, strict=False):
+        sizes = np.maximum(150 * targets_M / losses.targets_M.max(), 8)
+        axes.scatter(loss_M[:MAX_DOMAINS], range(len(names)), s=sizes, color=color, marker=marker, alpha=0.75)
+        mean = np.average(loss_M, weights=losses.targets_M)
+        axes.axvline(mean, color=color, linestyle="--", linewidth=1.3)
+        handles += [Line2D([], [], linestyle="", color=color, marker=marker, label=label)]
+    handles += [Line2D([], [], color="black", linestyle="--", label="all targets")]
+    axes.set_yticks(range(len(names)), [f"{n} ({t:,})" for n, t in zip(names, targets_M, strict=True)])
+    axes.invert_yaxis()
+    less = ", less that before the prune" if losses.is_change else ""
+    axes.set(xlabel=f"held-out loss{less} (nats per token)", ylabel="domain (targets)")
+    axes.grid(alpha=0.3)
+    some = f", {len(names)} of {len(losses.names)} domains" if len(names) < len(losses.names) else ""
+    title = f"Held-out loss by domain{some}; the smaller a mark, the noisier"
+    _title(figure, title, run, list(range(run.num_layers)), handles)
     return figure
 
 

@@ -7,14 +7,18 @@ Letters: N recorded steps, L layers, E experts of the original model (of its wid
 """
 
 import dataclasses
-import json
-import zipfile
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from laep_jax.errors import UserError, require
+from laep_jax.errors import UserError, require, require_type
+from laep_jax.files import read_arrays, read_json, read_records
+from laep_jax.laep.load import ABSENT, check_loads
 from laep_jax.laep.pruning import alpha_per_layer
+
+MOST_LOSS = 1e30  # nats, so that an axis can hold it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,8 @@ class RunData:
 
     steps: [N], ascending. tokens_NLE: by original id. pruned_at_LE: the last step before the expert
     went, -1 if it is there, -2 if it never was. window: steps that a mean load is taken over.
-    alpha, beta: of the config. train, evals: records in the order they were written.
+    alpha, beta: of the config. train, evals: records in the order they were written. targets: how many
+    held-out targets each domain has, empty before the first evaluation.
     """
 
     steps: np.ndarray
@@ -52,6 +57,7 @@ class RunData:
     cuts: tuple[Cut, ...]
     train: tuple[dict, ...]
     evals: tuple[dict, ...]
+    targets: dict[str, int]
 
     @property
     def num_layers(self) -> int:
@@ -91,92 +97,116 @@ def read_run(run_dir: Path) -> RunData:
     """Everything the figures show; `UserError` naming the file that is missing or does not fit."""
     if not run_dir.is_dir():
         raise UserError(f"run directory {run_dir} does not exist")
-    records = _read_records(run_dir / "metrics.jsonl")
-    laep = _read_json(run_dir / "config.json").get("laep", {})
-    loads = _read_loads(run_dir / "loads.npz")
+    records = read_records(run_dir / "metrics.jsonl")
+    loads, devices = _read_loads(run_dir / "loads.npz")
     num_layers = loads["tokens_per_expert"].shape[1]
     try:
-        cuts = _read_cuts(run_dir, [record for record in records if record["kind"] == "prune"], loads["pruned_at"])
+        laep = read_json(run_dir / "config.json", str(run_dir / "config.json"))["laep"]
         return RunData(
             steps=loads["steps"],
             tokens_NLE=loads["tokens_per_expert"],
             pruned_at_LE=loads["pruned_at"],
-            expert_parallel=int(loads["expert_parallel"]),
-            window=laep["window"],
-            alpha=_alphas(alpha_per_layer(laep["alpha"], num_layers)),
-            beta=laep["beta"],
-            cuts=cuts,
-            train=tuple(record for record in records if record["kind"] == "train"),
-            evals=tuple(record for record in records if record["kind"] == "eval"),
+            expert_parallel=devices,
+            window=_step(laep["window"], f"{run_dir} window"),
+            alpha=_alphas(laep["alpha"], num_layers),
+            beta=_beta(laep["beta"]),
+            cuts=_read_cuts(run_dir, [record for record in records if record["kind"] == "prune"], loads, devices),
+            train=_losses(records, "train", "loss"),
+            evals=_losses(records, "eval", "heldout_loss"),
+            targets=next((r["targets_by_domain"] for r in reversed(records) if r["kind"] == "heldout"), {}),
         )
-    except KeyError as error:
+    except (KeyError, TypeError) as error:  # a key that is missing, and something else in the place of an object
         raise UserError(f"{run_dir} is no complete run directory: {error} is missing in its records") from error
 
 
-def _read_records(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl; a last one that is still being written is left out."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: {path.parent} is not the directory of a run")
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            assert {"kind", "step"} <= set(record)
-        except (ValueError, TypeError, AssertionError) as error:
-            raise UserError(f"{path} line {number} is not a record of a run") from error
-        records.append(record)
-    return records
+def _step(value: Any, field: str) -> int:
+    require(type(value) is int and 0 < value < 2**31, field, value, "must be a number of steps")
+    return value
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} does not read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return values
+def _losses(records: list[dict], kind: str, field: str) -> tuple[dict, ...]:
+    """The records of a kind. Their losses are numbers, or None where they were not finite."""
+    chosen = tuple(record for record in records if record["kind"] == kind)
+    for record in chosen:
+        step = _step(record["step"], f"step of a {kind} record")
+        require_type(f"{field} of step {step}", record[field], float | None)
+        require(
+            abs(record[field] or 0) < MOST_LOSS, f"{field} of step {step}", record[field], f"is not below {MOST_LOSS}"
+        )
+    return chosen
 
 
-def _read_loads(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
+def _read_loads(path: Path) -> tuple[dict[str, np.ndarray], int]:
+    """The recorded loads and the size of the expert axis."""
+    if not path.exists():
         raise UserError(f"{path} does not exist: a run writes it with its first checkpoint")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            names = ("steps", "tokens_per_expert", "pruned_at", "expert_parallel")
-            loads = {name: arrays[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} does not read as recorded loads: {error}") from error
-    shape = loads["tokens_per_expert"].shape
-    require(
-        len(shape) == 3 and shape[0] > 0, f"{path} tokens_per_expert shape", shape, "must be [steps, layers, experts]"
-    )
-    fits = loads["steps"].shape == shape[:1] and loads["pruned_at"].shape == shape[1:]
-    require(fits, f"{path} steps, pruned_at", (loads["steps"].shape, loads["pruned_at"].shape), f"do not fit {shape}")
-    return loads
+    loads = read_arrays(path, str(path), ("steps", "tokens_per_expert", "pruned_at", "expert_parallel"))
+    devices = loads.pop("expert_parallel")
+    check_loads(str(path), **loads)
+    require(len(loads["steps"]) > 0, f"{path} steps", 0, "are recorded")
+    require(devices.ndim == 0 and devices.dtype.kind == "i", f"{path} expert_parallel", devices, "must be an integer")
+    _require_divisible(_first_order(loads["pruned_at"]), int(devices), str(path))
+    return loads, int(devices)
 
 
-def _read_cuts(run_dir: Path, prunes: list[dict], pruned_at_LE: np.ndarray) -> tuple[Cut, ...]:
+def _first_order(pruned_at_LE: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(np.flatnonzero(row != ABSENT).tolist()) for row in pruned_at_LE)
+
+
+def _require_divisible(order: tuple[tuple[int, ...], ...], devices: int, name: str) -> None:
+    counts = [len(ids) for ids in order]
+    fits = devices > 0 and all(count and count % devices == 0 for count in counts)
+    require(fits, f"{name} experts", counts, f"must divide by expert_parallel={devices}")
+
+
+def _read_cuts(run_dir: Path, prunes: list[dict], loads: dict[str, np.ndarray], devices: int) -> tuple[Cut, ...]:
     """The cuts whose effect the saved loads know of, oldest first."""
-    order = tuple(tuple(np.flatnonzero(row != -2).tolist()) for row in pruned_at_LE)
-    cuts = []
+    pruned_at_LE, recorded = loads["pruned_at"], set(loads["steps"].tolist())
+    order = _first_order(pruned_at_LE)
+    cuts: list[Cut] = []
     for record in prunes:
-        if not record["rearrange_only"] and record["step"] not in pruned_at_LE:
+        step, plan_step, moves = record["step"], record["plan_step"], record["rearrange_only"]
+        if step > max(recorded) or (not moves and step not in pruned_at_LE):
             break  # the run goes on and has not saved its loads since
-        plan = _read_json(run_dir / record["plan"])
-        after = tuple(tuple(ids) for ids in record["lineage"])
-        require(len(after) == len(order), f"{run_dir} lineage layers", len(after), f"does not fit {len(order)} layers")
-        steps = record["step"], record["plan_step"]
-        cuts.append(Cut(*steps, record["rearrange_only"], order, after, _alphas(plan["alpha"]), float(plan["beta"])))
+        name = f"{run_dir} cut of step {step}"
+        known = {step, _step(plan_step, f"{name}: plan_step")} <= recorded and plan_step <= step
+        require(known and step > (cuts[-1].step if cuts else 0), name, plan_step, "must follow recorded steps")
+        file = str(record["plan"])
+        require(
+            re.fullmatch(r"plans/\d{1,10}\.json", file) is not None, f"{name}: plan", file, "must be plans/STEP.json"
+        )
+        plan = read_json(run_dir / file, str(run_dir / file))
+        after = _lineage(record["lineage"], order, name)
+        _require_divisible(after, devices, name)
+        alphas = _alphas(plan["alpha"], len(order))
+        cuts.append(Cut(step, plan_step, bool(moves), order, after, alphas, _beta(plan["beta"])))
         order = after
     return tuple(cuts)
 
 
-def _alphas(values) -> tuple[float, ...]:
+def _lineage(value: Any, order: tuple[tuple[int, ...], ...], name: str) -> tuple[tuple[int, ...], ...]:
+    """Per layer the ids that a cut left, each of them there before."""
+    lists = isinstance(value, list) and all(isinstance(ids, list) for ids in value)
+    require(
+        lists and len(value) == len(order),
+        f"{name}: lineage",
+        value,
+        f"must be one list for each of {len(order)} layers",
+    )
+    for ids, before in zip(value, order, strict=True):
+        integers = all(type(expert) is int for expert in ids)
+        require(integers and len(ids) == len({*ids} & {*before}), f"{name}: lineage", ids, "must be experts, each once")
+    return tuple(tuple(ids) for ids in value)
+
+
+def _alphas(value: Any, num_layers: int) -> tuple[float, ...]:
     """Per layer; JSON writes the unbounded one as text."""
-    return tuple(float(value) for value in values)
+    values = value if isinstance(value, list) else [value]
+    sound = value == "hybrid" or all(item == "inf" or type(item) in (int, float) for item in values)
+    require(sound, "alpha", value, "must be numbers, inf or hybrid")
+    return alpha_per_layer([float(item) for item in value] if isinstance(value, list) else value, num_layers)
+
+
+def _beta(value: Any) -> float:
+    require(type(value) in (int, float) and 0 <= value <= 1, "beta", value, "must lie between 0 and 1")
+    return float(value)

@@ -2,7 +2,7 @@
 
 Figures 1 and 2 of the paper and the device loads of its section 3.3. Loads are mean tokens a step.
 
-Letters: L layers, E experts of the original model, P devices of the expert axis.
+Letters: L layers, E experts of the original model, P devices of the expert axis, M domains.
 """
 
 import dataclasses
@@ -57,6 +57,20 @@ class DeviceLoads:
     before: np.ndarray
     in_order: np.ndarray | None
     placed: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainLosses:
+    """Held-out loss by domain, in nats per token; the largest of the first row comes first.
+
+    targets_M: how many are behind each loss. rows: each [M] with a label, right after the last prune and in the newest
+    evaluation, less the loss before the prune; where there was none the newest alone, as it is.
+    """
+
+    names: tuple[str, ...]
+    targets_M: np.ndarray
+    rows: dict[str, np.ndarray]
+    is_change: bool
 
 
 def chosen_layers(num_layers: int, limit: int) -> list[int]:
@@ -182,6 +196,28 @@ def shares(run: RunData, last: int) -> np.ndarray:
         gone = np.setdiff1d(np.arange(len(shares_E)), run.present(layer, last))
         shares_E[gone] = np.nan
     return shares_LE
+
+
+def domain_losses(run: RunData) -> DomainLosses:
+    """What the last prune did to each domain; nothing before the first evaluation."""
+    evals = [record for record in run.evals if "heldout_loss_by_domain" in record]
+    at_cut = {record["when"]: record for record in evals if run.prunes and record["step"] == run.prunes[-1].step}
+    around = [at_cut[when] for when in ("before_prune", "after_prune") if when in at_cut]
+    chosen = [*around, *evals[-1:]]
+    names = [name for name in run.targets if all(name in record["heldout_loss_by_domain"] for record in chosen)]
+    if not chosen:
+        return DomainLosses((), np.zeros(0), {}, False)
+    loss_NM = np.array([[record["heldout_loss_by_domain"][name] for name in names] for record in chosen], float)
+    if around:
+        chosen, loss_NM = chosen[1:], loss_NM[1:] - loss_NM[0]
+    order = np.argsort(-loss_NM[0], kind="stable")
+    labels = ["right after the prune" if record in around else f"step {record['step']}" for record in chosen]
+    return DomainLosses(
+        names=tuple(names[i] for i in order),
+        targets_M=np.array([run.targets[names[i]] for i in order]),
+        rows={label: loss_M[order] for label, loss_M in zip(labels, loss_NM, strict=True)},
+        is_change=bool(around),
+    )
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:

@@ -28,11 +28,12 @@ class Steps:
     evaluate: Callable
 
 
-def compile_steps(config: Config, mesh: Mesh, abstract: TrainState) -> Steps:
-    """Both steps compiled. config: resolved. abstract: the model's `abstract_state`."""
-    batch = abstract_batch(config, mesh)
-    evaluate = make_eval_step(config, mesh).lower(abstract.params, abstract.router_bias, batch)
-    return Steps(make_train_step(config, mesh).lower(abstract, batch).compile(), evaluate.compile())
+def compile_steps(config: Config, mesh: Mesh, abstract: TrainState, num_domains: int) -> Steps:
+    """Both steps compiled. config: resolved. abstract: the model's `abstract_state`. num_domains: of held-out text."""
+    heldout = abstract_batch(config, mesh, heldout=True)
+    evaluate = make_eval_step(config, mesh, num_domains).lower(abstract.params, abstract.router_bias, heldout)
+    train = make_train_step(config, mesh).lower(abstract, abstract_batch(config, mesh))
+    return Steps(train.compile(), evaluate.compile())
 
 
 def ahead(compile_programs: Callable[[], T]) -> Future[T]:

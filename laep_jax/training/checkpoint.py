@@ -138,6 +138,8 @@ class Checkpoints:
             log.info("saving step %s failed", step, exc_info=error)
         texts = texts_of_all(f"{type(error).__name__}: {error}".splitlines()[0] if error else "")
         self._settle()
+        if jax.process_index() == 0:
+            self._steps.retain()
         failed = next((text for text in texts if text), None)
         self._failures = self._failures + 1 if failed else 0
         if failed:

@@ -175,7 +175,8 @@ def closing_table(summary: dict) -> Group:
     summary: what summary.json holds: `steps`, `tokens`, `prune_steps`, `heldout_loss_end`; and with
     `_before` and `_after` each: `parameters`, `experts` and `device_imbalance` (both [L]),
     `heldout_loss_*_prune` and `step_seconds`. All `_after` and both `_prune` are None where nothing
-    was pruned; so is any number that was not measured.
+    was pruned; so is any number that was not measured. `heldout_loss_by_domain` has the newest evaluation
+    of each kind, `heldout_targets_by_domain` how many targets stand behind it.
     """
     length = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"
     cuts = ", ".join(f"{step:,}" for step in summary["prune_steps"])
@@ -206,9 +207,21 @@ def _rows(summary: dict) -> list[Row]:
         _row("  mean over layers", means, "{:.3f}".format, _difference),
         _row("  worst layer", worst, "{:.3f}".format, _difference),
         _row(HELDOUT_AT_CUT, heldout, "{:.4f}".format, _difference),
+        *_worst_domain(summary["heldout_loss_by_domain"], summary["heldout_targets_by_domain"]),
         (HELDOUT_AT_END, "", *at_end[2:]),
         _row("step time", pair("step_seconds"), "{:.3f} s".format, lambda before, after: f"x {after / before:.3f}"),
     ]
+
+
+def _worst_domain(losses: dict[str, dict[str, float]], targets: dict[str, int]) -> list[Row]:
+    """The domain whose held-out loss rose most at the cut, if there was one."""
+    before, after = losses.get("before_prune", {}), losses.get("after_prune", {})
+    both = [name for name in before if name in after]
+    if not both:
+        return []
+    name = max(both, key=lambda name: after[name] - before[name])
+    label = f"  most in {name} ({targets[name]:,} targets)"
+    return [_row(label, (before[name], after[name]), "{:.4f}".format, _difference)]
 
 
 def _row(name: str, values: tuple, show: Callable[..., str], change: Callable[..., str]) -> Row:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from laep_jax.config import Config, LaepConfig
+from laep_jax.errors import require
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.plan import Plan, make_plan, predicted_gain, rearrange_plan
 from laep_jax.laep.stability import StabilityReport, assess, history_capacity
@@ -29,7 +30,9 @@ class Controller:
         self.top_k = config.model.top_k
         self.expert_parallel = config.mesh.expert
         self.prunes = prunes
-        self.history = history or LoadHistory(config.model.experts_per_layer, history_capacity(config.laep))
+        experts = config.model.experts_per_layer
+        self.history = history or LoadHistory(experts, history_capacity(config.laep))
+        require(self.history.num_experts == experts, "history", self.history.num_experts, f"is not of {experts}")
 
     def record(self, step: int, tokens_per_expert: Sequence[np.ndarray]) -> None:
         """Adds one step's counts, [E] of each layer."""

@@ -41,12 +41,12 @@ class Pause:
 class Cut:
     """A plan, and the model that it leads to; the steps of that model are being compiled from the start.
 
-    old: config of the model to be cut, resolved. `config`: of the cut one.
+    old: config of the model to be cut, resolved. num_domains: of held-out text. `config`: of the cut one.
     `UserError` where the plan does not fit the model or the mesh.
     """
 
-    def __init__(self, plan: Plan, old: Config, mesh: Mesh):
-        self.plan, self.old = plan, old
+    def __init__(self, plan: Plan, old: Config, mesh: Mesh, num_domains: int):
+        self.plan, self.old, self.num_domains = plan, old, num_domains
         imbalances = [layer.imbalance_after for layer in plan.layers]
         self.config = with_receive_buffer(cut_config(old, plan.kept), imbalances)
         self._target = abstract_state(self.config, mesh)
@@ -84,7 +84,7 @@ class Cut:
 
     def _compile(self, mesh: Mesh) -> tuple[Steps, Gathers]:
         compile_fingerprints(self._target)
-        return compile_steps(self.config, mesh, self._target), self._gathers(mesh)
+        return compile_steps(self.config, mesh, self._target, self.num_domains), self._gathers(mesh)
 
     def _gathers(self, mesh: Mesh) -> Gathers:
         """The programs that cut memory, where that is how it is done."""

@@ -1,8 +1,9 @@
-"""What is measured without training: the held-out loss, and the loads a cut model would have.
+"""What is measured without training: the held-out loss, and the loss and loads a cut model would have.
 
-Letters: L layers, E experts of a layer.
+Letters: L layers, E experts of a layer, M domains.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -14,18 +15,33 @@ from laep_jax.training.state import TrainState
 HostBatch = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldoutLoss:
+    """Mean cross-entropy in nats, over all targets and over those of each domain that has any, with their number."""
+
+    loss: float
+    loss_by_domain: dict[str, float]
+    targets_by_domain: dict[str, int]
+
+
 def by_layer(tokens_per_expert: Sequence[jax.Array]) -> list[np.ndarray]:
     """The step's counts by run, [layers, E] each, as one int64 [E] a layer on the host."""
     return [np.asarray(counts_E, np.int64) for run in jax.device_get(list(tokens_per_expert)) for counts_E in run]
 
 
-def heldout_loss(eval_step: Callable, state: TrainState, batches: Iterable[HostBatch], mesh: Mesh) -> float:
-    """Mean cross-entropy in nats over every target of the batches."""
-    total, number = 0.0, 0
+def heldout_loss(
+    eval_step: Callable, state: TrainState, batches: Iterable[HostBatch], mesh: Mesh, domains: Sequence[str]
+) -> HeldoutLoss:
+    """The loss over every target of the batches. domains: the names that domains_BS counts."""
+    total_M, number_M = np.zeros(len(domains)), np.zeros(len(domains), np.int64)
     for batch in batches:
-        batch_total, batch_number, _ = eval_step(state.params, state.router_bias, put_batch(batch, mesh))
-        total, number = total + float(batch_total), number + int(batch_number)
-    return total / number
+        loss_M, targets_M, _ = eval_step(state.params, state.router_bias, put_batch(batch, mesh))
+        total_M, number_M = total_M + np.asarray(loss_M, np.float64), number_M + np.asarray(targets_M)
+    targets = {name: int(number) for name, number in zip(domains, number_M, strict=True) if number}
+    losses = {
+        name: float(total / targets[name]) for name, total in zip(domains, total_M, strict=True) if name in targets
+    }
+    return HeldoutLoss(float(total_M.sum() / number_M.sum()), losses, targets)
 
 
 def masked_bias(router_bias: dict, pruned: Sequence[Sequence[int]]) -> dict:
@@ -41,6 +57,19 @@ def masked_bias(router_bias: dict, pruned: Sequence[Sequence[int]]) -> dict:
     return {"runs": runs}
 
 
+def masked_loss(
+    eval_step: Callable,
+    state: TrainState,
+    pruned: Sequence[Sequence[int]],
+    batches: Iterable[HostBatch],
+    mesh: Mesh,
+    domains: Sequence[str],
+) -> HeldoutLoss:
+    """`heldout_loss` of the model that a cut of this state would make, with the pruned experts masked."""
+    masked = dataclasses.replace(state, router_bias=masked_bias(state.router_bias, pruned))
+    return heldout_loss(eval_step, masked, batches, mesh, domains)
+
+
 def masked_loads(
     eval_step: Callable,
     state: TrainState,
@@ -48,7 +77,7 @@ def masked_loads(
     batches: Iterable[HostBatch],
     mesh: Mesh,
 ) -> list[np.ndarray]:
-    """Tokens per expert summed over the batches, int64 [E] a layer, with the pruned experts masked.
+    """Tokens per expert summed over the training batches, int64 [E] a layer, with the pruned experts masked.
 
     Pruning re-routes tokens, so these and not the recorded loads are what has to be balanced
     (notes section 3).
@@ -56,6 +85,7 @@ def masked_loads(
     bias = masked_bias(state.router_bias, pruned)
     totals: list[np.ndarray] = []
     for batch in batches:
+        batch = batch | {"domains_BS": np.zeros_like(batch["tokens_BS"])}  # the eval step wants some
         counts = by_layer(eval_step(state.params, bias, put_batch(batch, mesh))[2])
         totals = [total + more for total, more in zip(totals, counts, strict=True)] if totals else counts
     return totals

@@ -14,9 +14,12 @@ from jax.experimental import serialize_executable
 
 from laep_jax.config import Config
 from laep_jax.errors import UserError, require
+from laep_jax.files import parse_json, read_bytes
 from laep_jax.sharding import Mesh
 from laep_jax.training.state import abstract_state
 from laep_jax.training.step import abstract_batch, make_train_step
+
+MOST_BYTES = 2**33  # of a file
 
 
 def requirements(config: Config, mesh: Mesh) -> dict:
@@ -54,13 +57,9 @@ def save_step(file: Path, step: jax.stages.Compiled, config: Config, mesh: Mesh)
 
 def load_step(file: Path, config: Config, mesh: Mesh) -> jax.stages.Compiled:
     """The step that `save_step` wrote. `UserError` that names the first thing in which machine or run differ."""
-    try:
-        head, _, payload = file.read_bytes().partition(b"\n")
-        then = json.loads(head)
-    except OSError as error:
-        raise UserError(f"--executable={file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"--executable={file} is no file of `preflight --save`") from error
+    head, _, payload = read_bytes(file, f"--executable={file}", MOST_BYTES).partition(b"\n")
+    then = parse_json(head, f"the first line of --executable={file}")
+    require(isinstance(then, dict), "--executable", str(file), "is no file of `preflight --save`")
     for name, now in requirements(config, mesh).items():
         require(then.get(name) == now, name, now, f"does not fit --executable={file}, made for {then.get(name)}")
     arguments = (abstract_state(config, mesh), abstract_batch(config, mesh))

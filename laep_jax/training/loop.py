@@ -6,12 +6,12 @@ that an interrupted and resumed run decides as an uninterrupted one.
 A plan is carried out `LaepConfig.cut_delay` steps after it was made, whether the smaller model's steps, which are
 compiled meanwhile, are ready or waited for: so every process cuts after the same step, and a resumed run too. The cut
 has two phases: the old model is saved together with the plan; then the survivors are restored into the smaller
-model. Whatever stops the run between the two, starting again carries out the plan.
+model. Whatever stops the run between the two, starting again carries out the plan. A prune that does harm is undone
+some steps later (`laep_jax.training.guard`).
 """
 
 import dataclasses
 import json
-import math
 import time
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset
+from laep_jax.errors import StoppedError
 from laep_jax.hosts import require_same
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.plan import Plan, apply_plan_to_lineage
@@ -26,15 +27,24 @@ from laep_jax.laep.stability import history_capacity
 from laep_jax.model.accounting import model_size
 from laep_jax.sharding import make_mesh, put_batch
 from laep_jax.training.ahead import Steps
+from laep_jax.training.anomalies import RECENT, is_spike
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.console import RunConsole, stability_text
-from laep_jax.training.controller import Controller, imbalance
+from laep_jax.training.controller import Controller
 from laep_jax.training.cut import Cut, Pause
 from laep_jax.training.evaluate import by_layer, heldout_loss, masked_loads
+from laep_jax.training.guard import SOFTER, Guard, softened
+from laep_jax.training.record import train_record
 from laep_jax.training.resume import Progress
 from laep_jax.training.runlog import NoLog, RunLog
 from laep_jax.training.state import TrainState, abstract_state, init_state
 from laep_jax.training.step import make_eval_step, make_train_step
+from laep_jax.training.stops import Stops
+
+
+def _few(rows: np.ndarray) -> str:
+    shown = ", ".join(map(str, rows[:4]))
+    return f"{shown}, ... ({len(rows)})" if len(rows) > 4 else shown
 
 
 def _require_same_plan(step: int, plan: Plan | None) -> None:
@@ -45,12 +55,13 @@ def _require_same_plan(step: int, plan: Plan | None) -> None:
 class Run:
     """One run in motion: the model as it is now, and everything that changes with it.
 
-    first_step: the train step of the model that the run goes on with, where it need not be compiled.
+    base: config of the model that the run began with, on the mesh that it has now. first_step: the train
+    step of the model that the run goes on with, where it need not be compiled.
     """
 
     def __init__(
         self,
-        config: Config,
+        base: Config,
         dataset: Dataset,
         checkpoints: Checkpoints,
         log: RunLog | NoLog,
@@ -58,16 +69,17 @@ class Run:
         progress: Progress,
         first_step: jax.stages.Compiled | None,
     ):
-        self.config, self.dataset, self.checkpoints = config, dataset, checkpoints
+        self.base, self.dataset, self.checkpoints = base, dataset, checkpoints
         self.log, self.console, self.progress = log, console, progress
+        self.config = config = progress.current(base)
         self.mesh = make_mesh(config.mesh)
         batches = min(config.train.eval_batches, dataset.num_heldout_batches)
         self.heldout = [dataset.heldout_batch(i) for i in range(batches)]
         self.cut: Cut | None = None  # the one that is announced
         self.pause = Pause()
-        steps = Steps(first_step or make_train_step(config, self.mesh), make_eval_step(config, self.mesh))
+        steps = self._new_steps(config, first_step)
         if progress.step == 0:
-            self._adopt(config, init_state(config, self.mesh), Controller(config), steps)
+            self._adopt(config, init_state(config, self.mesh), self._new_controller(config), steps)
             progress.summary["parameters_before"] = self.size.total
         else:
             self._resume(steps)
@@ -79,11 +91,25 @@ class Run:
         self.step_seconds: list[float | None] = []
         self.console.state("")
 
+    def _new_steps(self, config: Config, train_step: jax.stages.Compiled | None = None) -> Steps:
+        evaluate = make_eval_step(config, self.mesh, len(self.dataset.domains))
+        return Steps(train_step or make_train_step(config, self.mesh), evaluate)
+
+    def _new_controller(self, config: Config, history: LoadHistory | None = None) -> Controller:
+        laep = softened(config.laep, self.progress.retries, config.model.num_layers)
+        return Controller(dataclasses.replace(config, laep=laep), prunes=self.progress.prunes, history=history)
+
+    def _read_controller(self, config: Config, step: int) -> Controller:
+        """The controller of a checkpoint."""
+        history = LoadHistory.from_arrays(self.checkpoints.read_history(step), history_capacity(config.laep))
+        return self._new_controller(config, history)
+
     def _resume(self, steps: Steps) -> None:
         config, step, plan = self.config, self.progress.step, self.progress.pending_plan
         self.console.event(f"resuming from step {step}" + (", with a plan to apply" if plan else ""))
-        history = LoadHistory.from_arrays(self.checkpoints.read_history(step), history_capacity(config.laep))
-        self.controller = Controller(config, prunes=self.progress.prunes, history=history)
+        self.controller = self._read_controller(config, step)
+        if self.progress.guard:
+            self.checkpoints.pin(self.progress.guard.cut_step)
         if plan:
             self._prepare(Plan.from_json(plan))
         if self.cut and step == self.progress.cut_step:
@@ -92,29 +118,48 @@ class Run:
             state = self.checkpoints.restore(step, abstract_state(config, self.mesh))
             self._adopt(config, state, self.controller, steps)
 
-    def train(self) -> dict:
-        """Runs to the end; returns the summary."""
-        settings, progress = self.config.train, self.progress
+    def train(self, stops: Stops) -> dict:
+        """Runs to the end; returns the summary. `StoppedError` where it was told to stop, and has saved."""
         pending = None
         self.clock = time.perf_counter()
-        while progress.step < settings.num_steps:
-            batch = put_batch(self.dataset.train_batch(progress.step), self.mesh)
+        while (step := self.progress.step) < self.config.train.num_steps:
+            if not self._compiles:
+                stops.begin_step()
+            batch = put_batch(self.dataset.train_batch(step), self.mesh)
             self.state, metrics = self.steps.train(self.state, batch)
-            progress.step += 1
+            self.progress.step = step = step + 1
             if pending:
                 self._record(*pending)
-            pending = (progress.step, metrics)
-            if self._is_boundary(progress.step):
+            pending = (step, metrics)
+            stopping = stops.asked(step)
+            if stopping or self._is_boundary(step):
                 self._record(*pending)
                 pending = None
-                self._boundary(progress.step)
+                stops.end_step()
+                self._boundary(step, stopping)
+                if stopping and step < self.config.train.num_steps:
+                    self.checkpoints.wait()
+                    raise StoppedError(self.progress.step)
                 self.clock = time.perf_counter()
         return self._close()
+
+    @property
+    def _compiles(self) -> bool:
+        """Whether the first step of this model, with its compilation in it, is still to be recorded."""
+        return not self.step_seconds and not isinstance(self.steps.train, jax.stages.Compiled)
 
     def _is_boundary(self, step: int) -> bool:
         settings = self.config.train
         due = step % settings.eval_every == 0 or step % settings.checkpoint_every == 0
-        return due or step in (settings.num_steps, self.progress.cut_step) or self.controller.is_due(step)
+        return due or step in (settings.num_steps, self.progress.cut_step, self._judged_at) or self._decides(step)
+
+    @property
+    def _judged_at(self) -> int | None:
+        return self.progress.guard.due if self.progress.guard else None
+
+    def _decides(self, step: int) -> bool:
+        """Not while something is decided and not carried out, or not judged."""
+        return not self.cut and not self.progress.guard and self.controller.is_due(step)
 
     def _record(self, step: int, metrics: dict) -> None:
         """Fetches one step's metrics and hands them to the controller, the log and the console."""
@@ -122,47 +167,69 @@ class Run:
         metrics = jax.device_get(metrics)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        compiled = not self.step_seconds and not isinstance(self.steps.train, jax.stages.Compiled)  # in this step
+        compiled = self._compiles
         self.step_seconds.append(None if compiled else seconds)
         self.controller.record(step, counts)
         self.log.record_counts(step, counts, self.progress.lineage)
         tokens = int(counts[0].sum()) // self.config.model.top_k
         self.progress.summary["tokens"] += tokens
-        devices = self.controller.expert_parallel
-        loss = float(metrics["loss"])
-        record = {
-            "loss": loss,
-            "grad_norm": float(metrics["grad_norm"]),
-            "learning_rate": float(metrics["learning_rate"]),
-            "tokens_per_second": None if compiled else tokens / seconds,
-            "gflops_per_second": None if compiled else tokens / seconds * self.size.flops_per_token / 1e9,
-            "step_seconds": None if compiled else seconds,
-            "expert_imbalance": [imbalance(loads_E, len(loads_E)) for loads_E in counts],
-            "device_imbalance": [imbalance(loads_E, devices) for loads_E in counts],
-            **{f"aux_{name}": float(value) for name, value in metrics["aux"].items()},
-        }
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss at step {step} is {loss}; the newest checkpoint is before it")
+        record = train_record(
+            metrics,
+            counts,
+            seconds=self.step_seconds[-1],
+            tokens=tokens,
+            flops_per_token=self.size.flops_per_token,
+            expert_parallel=self.controller.expert_parallel,
+        )
         self.log.write("train", step, **record)
         self.console.train(step, record)
+        self._watch(step, record["loss"], record["grad_norm"], bool(metrics["finite"]))
 
-    def _boundary(self, step: int) -> None:
-        """Everything that is not training: evaluation, the stability test, saving, cutting."""
+    def _watch(self, step: int, loss: float, grad_norm: float, finite: bool) -> None:
+        """Reports a step that was skipped, or whose loss is a spike, and its data; stops what does not recover."""
+        progress = self.progress
+        progress.skipped = 0 if finite else progress.skipped + 1
+        progress.summary["skipped_steps"] += not finite
+        kind = "skipped" if not finite else "spike" if is_spike(loss, progress.recent_losses) else ""
+        if kind:
+            rows = self.dataset.batch_rows(step - 1)
+            self.log.write(kind, step, loss=loss, grad_norm=grad_norm, recent=progress.recent_losses, rows=rows)
+            what = "the update is skipped" if kind == "skipped" else "a spike"
+            self.console.event(f"step {step}: loss {loss:.4g}, gradient {grad_norm:.4g}: {what}; rows {_few(rows)}")
+        if finite:
+            progress.recent_losses = (*progress.recent_losses, loss)[-RECENT:]
+        if progress.skipped >= self.config.train.max_skipped_steps:
+            raise FloatingPointError(
+                f"{progress.skipped} steps in a row until step {step} were not finite, and skipped"
+            )
+
+    def _boundary(self, step: int, stopping: bool) -> None:
+        """Everything that is not training: evaluation, the stability test, saving, cutting.
+
+        What is due is done before the run stops, since it resumes behind it.
+        """
         settings = self.config.train
         if step == settings.num_steps:  # the rest is for `_close`
             return
+        if step == self._judged_at and not self._judge(step):
+            return
         if step % settings.eval_every == 0:
             self._evaluate(step, "periodic")
-        if not self.cut and self.controller.is_due(step):
+        if self._decides(step):
             self._decide(step)
         if self.cut and step == self.progress.cut_step:
             self._save_and_cut(step, self.cut)
-        elif step % settings.checkpoint_every == 0:
+        elif stopping or step % settings.checkpoint_every == 0:
             self._save(step)
 
     def _evaluate(self, step: int, when: str) -> float:
-        loss = heldout_loss(self.steps.evaluate, self.state, self.heldout, self.mesh)
-        self.log.write("eval", step, heldout_loss=loss, when=when)
+        heldout = heldout_loss(self.steps.evaluate, self.state, self.heldout, self.mesh, self.dataset.domains)
+        loss, losses, targets = heldout.loss, heldout.loss_by_domain, heldout.targets_by_domain
+        if self.progress.summary["heldout_targets_by_domain"] != targets:  # once, as long as the batches stay the same
+            self.progress.summary["heldout_targets_by_domain"] = targets
+            self.log.write("heldout", step, targets_by_domain=targets)
+        self.log.write("eval", step, heldout_loss=loss, heldout_loss_by_domain=losses, when=when)
+        self.progress.summary["heldout_loss_by_domain"][when] = losses
         self.console.event(f"step {step}: held-out loss {loss:.4f} ({when.replace('_', ' ')})")
         return loss
 
@@ -202,7 +269,7 @@ class Run:
         cut_step = self.progress.cut_step
         assert cut_step is not None
         if cut_step < self.config.train.num_steps:
-            self.cut = Cut(plan, self.config, self.mesh)
+            self.cut = Cut(plan, self.config, self.mesh, len(self.dataset.domains))
         else:
             self.console.event(f"the run ends before step {cut_step}; nothing is cut")
             self.progress.drop_plan()
@@ -236,9 +303,55 @@ class Run:
         progress.num_experts = plan.num_experts_after
         progress.fitted_buffer = cut.config.model.receive_buffer
         progress.prunes += not cut.only_moves
-        self._adopt(cut.config, state, Controller(cut.config, prunes=progress.prunes), steps)
+        self._adopt(cut.config, state, self._new_controller(cut.config), steps)
         self._report(cut)
         progress.drop_plan()
+        guard_steps = self.config.laep.guard_steps
+        if guard_steps and not cut.only_moves:
+            loss_before = progress.summary["heldout_loss_before_prune"]
+            progress.guard = Guard(progress.step, progress.step + guard_steps, loss_before)
+            self.checkpoints.pin(progress.step)
+
+    def _judge(self, step: int) -> bool:
+        """Whether the prune stands; where it does not, it is undone."""
+        guard = self.progress.guard
+        assert guard
+        loss = self._evaluate(step, "guard")
+        record = {"cut_step": guard.cut_step, "heldout_loss_before": guard.loss_before, "heldout_loss": loss}
+        if not loss - guard.loss_before <= self.config.laep.guard_tolerance:
+            self._undo(guard, record)
+            return False
+        self.log.write("guard", step, stands=True, **record)
+        self.progress.guard = None
+        self.checkpoints.pin(None)
+        return True
+
+    def _undo(self, guard: Guard, record: dict) -> None:
+        """The state before the cut again, saved as its step with a softer rule and no plan; later steps go.
+
+        record: for the log. Whatever stops the run on the way, starting again comes here again or goes on
+        from the step that is saved.
+        """
+        step, path = guard.cut_step, self.checkpoints.directory / str(guard.cut_step)
+        before = Progress.from_meta(self.checkpoints.read_meta(step), path)
+        before.drop_plan()
+        before.retries = self.progress.retries + 1
+        before.summary["undone"].append(step)
+        before.summary["heldout_loss_before_prune"] = None
+        self.progress = before
+        config = before.current(self.base)
+        jax.tree.map(lambda leaf: leaf.delete(), self.state)
+        state = self.checkpoints.restore(step, abstract_state(config, self.mesh))
+        steps = self._new_steps(config)
+        self._adopt(config, state, self._read_controller(config, step), steps)
+        rule = f"with alpha and beta x {SOFTER**before.retries}"
+        rule = rule if before.retries <= config.laep.max_retries else "without a prune"
+        self.console.event(f"the prune of step {step} did harm and is undone: going on from there, {rule}")
+        self.log.rewind(step)
+        self.log.write("guard", step, stands=False, **record)
+        self._save(step, now=True)
+        self.checkpoints.remove_after(step)
+        self.checkpoints.pin(None)
 
     def _report(self, cut: Cut) -> None:
         step, summary = self.progress.step, self.progress.summary
@@ -265,6 +378,8 @@ class Run:
     def _close(self) -> dict:
         """The end of the run: last evaluation and checkpoint, summary.json, the closing table."""
         progress, summary = self.progress, self.progress.summary
+        if progress.guard:
+            self.console.event(f"the run ends before step {progress.guard.due}: the last prune is not judged")
         if summary["steps"] != progress.step:
             side = "after" if summary["prune_steps"] else "before"
             summary["heldout_loss_end"] = self._evaluate(progress.step, "end")

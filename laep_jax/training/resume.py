@@ -4,17 +4,35 @@ import dataclasses
 import typing
 from pathlib import Path
 
+import jax
+
 from laep_jax.config import Config
-from laep_jax.errors import UserError
+from laep_jax.errors import UserError, require, require_type, short
 from laep_jax.hosts import require_same
 from laep_jax.laep.plan import Lineage, Plan, initial_lineage
 from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.guard import Guard
+from laep_jax.training.runlog import plain
 
-FREE = {  # fields that change neither parameters nor the batches, and so may differ on resuming
-    "model": {"layers", "remat", "dispatch", "receive_buffer", "grouped_matmul", "dtype", "router_init"},
-    "data": {"cache_dir"},
+FIXED = {  # fields of a config that make a run the one it is: shapes, batches, what every number depends on
+    "ModelConfig": "vocab_size num_layers hidden_size num_heads head_dim ffn_size num_experts top_k lfa lfa_bias"
+    " rope_base norm_eps router_init dtype",
+    "DataConfig": "source text_field tokenizer sequence_length batch_size heldout_share",
+    "OptimizerConfig": "b1 b2",  # the moments in the checkpoint are means over these times
+    "TrainConfig": "grad_accumulation seed",  # balancing losses are means over a micro-batch
 }
-FIXED_PARTS = ("model", "data")
+FREE = {  # fields that say how to go on, where the run lies, or what is decided in steps to come
+    "ModelConfig": "layers remat dispatch receive_buffer grouped_matmul",
+    "MeshConfig": "data fsdp expert cpu_devices",
+    "AuxLossConfig": "mixtral mixtral_hf deepseek_v3 router_z loss_free_bias",
+    "LaepConfig": "alpha beta estimator inequality rounding placement placement_loads window rank_correlation overlap"
+    " stable_windows min_step prune_at_step max_prunes rearrange_gain max_runs cut_delay restore"
+    " guard_steps guard_tolerance max_retries",
+    "DataConfig": "path cache_dir",  # what lies there is compared by its hash
+    "OptimizerConfig": "learning_rate warmup_steps final_fraction eps weight_decay clip_norm",
+    "TrainConfig": "num_steps log_every eval_every eval_batches checkpoint_every keep_checkpoints max_skipped_steps"
+    " step_timeout",
+}
 
 
 @dataclasses.dataclass
@@ -22,10 +40,12 @@ class Progress:
     """Where a run stands. Everything a resumed run needs that is not an array; plain JSON.
 
     `step`, with the seed in the config, is also the position in the data and the random state.
-    config: as the run began. num_experts: of the model in this checkpoint. fitted_buffer: the receive
-    buffer that the last cut's loads need, None before a cut. lineage: per layer the original id of each
-    slot. pending_plan: a plan (JSON text) that is made and not carried out. plan_step, cut_step: after
-    which step it was made, and is to be carried out. summary: the rows of the closing table so far.
+    config: of the last start, with the experts that the run began with. num_experts: of the model in this
+    checkpoint. fitted_buffer: the receive buffer that the last cut's loads need, None before a cut. lineage: per
+    layer the original id of each slot. pending_plan: a plan (JSON text) that is made and not carried out.
+    plan_step, cut_step: after which step it was made, and is to be carried out. guard: of a prune that is not
+    judged yet. retries: prunes undone. skipped: steps in a row that were not finite. recent_losses: of the last
+    steps, see `anomalies`. summary: the rows of the closing table so far.
     """
 
     step: int
@@ -38,6 +58,10 @@ class Progress:
     pending_plan: str | None
     plan_step: int | None
     cut_step: int | None
+    guard: Guard | None
+    retries: int
+    skipped: int
+    recent_losses: tuple[float, ...]
     summary: dict
 
     @classmethod
@@ -49,7 +73,9 @@ class Progress:
             f"{name}_{side}": None for name in ("parameters", "device_imbalance", "step_seconds") for side in sides
         }
         summary |= {f"heldout_loss_{side}_prune": None for side in sides} | {"heldout_loss_end": None}
-        summary |= {"experts_before": list(experts), "experts_after": None, "prune_steps": [], "steps": 0, "tokens": 0}
+        summary |= {"heldout_loss_by_domain": {}, "heldout_targets_by_domain": {}}
+        summary |= {"experts_before": list(experts), "experts_after": None, "prune_steps": [], "undone": []}
+        summary |= {"steps": 0, "tokens": 0, "skipped_steps": 0}
         return cls(
             step=0,
             config=config.to_dict(),
@@ -61,18 +87,58 @@ class Progress:
             pending_plan=None,
             plan_step=None,
             cut_step=None,
+            guard=None,
+            retries=0,
+            skipped=0,
+            recent_losses=(),
             summary=summary,
         )
 
     @classmethod
     def from_meta(cls, meta: dict, where: Path) -> "Progress":
+        """What `to_meta` made, back from JSON. `UserError` where a type is wrong or the parts do not fit together."""
         try:
             progress = cls(**meta)
         except TypeError as error:
             raise UserError(f"checkpoint {where} does not fit this version of laep_jax: {error}") from error
-        progress.num_experts = tuple(progress.num_experts)
-        progress.lineage = tuple(tuple(ids) for ids in progress.lineage)
+        if isinstance(progress.lineage, list):
+            progress.lineage = tuple(tuple(ids) if isinstance(ids, list) else ids for ids in progress.lineage)
+        if isinstance(progress.num_experts, list):
+            progress.num_experts = tuple(progress.num_experts)
+        if isinstance(progress.recent_losses, list):
+            progress.recent_losses = tuple(progress.recent_losses)
+        if isinstance(progress.guard, list) and len(progress.guard) == len(Guard._fields):
+            progress.guard = Guard(*progress.guard)
+        for name, hint in typing.get_type_hints(cls).items():
+            require_type(f"checkpoint {where}: {name}", getattr(progress, name), hint)
+        for name, fits in progress._rules(where).items():
+            require(fits, f"checkpoint {where}: {name}", getattr(progress, name), "does not fit the rest of it")
         return progress
+
+    def _rules(self, where: Path) -> dict[str, bool]:
+        """Whether each field fits the others."""
+        config = Config.from_dict(self.config)
+        summary = Progress.fresh(config, "").summary
+        lengths = zip(self.lineage, self.num_experts, config.model.experts_per_layer, strict=False)
+        planned = self.pending_plan is not None
+        return {
+            "step": self.step == int(where.name) > 0,
+            "num_experts": len(self.num_experts) == config.model.num_layers,
+            "lineage": len(self.lineage) == config.model.num_layers
+            and all(len(ids) == len({*ids} & {*range(most)}) == count for ids, count, most in lengths),
+            "prunes": self.prunes >= 0,
+            "fitted_buffer": self.fitted_buffer is None or self.fitted_buffer >= 1,
+            "pending_plan": not planned or Plan.from_json(self.pending_plan or "").num_experts == self.num_experts,
+            "plan_step": self.plan_step is not None and 0 < self.plan_step <= self.step
+            if planned
+            else not self.plan_step,
+            "cut_step": self.cut_step is not None and self.step <= self.cut_step if planned else not self.cut_step,
+            "guard": self.guard is None or 0 < self.guard.cut_step <= self.step <= self.guard.due,
+            "retries": self.retries >= 0,
+            "skipped": self.skipped >= 0,
+            "summary": self.summary.keys() == summary.keys()
+            and all(_is_like(value, summary[name]) for name, value in self.summary.items()),
+        }
 
     def current(self, config: Config) -> Config:
         """The config of the model in this checkpoint, for a run that `config` began or goes on with."""
@@ -90,35 +156,46 @@ class Progress:
         self.pending_plan = self.plan_step = self.cut_step = None
 
     def to_meta(self) -> dict:
-        return dataclasses.asdict(self)
+        return plain(dataclasses.asdict(self))  # a loss that is not finite becomes None: JSON has no NaN
 
 
-def find_progress(config: Config, fingerprint: str, checkpoints: Checkpoints, step: int | None) -> Progress:
-    """Where the run stands, by its newest checkpoint, if there is one and `config` continues it."""
+def _is_like(value: object, fresh: object) -> bool:
+    """Whether a value of the summary can stand where a fresh run has `fresh`; None is not known, or not finite."""
+    sound = all(type(number) in (int, float) for number in jax.tree.leaves(value))
+    return sound and (fresh is None or type(value) is type(fresh))
+
+
+def find_progress(
+    config: Config, fingerprint: str, checkpoints: Checkpoints, step: int | None
+) -> tuple[Progress, list[str]]:
+    """Where the run stands, by its newest checkpoint if there is one that `config` continues; what changed since."""
     if step is None:
-        return Progress.fresh(config, fingerprint)
+        return Progress.fresh(config, fingerprint), []
     where = checkpoints.directory / str(step)
     progress = Progress.from_meta(checkpoints.read_meta(step), where)
-    check_resumable(progress, config, fingerprint, where)
-    return progress
+    changed = check_resumable(progress, config, fingerprint, where)
+    progress.config = config.to_dict()
+    return progress, changed
 
 
-def check_resumable(progress: Progress, config: Config, fingerprint: str, where: Path) -> None:
-    """Raises `UserError` where going on with `config` would not continue the same run."""
-    old, new = Config.from_dict(progress.config), config
-    classes = typing.get_type_hints(Config)
-    pairs: list[tuple] = [("TrainConfig.seed", old.train.seed, new.train.seed)]
-    for part in FIXED_PARTS:
-        for field in dataclasses.fields(classes[part]):
-            if field.name not in FREE[part]:
-                values = (getattr(getattr(side, part), field.name) for side in (old, new))
-                pairs.append((f"{classes[part].__name__}.{field.name}", *values))
-    pairs.append(("the corpus", progress.fingerprint, fingerprint))
-    for name, then, now in pairs:
-        if then != now:
-            raise UserError(
-                f"{name}={now!r} does not fit the checkpoint {where}, made with {then!r}; use another workdir"
-            )
+def check_resumable(progress: Progress, config: Config, fingerprint: str, where: Path) -> list[str]:
+    """The settings that changed since the checkpoint, as text. `UserError` naming every one that may not."""
+    old = Config.from_dict(progress.config)
+    refused, changed = [], []
+    for name in typing.get_type_hints(Config):
+        then, now = getattr(old, name), getattr(config, name)
+        part = type(then).__name__
+        for field in dataclasses.fields(then):
+            values = getattr(then, field.name), getattr(now, field.name)
+            if values[0] != values[1]:
+                fixed = field.name in FIXED.get(part, "").split()
+                text = f"{part}.{field.name} {short(values[0])} -> {short(values[1])}"
+                (refused if fixed else changed).append(text)
+    if progress.fingerprint != fingerprint:
+        refused.append(f"the corpus {short(progress.fingerprint)} -> {short(fingerprint)}")
+    if refused:
+        raise UserError(f"another run than that of checkpoint {where}: {'; '.join(refused)}; use another workdir")
+    return changed
 
 
 def require_same_run(config: Config, fingerprint: str) -> None:

@@ -8,11 +8,11 @@ behind the step of the checkpoint is dropped, what its own step writes again rep
 Letters: N recorded steps, L layers, E experts of the original model (of its widest layer).
 """
 
+import bisect
 import json
 import math
 import os
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -20,12 +20,12 @@ from typing import IO, Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from laep_jax.errors import UserError, require
+from laep_jax.errors import require
+from laep_jax.files import read_arrays, read_records
+from laep_jax.laep.load import ABSENT, ALIVE, check_loads
 
 METRICS_FILE = "metrics.jsonl"
 LOADS_FILE = "loads.npz"
-ALIVE = -1  # in pruned_at: the expert is there
-ABSENT = -2  # in pruned_at: the layer began with fewer experts than the widest one
 
 
 class RunLog:
@@ -60,15 +60,12 @@ class RunLog:
             (self._dir / LOADS_FILE).unlink(missing_ok=True)
         elif (self._dir / LOADS_FILE).exists():
             self._read_loads()
-        records = _read_records(self._dir / METRICS_FILE) if resume_step else []
+        path = self._dir / METRICS_FILE
+        records = read_records(path) if resume_step and path.exists() else []
         records = [record for record in records if record["step"] <= resume_step]
         self._rewritable = {_identity(record) for record in records if record["step"] == resume_step}
         self._metrics = self._start_metrics(records)
-        self._tensorboard = SummaryWriter(
-            str(self._dir / "tensorboard"),
-            purge_step=resume_step + 1 if resume_step else 0,
-            filename_suffix=f".{time.time_ns()}",  # its own name has seconds only, and opens to overwrite
-        )
+        self._tensorboard = self._start_tensorboard(resume_step + 1 if resume_step else 0)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -82,11 +79,11 @@ class RunLog:
         fields: numbers, text, None, and lists, dictionaries and arrays of these. What is not finite
         becomes null. A record that the resumed step had written before the interruption is replaced.
         """
-        record = {"kind": kind, "step": int(step)} | {name: _plain(value) for name, value in fields.items()}
+        record = {"kind": kind, "step": int(step)} | {name: plain(value) for name, value in fields.items()}
         if _identity(record) in self._rewritable:
             self._rewritable.remove(_identity(record))
             self._metrics.close()
-            records = _read_records(self._dir / METRICS_FILE)
+            records = read_records(self._dir / METRICS_FILE)
             self._metrics = self._start_metrics([r for r in records if _identity(r) != _identity(record)])
         self._metrics.write(_line(record))
         self._metrics.flush()
@@ -137,6 +134,17 @@ class RunLog:
         }
         _replace(self._dir / LOADS_FILE, lambda file: np.savez(file, **arrays))
 
+    def rewind(self, step: int) -> None:
+        """Forgets what came after `step`, and the cut that followed it: the run goes on from there without."""
+        self.close()
+        records = [record for record in read_records(self._dir / METRICS_FILE) if _is_before_cut(record, step)]
+        self._metrics = self._start_metrics(records)
+        self._tensorboard = self._start_tensorboard(step + 1)
+        kept = bisect.bisect_right(self._steps, step)
+        del self._steps[kept:], self._tokens_LE[kept:]
+        self._pruned_at_LE[self._pruned_at_LE >= step] = ALIVE
+        self.save_loads()
+
     def close(self) -> None:
         """Flushes and closes every file; does not save the loads."""
         self._metrics.close()
@@ -148,14 +156,17 @@ class RunLog:
         _replace(path, lambda file: file.writelines(_line(record).encode() for record in records))
         return path.open("a", encoding="utf-8")
 
+    def _start_tensorboard(self, purge_step: int) -> SummaryWriter:
+        """Event files that hide what earlier ones hold from `purge_step` on."""
+        suffix = f".{time.time_ns()}"  # its own name has seconds only, and opens to overwrite
+        return SummaryWriter(str(self._dir / "tensorboard"), purge_step=purge_step, filename_suffix=suffix)
+
     def _read_loads(self) -> None:
         """Takes over the rows and prune marks up to the resumed step."""
         path = self._dir / LOADS_FILE
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                steps, tokens_NLE, pruned_at_LE = (arrays[k] for k in ("steps", "tokens_per_expert", "pruned_at"))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} does not read; move it away to go on without the earlier loads") from error
+        keys = ("steps", "tokens_per_expert", "pruned_at")
+        steps, tokens_NLE, pruned_at_LE = read_arrays(path, f"{path} (move it away to go on without it)", keys).values()
+        check_loads(str(path), steps, tokens_NLE, pruned_at_LE)
         same = np.array_equal(pruned_at_LE == ABSENT, self._pruned_at_LE == ABSENT)
         shape = self._pruned_at_LE.shape
         require(same, f"{path} [layers, experts]", pruned_at_LE.shape, f"does not fit the run's model, {shape}")
@@ -178,52 +189,44 @@ class NoLog:
 
     def save_loads(self) -> None: ...
 
+    def rewind(self, step: int) -> None: ...
+
 
 def _identity(record: dict) -> tuple:
     return record["kind"], record["step"], record.get("when")
+
+
+def _is_before_cut(record: dict, step: int) -> bool:
+    of_cut = record["kind"] in ("prune", "guard") or record.get("when") == "after_prune"
+    return record["step"] < step or (record["step"] == step and not of_cut)
 
 
 def _line(record: dict) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-def _read_records(path: Path) -> list[dict]:
-    """Every record of metrics.jsonl but a last line torn by an interruption."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            _identity(record)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} line {number} is damaged; remove it to go on") from error
-        records.append(record)
-    return records
-
-
 def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Writes a file beside `path`, brings it to disk and puts it in its place."""
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    part.unlink(missing_ok=True)
+    with part.open("xb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value as JSON has it: arrays as lists, NumPy's numbers as Python's, not finite as None."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return _plain(np.asarray(value).tolist())
+    return plain(np.asarray(value).tolist())
 
 
 def _scalars(tag: str, value: Any) -> list[tuple[str, float]]:

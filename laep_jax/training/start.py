@@ -1,6 +1,7 @@
 """Starting a run, or going on with one: everything that the training loop needs, opened and checked."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import jax
 from laep_jax.chips import peak_flops
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
+from laep_jax.files import refuse_links
 from laep_jax.hosts import refused_together
 from laep_jax.sharding import make_mesh
 from laep_jax.training.checkpoint import Checkpoints
@@ -22,6 +24,7 @@ from laep_jax.training.manifest import DamagedError
 from laep_jax.training.resume import Progress, find_progress, require_same_run
 from laep_jax.training.runlog import NoLog, RunLog
 from laep_jax.training.state import abstract_state
+from laep_jax.training.stops import Stops
 
 
 def train(
@@ -32,10 +35,12 @@ def train(
     settings: text for `operative.gin`. executable: a file of `preflight --save`, for the model that the run began
     with. Returns what summary.json holds. `UserError`, before anything
     is compiled or written, where the config does not fit the devices, the corpus or the checkpoint.
+    `StoppedError` after SIGTERM or Ctrl-C, when the step in flight is done and saved.
     With several processes (`laep_jax.hosts`) each calls it alike; `run_dir` is one that all see.
     """
     run_dir, first = Path(run_dir), jax.process_index() == 0
     with refused_together():
+        refuse_links(run_dir)
         resolved = config.resolve(jax.device_count())
         mesh = make_mesh(resolved.mesh)
         dataset = _open_dataset(config)
@@ -59,7 +64,8 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(run_dir / "checkpoints", keep=keep, report=console.event))
         while True:
             try:
-                progress = find_progress(resolved, dataset.fingerprint, checkpoints, checkpoints.newest_valid())
+                newest = checkpoints.newest_valid()
+                progress, changed = find_progress(resolved, dataset.fingerprint, checkpoints, newest)
                 with contextlib.ExitStack() as attempt:
                     with refused_together():
                         first_step = None
@@ -70,7 +76,11 @@ def train(
                     log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
                     log.write_file("operative.gin", settings)
                     console.event(_opening_line(current, dataset))
-                    return Run(current, dataset, checkpoints, log, console, progress, first_step).train()
+                    if changed:
+                        console.event(f"changed since the checkpoint: {', '.join(changed)}")
+                    base = dataclasses.replace(config, mesh=current.mesh)
+                    run = Run(base, dataset, checkpoints, log, console, progress, first_step)
+                    return run.train(attempt.enter_context(Stops(config.train.step_timeout)))
             except DamagedError as error:
                 checkpoints.put_aside(error)
 

@@ -24,7 +24,8 @@ from laep_jax.training.optimizer import make_optimizer
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`step`: optimizer steps done (int32). `router_bias`: {"runs": [{"bias_E": [layers, E]}, ...]}.
+    """`step`: optimizer steps done (int32), those skipped left out. `router_bias`: {"runs":
+    [{"bias_E": [layers, E]}, ...]}.
 
     The bias is added to the router's logits when experts are chosen, not when they are weighted: zero
     by default, moved by the loss-free balancing, minus infinity to mask an expert.

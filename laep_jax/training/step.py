@@ -2,7 +2,7 @@
 
 Losses and gradients are sums over the targets of the whole batch divided by their number, however the
 batch is split into micro-batches; token counts add up over micro-batches and are outputs.
-Letters: A micro-batches, B rows, S sequence, E experts.
+Letters: A micro-batches, B rows, S sequence, E experts, M domains.
 """
 
 import functools
@@ -24,10 +24,10 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array | list[jax.Array] | dict[str, jax.Array]]
 
 
-def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a batch."""
+def abstract_batch(config: Config, mesh: Mesh, *, heldout: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a batch; heldout: of the eval step's, which has the domains too."""
     shape = (config.data.batch_size, config.data.sequence_length)
-    names = ("tokens_BS", "targets_BS", "segments_BS", "positions_BS")
+    names = ("tokens_BS", "targets_BS", "segments_BS", "positions_BS", *["domains_BS"] * heldout)
     return {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh)) for name in names}
 
 
@@ -82,20 +82,25 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, mesh: Mesh) -
     Returns:
       the new state and float32 scalars loss (mean cross-entropy in nats), grad_norm (before clipping),
       learning_rate, aux {name: mean over layers, unweighted}; tokens_per_expert, for each run int32
-      [layers, E], of the whole batch.
+      [layers, E], of the whole batch; finite, whether loss and gradients are. Where they are not, the state is the old.
     """
     report, gradients = _loss_and_gradients(state, batch, config, mesh)
+    grad_norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(report["loss"]) & jnp.isfinite(grad_norm)
     with jax.named_scope("optimizer"):
         updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
         params = typing.cast(dict, optax.apply_updates(state.params, updates))
-    router_bias = state.router_bias
-    if config.aux_loss.loss_free_bias:
-        router_bias = _updated_bias(router_bias, report["tokens_per_expert"], config.aux_loss.loss_free_bias)
+        router_bias = state.router_bias
+        if config.aux_loss.loss_free_bias:
+            router_bias = _updated_bias(router_bias, report["tokens_per_expert"], config.aux_loss.loss_free_bias)
+        updated = TrainState(state.step + 1, params, opt_state, router_bias)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     metrics = report | {
-        "grad_norm": optax.tree.norm(gradients),
+        "grad_norm": grad_norm,
         "learning_rate": jnp.asarray(make_schedule(config)(state.step), jnp.float32),
+        "finite": finite,
     }
-    return TrainState(state.step + 1, params, opt_state, router_bias), metrics
+    return kept, metrics
 
 
 def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
@@ -108,11 +113,17 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole(mesh)))
 
 
-def make_eval_step(config: Config, mesh: Mesh):
-    """A jitted (params, router_bias, batch) -> (loss sum, number of targets, tokens_per_expert by run)."""
+def make_eval_step(config: Config, mesh: Mesh, num_domains: int):
+    """A jitted (params, router_bias, batch with domains_BS) -> (loss_M, targets_M, tokens_per_expert by run).
+
+    loss_M: float32 sum of each domain's cross-entropy. targets_M: int32, how many that are.
+    """
 
     def eval_step(params: dict, router_bias: dict, batch: Batch):
         loss_BS, run_aux = token_losses(params, router_bias, batch, config.model, config.aux_loss, mesh)
-        return jnp.sum(loss_BS), jnp.sum(batch["targets_BS"] >= 0), [part.tokens_per_expert_E for part in run_aux]
+        belongs_BSM = jax.nn.one_hot(batch["domains_BS"], num_domains, dtype=bool)
+        loss_M = jnp.sum(jnp.where(belongs_BSM, loss_BS[..., None], 0), axis=(0, 1))  # a scatter has no fixed order
+        targets_M = jnp.sum(belongs_BSM & (batch["targets_BS"] >= 0)[..., None], axis=(0, 1))
+        return loss_M, targets_M, [part.tokens_per_expert_E for part in run_aux]
 
     return jax.jit(eval_step, out_shardings=whole(mesh))

@@ -81,7 +81,7 @@ class StepDirectory:
                 self._remove(self.step(later))
 
     def settle(self) -> None:
-        """Ends every replacement, the right way round, and removes what failed or is no longer kept."""
+        """Ends every replacement, the right way round, and removes what failed."""
         for path in (*self.path.glob(f"*{TRASH}"), *self.path.glob(f"*{SAVING}")):
             shutil.rmtree(path)
         for path in self.path.glob(f"*{REPLACED}"):
@@ -91,6 +91,9 @@ class StepDirectory:
             else:
                 self._remove(self.step(step))
                 os.replace(path, self.step(step))
+
+    def retain(self) -> None:
+        """Removes what is no longer kept."""
         complete = [step for step in self.found() if self.damage(step) is None]
         for step in complete[: -self._keep]:
             if step != self.pinned:

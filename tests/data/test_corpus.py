@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laep_jax.config import DataConfig
-from laep_jax.data.corpus import is_heldout, survey
+from laep_jax.data.corpus import domain, is_heldout, survey
 from laep_jax.data.sources import read_documents
 from laep_jax.errors import UserError
 
@@ -51,6 +51,33 @@ def test_survey_counts_and_its_hash_covers_names_and_texts(folder, config, texts
     (folder / "odd" / "02.txt").write_text("other")
     hashes.add(survey(config()).sha256)
     assert len(hashes) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "expected"),
+    [
+        ("json/decoder.py", "stdlib", "json"),
+        ("xml/dom/minidom.py", "stdlib", "xml"),
+        ("abc.py", "stdlib", "(modules)"),
+        ("books/a.txt", "text", "books"),
+        ("a.txt", "text", "."),
+        ("web/de/a.jsonl#12", "jsonl", "web"),
+        ("a#1.jsonl#12", "jsonl", "a#1.jsonl"),
+        ("a#b/c.jsonl#12", "jsonl", "a#b"),
+        ("a.array_record#0", "array_record", "a.array_record"),
+        ("topic-03/0007", "synthetic", "topic-03"),
+        ("b\udcffd/a.txt", "text", "b\ufffdd"),
+    ],
+)
+def test_a_domain_is_the_first_folder_or_the_file(name, source, expected):
+    assert domain(name, source) == expected
+
+
+def test_survey_names_the_domain_of_every_heldout_document_in_order(config):
+    names = [name for name, _ in read_documents(config()) if is_heldout(name, 0.25)]
+    domains = survey(config()).heldout_domains
+    assert domains == tuple(name.split("/")[0] for name in names)
+    assert set(domains) == {"even", "odd"}
 
 
 @pytest.mark.parametrize(("source", "text"), [("text", ""), ("jsonl", "\n\n")])

@@ -1,12 +1,16 @@
 """Batches: the same however many processes there are, all rows each epoch, every held-out token once."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from laep_jax.config import DataConfig
-from laep_jax.data.dataset import make_dataset
+from laep_jax.data.cache import open_tokens
+from laep_jax.data.corpus import is_heldout, survey
+from laep_jax.data.dataset import Dataset, make_dataset
+from laep_jax.data.tokenizer import BYTES
 from laep_jax.errors import UserError
 
 FIELDS = {"tokens_BS", "targets_BS", "segments_BS", "positions_BS"}
@@ -33,7 +37,7 @@ def test_shapes_and_ranges(config):
     whole, last = dataset(config()), dataset(config(), process=(3, 4))
     for batches, number in ((whole, 8), (last, 2)):
         for batch in (batches.train_batch(5), batches.heldout_batch(0)):
-            assert batch.keys() == FIELDS
+            assert batch.keys() - {"domains_BS"} == FIELDS
             assert all(x.shape == (number, 16) and x.dtype == np.int32 for x in batch.values())
             assert batch["tokens_BS"].min() >= 0
             assert batch["tokens_BS"].max() <= 256
@@ -47,7 +51,10 @@ def test_processes_share_the_batch_of_one(config, count):
     for step in (0, 3, 1000):
         assert same(joined([part.train_batch(step) for part in parts]), whole.train_batch(step))
     for index in range(whole.num_heldout_batches):
-        assert same(joined([part.heldout_batch(index) for part in parts]), whole.heldout_batch(index))
+        batches = [part.heldout_batch(index) for part in parts]
+        assert same(joined(batches), whole.heldout_batch(index))
+        domains = np.concatenate([batch["domains_BS"] for batch in batches])
+        np.testing.assert_array_equal(domains, whole.heldout_batch(index)["domains_BS"])
     assert {part.fingerprint for part in parts} == {whole.fingerprint}
 
 
@@ -114,6 +121,30 @@ def test_every_heldout_token_is_counted_once(config, texts):
     assert sum(int((batch["segments_BS"] > 0).sum()) for batch in batches) == number
     assert data.num_heldout_batches == -(-number // (8 * 16))
     assert (batches[-1]["segments_BS"] == 0).any(), "the corpus no longer tests the padding of the last batch"
+
+
+def test_every_heldout_target_has_the_domain_of_its_document(config, folder):
+    data = dataset(config())
+    assert data.domains == ("even", "odd")
+    counts = [Counter(), Counter()]
+    for index in range(data.num_heldout_batches):
+        batch = data.heldout_batch(index)
+        assert batch["domains_BS"].dtype == np.int32
+        for target, domain in zip(batch["targets_BS"].ravel(), batch["domains_BS"].ravel(), strict=True):
+            counts[domain][int(target)] += target >= 0
+    for domain, name in enumerate(data.domains):
+        paths = [path for path in (folder / name).iterdir() if is_heldout(f"{name}/{path.name}", 0.25)]
+        assert paths
+        assert +counts[domain] == Counter(byte for path in paths for byte in [*path.read_bytes(), 256][1:])
+    assert "domains_BS" not in data.train_batch(0)
+
+
+def test_a_tokenizer_that_ends_a_document_inside_it_is_refused(config):
+    corpus = survey(config())
+    odd = dataclasses.replace(BYTES, identity="odd", eod=ord("d"))  # as one with </s> among its words would
+    tokens = open_tokens(config(), corpus, odd)
+    with pytest.raises(UserError, match=r"DataConfig.tokenizer='bytes' writes the end of a document, token 100, also"):
+        Dataset(config(), tokens, odd, corpus.heldout_domains, seed=0, process_index=0, process_count=1, description="")
 
 
 def test_a_few_heldout_batches_come_from_many_documents(config, texts):

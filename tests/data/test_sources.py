@@ -7,8 +7,10 @@ import os
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from hypothesis import strategies as st
 
 from laep_jax.config import DataConfig
+from laep_jax.data import sources
 from laep_jax.data.sources import read_documents
 from laep_jax.errors import UserError
 
@@ -110,8 +112,8 @@ def write(name, data):
         ("text", lambda p: p / "*.txt", "DataConfig.path='{path}' is neither a file, a folder with files nor a glob"),
         ("text", lambda p: p, "DataConfig.path='{path}' is neither a file, a folder with files nor a glob of files"),
         ("text", write("x", b"abc\xff"), "DataConfig.path='{path}' holds a text that is not UTF-8: x, byte 3"),
-        ("jsonl", write("x", b'{"text": "a"}\n{"text": '), "must hold JSON lines, but line 2 of x is none: Expecting"),
-        ("jsonl", write("x", b'{"text": "\xff"}'), "must hold JSON lines, but line 1 of x is none: 'utf-8' codec"),
+        ("jsonl", write("x", b'{"text": "a"}\n{"text": '), "line 2 of x is not JSON: Expecting"),
+        ("jsonl", write("x", b'{"text": "\xff"}'), "line 1 of x is not JSON: 'utf-8' codec"),
         ("jsonl", write("x", b'{"body": "a"}'), "DataConfig.text_field='text' is not in line 1 of x"),
         ("jsonl", write("x", b'["text"]'), "DataConfig.text_field='text' is not in line 1 of x"),
         ("jsonl", write("x", b'{"text": 3}'), "DataConfig.text_field='text' holds no string in line 1 of x"),
@@ -143,7 +145,7 @@ def test_refusals(tmp_path, source, make, message):
 def test_a_link_to_nowhere_is_refused_not_passed_over(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
-    with pytest.raises(UserError, match=r"DataConfig.path='.*' cannot be read: .*b\.txt: No such file"):
+    with pytest.raises(UserError, match=r"DataConfig.path='.*': .*b\.txt cannot be read: No such file"):
         documents("text", tmp_path)
 
 
@@ -156,3 +158,101 @@ def test_a_folder_that_cannot_be_listed_is_refused_not_passed_over(folder, monke
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UserError, match=r"DataConfig.path='.*' cannot be read: .*odd: Permission denied"):
         documents("text", folder)
+
+
+def test_devices_and_fifos_are_refused_without_waiting(tmp_path):
+    for name, make in (("fifo", os.mkfifo), ("zero", lambda path: path.symlink_to("/dev/zero"))):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / "x.jsonl")
+        for source in ("text", "jsonl", "array_record"):
+            for path in (tmp_path / name, f"{tmp_path}/{name}/*.jsonl"):
+                with pytest.raises(UserError, match=r"x.jsonl is not a regular file"):
+                    documents(source, path)
+
+
+def test_loops_of_links_are_not_entered(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.txt").write_text("x")
+    for i in range(3):  # ways into the folder again: 3**40 paths to whoever follows them
+        (tmp_path / "a" / f"loop{i}").symlink_to(tmp_path / "a")
+    assert documents("text", tmp_path) == [("a/x.txt", b"x")]
+    assert documents("text", f"{tmp_path}/**/*.txt") == [("a/x.txt", b"x")]
+
+
+def test_globs_find_hidden_files_only_when_asked(tmp_path):
+    for name in ("a.txt", ".b.txt", ".c/d.txt", "e/.f/g.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert [name for name, _ in documents("text", f"{tmp_path}/**/*.txt")] == ["a.txt"]
+    assert [name for name, _ in documents("text", f"{tmp_path}/.*.txt")] == [".b.txt"]
+
+
+def test_text_is_bytes_of_any_kind_but_utf8(tmp_path):
+    (tmp_path / "nul").write_bytes(b"a\0b\r\n\xef\xbb\xbf")
+    (tmp_path / "empty").write_bytes(b"")
+    assert documents("text", tmp_path) == [("nul", b"a\0b\r\n\xef\xbb\xbf")]
+
+
+def test_a_gzip_bomb_is_refused_on_the_way(tmp_path):
+    path = tmp_path / "x.jsonl.gz"
+    for text in (b"\n" * 10**6, b" " * 10**6, b'{"text": "a"}\n' * 10**5):
+        path.write_bytes(gzip.compress(text))
+        with pytest.raises(UserError, match=r"a gzip file that grows more than 100 times: .*x\.jsonl\.gz"):
+            documents("jsonl", path)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+def test_texts_and_lines_have_a_largest_size(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sources, "MOST_LINE", 10_000)
+    monkeypatch.setattr(sources, "MOST_TEXT", 10_000)
+    letters = np.random.default_rng(0).integers(97, 122, 20_000, np.uint8).tobytes().decode()
+    write_jsonl(tmp_path / name, [{"text": letters}])
+    with pytest.raises(UserError, match="holds a line of more than 10000 bytes"):
+        documents("jsonl", tmp_path / name)
+    (tmp_path / "y").write_text(letters)
+    with pytest.raises(UserError, match=r"size of .*=20000 is above 10000 bytes"):
+        documents("text", tmp_path / "y")
+    (tmp_path / "y").write_text(letters[:10_000])
+    assert len(documents("text", tmp_path / "y")[0][1]) == 10_000
+
+
+@pytest.mark.slow
+def test_real_sizes(tmp_path):
+    (tmp_path / "x").write_bytes(b"a" * 10**8)
+    assert len(documents("text", tmp_path / "x")[0][1]) == 10**8
+    with pytest.raises(UserError, match=f"holds a line of more than {2**26} bytes"):
+        documents("jsonl", tmp_path / "x")
+    with gzip.open(tmp_path / "x.gz", "wb", compresslevel=1) as file:
+        for _ in range(100):
+            file.write(bytes(10**8))
+    with pytest.raises(UserError, match=r"line of more than|grows more than"):
+        documents("jsonl", tmp_path / "x.gz")
+
+
+def test_any_bytes_are_documents_or_refused(fuzz, tmp_path):
+    lines = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS[:3])).encode()
+    deep = b'{"text": ' + b"[" * 100_000
+
+    def check(data):
+        valid = data.draw(st.sampled_from([lines, lines + deep]))
+        plain = data.draw(fuzz.bytes(valid))
+        (tmp_path / "x").write_bytes(plain)
+        (tmp_path / "x.gz").write_bytes(
+            data.draw(st.one_of(st.just(gzip.compress(plain)), fuzz.bytes(gzip.compress(lines))))
+        )
+        for source, name in (("text", "x"), ("jsonl", "x"), ("jsonl", "x.gz"), ("array_record", "x")):
+            for _, text in fuzz.reads(lambda: documents(source, tmp_path / name)) or ():  # noqa: B023
+                text.decode()
+
+    fuzz(check)
+
+
+def test_any_path_is_read_or_refused(fuzz, tmp_path):
+    (tmp_path / "a").write_text("a")
+    parts = st.sampled_from(["*", "**", "**a", "[", "[a]", "..", "a", "\0", "?", "{", "\ud800", "x" * 300])
+
+    def check(data):
+        path = "/".join([str(tmp_path), *data.draw(st.lists(parts, min_size=1, max_size=3))])
+        fuzz.reads(lambda: documents("text", path))
+
+    fuzz(check)

@@ -1,6 +1,8 @@
 """Bytes, and what is taken from a Hugging Face tokenizer.json."""
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,3 +91,54 @@ def test_a_missing_file_and_a_missing_package_are_refused(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r'pip install "laep_jax\[tok\]"'):
         load_tokenizer(path)
     assert load_tokenizer("bytes").vocab_size == 257
+
+
+def test_any_json_is_a_tokenizer_or_refused(fuzz, tmp_path):
+    path = Path(write_words(tmp_path / "tok.json", ["unk", "a", "b"], ["</s>"]))
+    valid = json.loads(path.read_text())
+
+    def read():
+        tokenizer = load_tokenizer(str(path))
+        return tokenizer, tokenizer.encode([b"a b c", b"", "\0é".encode()])
+
+    def check(data):
+        text = json.dumps(fuzz.json(data.draw, valid)).encode()
+        path.write_bytes(data.draw(fuzz.bytes(text)) if data.draw(st.booleans()) else text)
+        if found := fuzz.reads(read):
+            tokenizer, encoded = found
+            assert all((tokens < tokenizer.vocab_size).all() for tokens in encoded)
+            assert tokenizer.eod < tokenizer.vocab_size
+
+    fuzz(check)
+
+
+def edited(path, **model):
+    fields = json.loads(path.read_text())
+    fields["model"] |= model
+    path.write_text(json.dumps(fields))
+
+
+def test_what_tokenizers_raises_or_panics_of_is_told(tmp_path):
+    path = Path(write_words(tmp_path / "tok.json", ["unk", "a", "b"]))
+    edited(path, unk_token="gone")
+    with pytest.raises(UserError, match="does not encode the corpus: WordLevel error: Missing"):
+        load_tokenizer(str(path)).encode([b"never seen"])
+    splitting = tokenizers.Tokenizer(tokenizers.models.WordLevel({"unk": 0}, unk_token="unk"))
+    splitting.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a|aa)+$"), "isolated")
+    splitting.save(str(path))
+    with pytest.raises(UserError, match=r"does not encode the corpus: .*retry-limit"):  # a panic, no Exception
+        load_tokenizer(str(path)).encode([b"a" * 40 + b"b"])
+
+
+def test_a_tokenizer_that_draws_its_tokens_is_refused(tmp_path):
+    path = tmp_path / "tok.json"
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], dropout=0.5)).save(str(path))
+    with pytest.raises(UserError, match=r"dropout of .*=0.5 gives other tokens each time"):
+        load_tokenizer(str(path))
+
+
+def test_a_tokenizer_has_a_largest_size(tmp_path):
+    with (tmp_path / "tok.json").open("wb") as file:
+        file.truncate(2**27 + 1)
+    with pytest.raises(UserError, match=f"size of DataConfig.tokenizer=.*={2**27 + 1} is above"):
+        load_tokenizer(str(tmp_path / "tok.json"))

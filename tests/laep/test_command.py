@@ -1,6 +1,7 @@
 """The `plan` command: files in, table and JSON out, one line on bad input, and NumPy alone is enough."""
 
 import json
+import math
 import subprocess
 import sys
 import zipfile
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import laep_jax
 from laep_jax.errors import UserError
@@ -144,6 +146,7 @@ def bad(folder) -> Path:
         "half": TOKENS_NLE + np.where(np.arange(8) == 4, 0.5, 0),
         "nan": np.full((1, 2, 8), np.nan),
         "words": np.full((1, 2, 8), "x"),
+        "truth": np.full((1, 2, 8), True),
         "no_experts": np.ones((1, 2, 0), int),
         "ten": np.ones((1, 2, 10), int),
         "huge": np.full((1, 2, 8), 2**62),
@@ -165,29 +168,30 @@ def bad(folder) -> Path:
     return folder
 
 
-UNREADABLE = "^--counts='.*{}' does not read as a .npy or .npz file of numbers$"
+UNREADABLE = "^--counts='.*{}' does not read as an? .*npz file of numbers: "
 
 
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ("missing.npz", r"^--counts='.*missing.npz' is not a file$"),
-        (".", "^--counts='.*' is not a file$"),
-        ("x" * 300, UNREADABLE.format("x")),
+        ("missing.npz", r"^--counts='.*missing.npz' cannot be read: No such file or directory$"),
+        (".", "^--counts='.*' is not a regular file$"),
+        ("x" * 300, "^--counts='.*x' cannot be read: File name too long$"),
         ("text.npz", UNREADABLE.format("text.npz")),
         ("empty.npz", UNREADABLE.format("empty.npz")),
         ("cut.npz", UNREADABLE.format("cut.npz")),
         ("cut.npy", UNREADABLE.format("cut.npy")),
         ("locked.npz", UNREADABLE.format("locked.npz")),
         ("object.npy", UNREADABLE.format("object.npy")),
-        ("other.npz", r"^arrays in .*other.npz=\['loads', 'steps'\] lack 'tokens_per_expert'$"),
-        ("bytes.npz", r"^tokens_per_expert.shape=\(\) must be"),
+        ("other.npz", r"^arrays in --counts='.*other.npz'=\['loads', 'steps'\] lack \['tokens_per_expert'\]$"),
+        ("bytes.npz", r"^arrays in .*bytes.npz'=\[\] lack"),
         ("one_axis.npy", r"^tokens_per_expert.shape=\(8,\) must be \[iterations, layers, experts\] or without"),
         ("four_axes.npy", r"^tokens_per_expert.shape=\(1, 1, 1, 8\) must be"),
         ("negative.npy", r"^tokens_per_expert\[0, 1, 3\]=-\d+ must not be negative$"),
         ("half.npy", r"^tokens_per_expert\[0, 0, 4\]=\d+\.5 must be an integer$"),
         ("nan.npy", r"^tokens_per_expert\[0, 0, 0\]=nan must be finite$"),
-        ("words.npy", "^dtype of tokens_per_expert of layer 0='<U1' must be integer$"),
+        ("words.npy", UNREADABLE.format("words.npy")),
+        ("truth.npy", "^dtype of tokens_per_expert of layer 0='bool' must be integer$"),
         ("no_experts.npy", r"^shape of tokens_per_expert of layer 0=\(1, 0\) must be"),
         ("huge.npy", r"^sum of tokens_per_expert of layer 0=.* must be below 2\*\*48$"),
         ("ten.npy", r"^num_experts\[0\]=10 is not divisible by expert_parallel=4$"),
@@ -269,3 +273,21 @@ def test_fewer_runs_say_what_they_cost(folder, capsys):
     assert len(set(one)) == 1 < len(set(many))
     more = sum(one) - sum(many)
     assert f"runs of equal layers became 1; {more} experts more (+{more / sum(many):.1%})" in capsys.readouterr().out
+
+
+def test_any_counts_make_a_plan_or_are_refused(fuzz, folder):
+    whole = (folder / "counts.npz").read_bytes()
+    dtypes = st.sampled_from(["<i8", ">i4", "u1", "u8", "f4", "f8", "?"])
+    edges = st.sampled_from([0, 1, 7, 255, 2**62])
+
+    def check(data):
+        if data.draw(st.booleans()):
+            (folder / "any").write_bytes(data.draw(fuzz.bytes(whole)))
+        else:
+            shape = data.draw(st.lists(st.integers(0, 4), max_size=4))
+            values = [data.draw(edges) for _ in range(math.prod(shape))]
+            with (folder / "any").open("wb") as file, np.errstate(all="ignore"):
+                np.savez(file, tokens_per_expert=np.array(values, np.uint64).astype(data.draw(dtypes)).reshape(shape))
+        fuzz.reads(lambda: run(folder, counts="any"))
+
+    fuzz(check)

@@ -201,11 +201,11 @@ OTHER = [
     (text(top_k=True), "top_k=True must be an integer"),
     (text(alpha=0.4), "alpha=0.4 must be a list"),
     (text(alpha=[0.4, "Infinity"]), "alpha='Infinity' must be a finite number"),
-    (text(alpha=[0.4, math.inf]), "alpha=inf must be a finite number"),
+    (text(alpha=[0.4, math.inf]), "plan is not JSON: 'Infinity' is not a finite number"),
     (text(beta="0.1"), "beta='0.1' must be a finite number"),
     (text(beta=False), "beta=False must be a finite number"),
-    (text(beta=math.nan), "beta=nan must be a finite number"),
-    (text(beta=10**400), "beta=10+ must be a finite number"),
+    (text(beta=math.nan), "plan is not JSON: 'NaN' is not a finite number"),
+    (text(beta=10**400), r"beta=10+\.\.\.0+ must be a finite number"),
     (text(estimator=1), "estimator=1 must be one of vote, mean"),
     (text(placement=["greedy"]), r"placement=\['greedy'\] must be one of greedy, refined"),
     (text(layers={}), "layers={} must be a list"),
@@ -227,3 +227,21 @@ def test_other_json_is_refused(plan, message):
     with pytest.raises(UserError, match=f"^{message}") as error:
         Plan.from_json(plan)
     assert "\n" not in str(error.value)
+
+
+def test_any_json_is_a_sound_plan_or_refused(fuzz):
+    def check(data):
+        text = json.dumps(fuzz.json(data.draw, json.loads(GOOD.to_json())))
+        plan = fuzz.reads(lambda: Plan.from_json(text))
+        assert plan is None or Plan.from_json(plan.to_json()) == plan
+
+    fuzz(check)
+
+
+def test_any_text_is_a_sound_plan_or_refused(fuzz):
+    def check(data):
+        text = data.draw(fuzz.bytes(GOOD.to_json().encode())).decode("utf-8", "surrogateescape")
+        plan = fuzz.reads(lambda: Plan.from_json(text))
+        assert plan is None or Plan.from_json(plan.to_json()) == plan
+
+    fuzz(check)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+DOMAINS = {"books": 9000, "forms": 40, "web": 2960}  # held-out targets
 TOP_K, TOKENS, WINDOW, ALPHA, BETA, DEVICES = 2, 4096, 25, 0.4, 0.1, 4
 
 
@@ -31,6 +32,12 @@ def placed(loads_E, ids, devices):
     return [expert for group in groups for expert in group]
 
 
+def evaluation(step, when, loss, worse=0.0):
+    """An `eval` record; worse: what the cut did to the small domain, beside what it did to all."""
+    by_domain = {"books": loss, "forms": loss + 1 + worse, "web": loss - 0.2 - worse / 10}
+    return {"kind": "eval", "step": step, "heldout_loss": loss, "heldout_loss_by_domain": by_domain, "when": when}
+
+
 def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=180, devices=DEVICES, seed=0):
     """Writes config.json, metrics.jsonl, loads.npz and plans/; cut_step None makes a run without prune."""
     rng = np.random.default_rng(seed)
@@ -39,7 +46,8 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
     alive_LE = np.ones(final_LE.shape, bool)
     pruned_at_LE = np.full(final_LE.shape, -1)
     tokens_NLE = np.zeros((num_steps, *final_LE.shape), np.int64)
-    records, lineage = [], [list(range(num_experts))] * num_layers
+    records = [{"kind": "heldout", "step": 50, "targets_by_domain": DOMAINS}]
+    lineage = [list(range(num_experts))] * num_layers
     (run_dir / "plans").mkdir(parents=True)
     for step in range(1, num_steps + 1):
         grown = 1 - np.exp(-step / 40)
@@ -53,7 +61,7 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
         loss = 2.0 + 3.5 * np.exp(-step / 30) + 0.8 * np.exp(-step / 200) + rng.normal(scale=0.06)
         records.append({"kind": "train", "step": step, "loss": loss})
         if step % 50 == 0:
-            records.append({"kind": "eval", "step": step, "heldout_loss": loss + 0.1, "when": "periodic"})
+            records.append(evaluation(step, "periodic", loss + 0.1))
         if step == cut_step:
             mean_LE = tokens_NLE[step - WINDOW : step].mean(0)
             lineage = []
@@ -62,7 +70,7 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
                 alive_LE[layer, pruned] = False
                 pruned_at_LE[layer, pruned] = step
                 lineage.append(placed(mean_LE[layer], np.flatnonzero(alive_LE[layer]), devices))
-            records.append({"kind": "eval", "step": step, "heldout_loss": loss + 0.1, "when": "before_prune"})
+            records.append(evaluation(step, "before_prune", loss + 0.1))
             records.append(
                 {
                     "kind": "prune",
@@ -75,10 +83,10 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
                     "lineage": lineage,
                 }
             )
-            records.append({"kind": "eval", "step": step, "heldout_loss": loss + 0.16, "when": "after_prune"})
+            records.append(evaluation(step, "after_prune", loss + 0.16, worse=0.5))
             plan = {"format": "laep-plan", "version": 1, "alpha": [ALPHA] * num_layers, "beta": BETA}
             (run_dir / "plans" / f"{step}.json").write_text(json.dumps(plan))
-    records.append({"kind": "eval", "step": num_steps, "heldout_loss": loss + 0.1, "when": "end"})
+    records.append(evaluation(num_steps, "end", loss + 0.1))
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     laep = {"window": WINDOW, "alpha": ALPHA, "beta": BETA}
     (run_dir / "config.json").write_text(json.dumps({"laep": laep, "model": {"top_k": TOP_K}}))

@@ -23,7 +23,7 @@ def test_draws_into_the_run_directory_also_without_a_prune(unpruned_dir):
 
 
 def test_nothing_is_made_for_what_is_no_run(tmp_path):
-    with pytest.raises(UserError, match=r"metrics.jsonl does not exist"):
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read: No such file"):
         main([str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
 

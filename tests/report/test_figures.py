@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -85,9 +87,30 @@ def test_loss_shows_every_record_and_marks_the_cut(run):
     assert [line.get_xdata() for line in axes.lines if line.get_linestyle() == ":"] == [[180, 180]]
 
 
-def test_loss_of_a_run_that_has_logged_nothing_yet(unpruned_dir):
-    run = read_run(unpruned_dir)
-    figures.draw_loss(type(run)(**vars(run) | {"train": (), "evals": ()}))
+def test_domains_are_lines_with_the_worst_on_top_and_marks_as_large_as_their_targets(run):
+    (axes,) = figures.draw_domains(run).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["forms (40)", "books (9,000)", "web (2,960)"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]
+    at_cut, newest = axes.collections
+    np.testing.assert_allclose(at_cut.get_offsets()[:, 0], [0.56, 0.06, 0.01])
+    np.testing.assert_allclose(np.ptp(newest.get_offsets()[:, 0]), 0, atol=1e-9)
+    assert at_cut.get_sizes().argsort().tolist() == [0, 2, 1]
+    mean = axes.lines[0].get_xdata()[0]  # of all targets, not of the domains
+    assert mean == pytest.approx((0.56 * 40 + 0.06 * 9000 + 0.01 * 2960) / 12000)
+
+
+def test_many_domains_show_as_forty_and_the_title_says_so(run):
+    names = [f"domain {i}" for i in range(100)]
+    record = dict(run.evals[-1]) | {"heldout_loss_by_domain": {name: float(i) for i, name in enumerate(names)}}
+    figure = figures.draw_domains(dataclasses.replace(run, cuts=(), evals=(record,), targets=dict.fromkeys(names, 7)))
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert (len(labels), labels[0], labels[-1]) == (40, "domain 99 (7)", "domain 60 (7)")
+    assert "40 of 100 domains" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize("draw", [figures.draw_loss, figures.draw_domains])
+def test_losses_of_a_run_that_has_logged_nothing_yet(unpruned_dir, draw):
+    draw(dataclasses.replace(read_run(unpruned_dir), train=(), evals=(), targets={}))
 
 
 @pytest.mark.parametrize("name", PURE)

@@ -3,8 +3,10 @@ import shutil
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from laep_jax.errors import UserError
+from laep_jax.report import figures, series
 from laep_jax.report.run_data import read_run
 
 
@@ -27,6 +29,7 @@ def test_a_run_reads_back(run_dir):
     assert run.alpha == (0.4,) * 4
     assert len(run.train) == 300
     assert [record["when"] for record in run.evals[-3:]] == ["periodic", "periodic", "end"]
+    assert run.targets == {"books": 9000, "forms": 40, "web": 2960}
     (cut,) = run.prunes
     assert (cut.step, cut.beta, cut.alpha) == (180, 0.1, (0.4,) * 4)
     assert cut.before == (tuple(range(16)),) * 4
@@ -49,11 +52,12 @@ def test_mean_loads_take_the_window_and_never_two_models(run_dir):
     np.testing.assert_array_equal(run.mean_loads(10), run.tokens_NLE[:10].mean(0))
 
 
-def test_layers_that_began_narrower(copied):
-    pruned_at = np.load(copied / "loads.npz")["pruned_at"]
+def test_layers_that_began_narrower(make, tmp_path):
+    run_dir = make(tmp_path / "run", num_steps=40, cut_step=None)
+    pruned_at = np.load(run_dir / "loads.npz")["pruned_at"]
     pruned_at[0] = [-1] * 12 + [-2] * 4
-    edit_loads(copied, pruned_at=pruned_at)
-    run = read_run(copied)
+    edit_loads(run_dir, pruned_at=pruned_at)
+    run = read_run(run_dir)
     assert run.present(0, 1).tolist() == list(range(12))
     assert run.order(1)[0] == tuple(range(12))
 
@@ -77,21 +81,29 @@ def test_an_unbounded_alpha_of_a_plan(copied):
     ("spoil", "message"),
     [
         (shutil.rmtree, "run directory .*run does not exist"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl does not exist"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl cannot be read: No such file"),
         (lambda run: (run / "metrics.jsonl").write_text('{"kind": "train"}\n'), "metrics.jsonl line 1 is not a record"),
         (lambda run: (run / "metrics.jsonl").write_text("3\n"), "metrics.jsonl line 1 is not a record"),
-        (lambda run: (run / "config.json").unlink(), "config.json does not read: No such file"),
+        (lambda run: (run / "config.json").unlink(), "config.json cannot be read: No such file"),
         (lambda run: (run / "config.json").write_text("{"), "config.json is not JSON"),
-        (lambda run: (run / "config.json").write_text("{}"), "'window' is missing"),
+        (lambda run: (run / "config.json").write_text("{}"), "'laep' is missing"),
+        (lambda run: (run / "config.json").write_text('{"laep": {}}'), "'window' is missing"),
         (lambda run: (run / "loads.npz").unlink(), "loads.npz does not exist"),
         (lambda run: (run / "loads.npz").write_bytes(b"PK\x03\x04"), "loads.npz does not read"),
-        (lambda run: edit_loads(run, pruned_at=None), "loads.npz does not read"),
+        (lambda run: edit_loads(run, pruned_at=None), r"loads.npz=.* lack \['pruned_at'\]"),
         (lambda run: edit_loads(run, steps=np.arange(3)), "do not fit"),
         (
             lambda run: edit_loads(run, tokens_per_expert=np.zeros((0, 4, 16), int)),
+            "do not fit",
+        ),
+        (
+            lambda run: edit_loads(run, tokens_per_expert=np.zeros((300, 64), int)),
             r"must be \[steps, layers, experts\]",
         ),
-        (lambda run: (run / "plans" / "180.json").unlink(), "180.json does not read"),
+        (lambda run: edit_loads(run, tokens_per_expert=np.full((300, 4, 16), -1)), "must be integers from 0 on"),
+        (lambda run: edit_loads(run, pruned_at=np.full((4, 16), 9)), "leaves a layer empty"),
+        (lambda run: edit_loads(run, expert_parallel=3), "must divide by expert_parallel=3"),
+        (lambda run: (run / "plans" / "180.json").unlink(), "180.json cannot be read"),
     ],
 )
 def test_bad_input_is_one_line_naming_the_file(copied, spoil, message):
@@ -99,3 +111,39 @@ def test_bad_input_is_one_line_naming_the_file(copied, spoil, message):
     with pytest.raises(UserError, match=message) as caught:
         read_run(copied)
     assert "\n" not in str(caught.value)
+
+
+def test_any_damage_is_a_run_or_refused_and_what_is_read_draws(fuzz, make, tmp_path):
+    whole = make(tmp_path / "whole", num_layers=2, num_experts=8, num_steps=40, cut_step=30)
+    files = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+
+    def check(data):
+        for path, valid in files.items():
+            path.write_bytes(valid)
+        path = data.draw(st.sampled_from(sorted(files)))
+        if path.suffix == ".npz" or not data.draw(st.integers(0, 3)):
+            path.write_bytes(data.draw(fuzz.bytes(files[path])))
+        else:
+            lines = files[path].decode().splitlines()
+            prunes = [i for i, line in enumerate(lines) if '"prune"' in line] or [0]
+            line = data.draw(st.one_of(st.sampled_from(prunes), st.integers(0, len(lines) - 1)))
+            lines[line] = json.dumps(fuzz.json(data.draw, json.loads(lines[line])))
+            path.write_text("\n".join(lines) + "\n")
+        run = fuzz.reads(lambda: read_run(whole))
+        if run is not None:
+            for layer in range(run.num_layers):
+                series.expert_lines(run, layer)
+                series.cumulative_load(run, layer)
+                series.mean_line(run, layer)
+            series.device_loads(run)
+            figures.draw_loss(run)
+
+    fuzz(check)
+
+
+@pytest.mark.parametrize("plan", ["/etc/passwd", "plans/../../x.json", "plans/180.json\n", "config.json"])
+def test_a_plan_is_read_from_plans_only(copied, plan):
+    path = copied / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"plans/180.json"', json.dumps(plan)))
+    with pytest.raises(UserError, match=r"cut of step 180: plan=.* must be plans/STEP.json"):
+        read_run(copied)

@@ -24,6 +24,7 @@ def small_run(**changes):
         cuts=(CUT,),
         train=(),
         evals=(),
+        targets={"a": 30, "b": 10, "c": 5},
     )
     return dataclasses.replace(run, **changes)
 
@@ -138,6 +139,40 @@ def test_shares_add_up_and_are_undefined_where_no_expert_is(run_dir):
     assert not np.isnan(before).any()
     np.testing.assert_array_equal(np.isnan(after), run.pruned_at_LE == 180)
     np.testing.assert_allclose(np.nansum(after, 1), 1)
+
+
+def evaluated(step, when, *losses):
+    return {"step": step, "when": when, "heldout_loss_by_domain": dict(zip("abc", losses, strict=False))}
+
+
+def test_domains_are_measured_from_before_the_cut_and_the_worst_comes_first():
+    evals = (
+        evaluated(1, "periodic", 9.0, 9.0, 9.0),
+        evaluated(3, "periodic", 9.0, 9.0, 9.0),
+        evaluated(3, "before_prune", 3.0, 2.0, 4.0),
+        evaluated(3, "after_prune", 3.25, 3.0, 3.5),
+        evaluated(4, "periodic", 9.0, 9.0, 9.0),
+        evaluated(5, "end", 2.5, 2.25, 4.0),
+    )
+    losses = series.domain_losses(small_run(evals=evals))
+    assert losses.is_change
+    assert losses.names == ("b", "a", "c")
+    assert losses.targets_M.tolist() == [10, 30, 5]
+    assert {label: loss_M.tolist() for label, loss_M in losses.rows.items()} == {
+        "right after the prune": [1.0, 0.25, -0.5],
+        "step 5": [0.25, -0.5, 0.0],
+    }
+    at_the_cut = series.domain_losses(small_run(evals=evals[:4]))
+    assert list(at_the_cut.rows) == ["right after the prune"]
+
+
+def test_domains_without_a_prune_are_as_they_are_and_those_no_longer_measured_are_left_out():
+    run = small_run(cuts=(), evals=(evaluated(1, "periodic", 9.0, 9.0, 9.0), evaluated(2, "periodic", 1.0, 2.0)))
+    losses = series.domain_losses(run)
+    assert not losses.is_change
+    assert losses.names == ("b", "a")
+    assert {label: loss_M.tolist() for label, loss_M in losses.rows.items()} == {"step 2": [2.0, 1.0]}
+    assert series.domain_losses(small_run()).names == ()
 
 
 def test_smoothing_keeps_a_constant_and_leaves_out_what_is_not_known():

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from laep_jax.training import ahead, cut, loop
+from laep_jax.training import ahead, cut
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.start import train
 
@@ -88,18 +88,19 @@ def test_each_step_is_compiled_once_the_cut_models_in_the_thread(config, tmp_pat
 
 def test_training_goes_on_while_the_compilation_takes_its_time(whole, config, tmp_path, monkeypatch):
     done = threading.Event()
-    compile_steps = cut.compile_steps
+    compile_steps, restore_cut = cut.compile_steps, Checkpoints.restore_cut
 
     def slowly(*args):
         assert done.wait(timeout=120), "the run waits for the compilation before the step of the cut"
+        time.sleep(2)
         return compile_steps(*args)
 
-    def show(self, step: int, record: dict) -> None:
-        if step == CUT_STEP:
-            done.set()
+    def restore(self, *args):
+        done.set()
+        return restore_cut(self, *args)
 
     monkeypatch.setattr(cut, "compile_steps", slowly)
-    monkeypatch.setattr(loop.RunConsole, "train", show)
+    monkeypatch.setattr(Checkpoints, "restore_cut", restore)
     train(config, tmp_path)
     assert losses(tmp_path) == losses(whole)
     [prune] = records(tmp_path, "prune")
@@ -142,7 +143,14 @@ def test_a_plan_whose_step_the_run_does_not_reach_is_dropped_before_anything_is_
 
 
 def test_a_second_prune_measures_loads_with_the_step_compiled_ahead(config, tmp_path):
-    laep = {"max_prunes": 2, "cut_delay": 1, "rank_correlation": -1.0, "overlap": 0.0, "stable_windows": 1}
+    laep = {
+        "max_prunes": 2,
+        "cut_delay": 1,
+        "rank_correlation": -1.0,
+        "overlap": 0.0,
+        "stable_windows": 1,
+        "guard_steps": None,
+    }
     longer = dataclasses.replace(config.train, num_steps=16)
     eager = with_laep(config, **laep, min_step=1, window=3, prune_at_step=3, rounding="prune")
     train(dataclasses.replace(eager, train=longer), tmp_path)

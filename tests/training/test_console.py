@@ -27,10 +27,22 @@ PRUNED = {
     "heldout_loss_before_prune": 2.5,
     "heldout_loss_after_prune": 2.52,
     "heldout_loss_end": 2.25,
+    "heldout_loss_by_domain": {
+        "before_prune": {"json": 2.0, "xml": 2.25, "abc": 3.0},
+        "after_prune": {"json": 2.0, "xml": 2.5, "abc": 2.75},
+    },
+    "heldout_targets_by_domain": {"json": 700, "xml": 1234, "abc": 50},
     "step_seconds_before": 0.5,
     "step_seconds_after": 0.4,
 }
-NOT_PRUNED = PRUNED | {name: None for name in PRUNED if name.endswith(("_after", "_prune"))} | {"prune_steps": []}
+NOT_PRUNED = (
+    PRUNED
+    | {name: None for name in PRUNED if name.endswith(("_after", "_prune"))}
+    | {
+        "prune_steps": [],
+        "heldout_loss_by_domain": {"end": {"json": 1.0}},
+    }
+)
 
 
 def plain(width=80):
@@ -132,6 +144,7 @@ def test_closing_table_of_a_pruned_run():
         "mean over layers": ["2.000", "1.100", "-0.9000"],
         "worst layer": ["2.500", "1.200", "-1.3000"],
         "held-out loss at the cut": ["2.5000", "2.5200", "+0.0200"],
+        "most in xml (1,234 targets)": ["2.2500", "2.5000", "+0.2500"],
         "held-out loss at the end": ["", "2.2500", "-0.2500"],
         "step time": ["0.500 s", "0.400 s", "x 0.800"],
     }
@@ -144,6 +157,7 @@ def test_closing_table_of_a_run_without_prune():
     assert rows["experts per layer"] == ["16x4"]
     assert rows["held-out loss at the end"] == ["2.2500"]
     assert "held-out loss at the cut" not in rows
+    assert "most in" not in text
 
 
 def test_closing_table_of_the_1010b_model_fits_80_columns():

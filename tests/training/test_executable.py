@@ -71,7 +71,7 @@ def test_another_machine_is_refused(saved):
 
 def test_what_is_no_such_file_is_refused(step, tmp_path):
     (tmp_path / "x").write_bytes(b"\x80\n")
-    for file, message in ((tmp_path / "x", "is no file of"), (tmp_path / "y", "cannot be read")):
+    for file, message in ((tmp_path / "x", "is not JSON"), (tmp_path / "y", "cannot be read")):
         with pytest.raises(UserError, match=message):
             load_step(file, CONFIG, make_mesh(CONFIG.mesh))
     with pytest.raises(UserError, match=r"--save=.*cannot be written"):

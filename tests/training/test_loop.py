@@ -3,7 +3,9 @@
 import dataclasses
 import gc
 import json
+import os
 import shutil
+import signal
 import weakref
 from pathlib import Path
 
@@ -13,13 +15,13 @@ import pytest
 
 from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.data.dataset import make_dataset
-from laep_jax.errors import UserError
+from laep_jax.errors import StoppedError, UserError
 from laep_jax.faults.damage import change_stored, flip_bit
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_mesh
 from laep_jax.training import ahead, loop
 from laep_jax.training.checkpoint import Checkpoints
-from laep_jax.training.evaluate import heldout_loss, masked_bias
+from laep_jax.training.evaluate import masked_loss
 from laep_jax.training.exclusive import exclusive
 from laep_jax.training.manifest import write_manifest
 from laep_jax.training.start import train
@@ -164,6 +166,31 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, config, tmp_path
     assert_same_run(tmp_path, run)
 
 
+def test_a_run_told_to_stop_again_and_again_goes_on_as_if_nothing_had_been(run, config, tmp_path, monkeypatch):
+    found = signal.getsignal(signal.SIGTERM)
+    for step in (3, 8, PLAN_STEP, CUT_STEP):  # an ordinary one, then boundaries: evaluation, plan, cut
+
+        def show(self, at: int, record: dict, told_at: int = step - 1) -> None:
+            if at == told_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.RunConsole, "train", show)
+            with pytest.raises(StoppedError, match=f"stopped and saved after step {step}; a run started again goes on"):
+                train(config, tmp_path)
+        with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
+            assert checkpoints.latest() == step
+        assert signal.getsignal(signal.SIGTERM) is found
+
+    def at_the_end(self, at: int, record: dict) -> None:
+        if at == NUM_STEPS - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.RunConsole, "train", at_the_end)
+    train(config, tmp_path)  # the last step is done: nothing is left to stop
+    assert_same_run(tmp_path, run)
+
+
 def test_interrupted_in_the_middle_of_the_prune_the_plan_is_applied_from_disk(run, config, tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         raise InterruptError
@@ -282,13 +309,28 @@ def test_the_cut_model_has_the_loss_that_masking_predicts(run, config):
     data = make_dataset(config.data, seed=0, vocab_size=config.model.vocab_size, process_index=0, process_count=1)
     with Checkpoints(run / "checkpoints", keep=9) as checkpoints:
         state = checkpoints.restore(CUT_STEP, abstract_state(config, mesh))
-    bias = masked_bias(state.router_bias, [layer.pruned for layer in plan.layers])
-    masked = dataclasses.replace(state, router_bias=bias)
     batches = [data.heldout_batch(i) for i in range(config.train.eval_batches)]
-    predicted = heldout_loss(make_eval_step(config, mesh), masked, batches, mesh)
-    before, after = (record["heldout_loss"] for record in records(run, "eval") if record["step"] == CUT_STEP)
-    assert after == pytest.approx(predicted, rel=1e-6)  # float32 sums over experts in another order
-    assert abs(after - before) > 1e-5
+    step = make_eval_step(config, mesh, len(data.domains))
+    predicted = masked_loss(step, state, [layer.pruned for layer in plan.layers], batches, mesh, data.domains)
+    before, after = (record for record in records(run, "eval") if record["step"] == CUT_STEP)
+    assert after["heldout_loss"] == pytest.approx(predicted.loss, rel=1e-6)  # float32 sums over experts, other order
+    assert after["heldout_loss_by_domain"] == pytest.approx(predicted.loss_by_domain, rel=1e-6)
+    assert abs(after["heldout_loss"] - before["heldout_loss"]) > 1e-5
+
+
+def test_the_held_out_loss_is_logged_by_domain(run):
+    [heldout] = records(run, "heldout")
+    targets = heldout["targets_by_domain"]
+    assert len(targets) > 3
+    for record in records(run, "eval"):
+        losses = record["heldout_loss_by_domain"]
+        assert losses.keys() == targets.keys()
+        mean = sum(losses[name] * targets[name] for name in targets) / sum(targets.values())
+        assert record["heldout_loss"] == pytest.approx(mean, rel=1e-9)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["heldout_targets_by_domain"] == targets
+    assert summary["heldout_loss_by_domain"]["end"] == losses
+    assert set(summary["heldout_loss_by_domain"]) == {"periodic", "before_prune", "after_prune", "end"}
 
 
 def test_a_finished_run_only_shows_its_table_again(run, config, tmp_path, capsys):
@@ -315,10 +357,12 @@ def test_rearranging_alone_recurs_and_changes_no_loss(run, config, tmp_path):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"train": {"seed": 1}}, r"TrainConfig\.seed=1 does not fit the checkpoint .*, made with 0"),
-        ({"model": {"ffn_size": 16}}, r"ModelConfig\.ffn_size=16 does not fit"),
-        ({"model": {"num_experts": (8, 8, 4)}}, r"ModelConfig\.num_experts=\(8, 8, 4\) does not fit"),
-        ({"data": {"sequence_length": 64}}, r"DataConfig\.sequence_length=64 does not fit"),
+        (
+            {"train": {"seed": 1}, "model": {"ffn_size": 16}},
+            r"/20: ModelConfig\.ffn_size 8 -> 16; TrainConfig\.seed 0 -> 1;",
+        ),
+        ({"model": {"num_experts": (8, 8, 4)}}, r"ModelConfig\.num_experts \(8, 8, 8\) -> \(8, 8, 4\); use another"),
+        ({"data": {"sequence_length": 64}}, r"DataConfig\.sequence_length 32 -> 64; use another workdir"),
         ({"mesh": {"fsdp": 1, "expert": 8}}, r"num_experts\[\d\]=4 is not divisible by MeshConfig\.expert=8"),
         ({"mesh": {"fsdp": 3}}, "does not divide 8 devices"),
         ({"data": {"batch_size": 12}}, r"DataConfig\.batch_size=12 is not divisible by 8 devices"),
@@ -334,13 +378,47 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(run, config, parts, me
     assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
 
 
+def test_a_link_in_the_run_directory_is_refused_and_not_written_through(config, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plans").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="plans is a link"):
+        train(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["plans"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def whole(state) -> dict[str, bytes]:
+    """Shape, dtype and bytes of every leaf, in host order."""
+    leaves = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
+    return {name: repr((x.shape, x.dtype)).encode() + x.tobytes() for name, x in leaves.items()}
+
+
+@pytest.mark.parametrize("step", [CUT_STEP, NUM_STEPS], ids=["before the cut", "after it"])
+def test_the_state_is_the_same_from_8_to_4_to_2_to_1_devices_and_back(run, config, tmp_path, step):
+    source, seen = run / "checkpoints", []
+    for devices, fsdp, expert in ((8, 2, 4), (4, 1, 4), (4, 4, 1), (2, 1, 2), (1, 1, 1), (8, 4, 2)):
+        mesh = make_mesh(MeshConfig(1, fsdp, expert), jax.devices()[:devices])
+        with Checkpoints(source, keep=9) as checkpoints:
+            meta = checkpoints.read_meta(step)
+            model = config.with_num_experts(tuple(meta["num_experts"]))
+            state = checkpoints.restore(step, abstract_state(model, mesh))
+            history = checkpoints.read_history(step)
+        seen.append(whole(state) | whole(history))
+        source = tmp_path / str(len(seen))
+        with Checkpoints(source, keep=1) as checkpoints:
+            checkpoints.save(step, state, history, meta)
+    different = [name for name in seen[0] for other in seen if other[name] != seen[0][name]]
+    assert not different
+
+
 def test_a_new_run_that_is_refused_leaves_nothing(config, tmp_path):
     with pytest.raises(UserError, match="does not divide"):
         train(change(config, mesh={"fsdp": 3}), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_the_receive_buffer_follows_the_loads_at_a_cut_and_stays_so_on_resuming(config, tmp_path, monkeypatch):
+def test_the_receive_buffer_follows_the_loads_at_a_cut_and_stays_so_on_resuming(config, tmp_path, monkeypatch, capsys):
     buffers = []
 
     def recording(config, mesh):
@@ -355,5 +433,7 @@ def test_the_receive_buffer_follows_the_loads_at_a_cut_and_stays_so_on_resuming(
     worst = max(layer.imbalance_after for layer in plan.layers)
     assert buffers == [4.0, pytest.approx(min(1.1 * worst, 4))]
     assert buffers[1] < 4.0
+    capsys.readouterr()
     train(change(bounded, train={"num_steps": 16}), tmp_path)
     assert buffers[2:] == buffers[1:2]
+    assert "changed since the checkpoint: TrainConfig.num_steps 14 -> 16" in " ".join(capsys.readouterr().out.split())

@@ -181,7 +181,7 @@ def test_a_damaged_line_is_refused(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("not json\n" + path.read_text())
     before = path.read_text()
-    with pytest.raises(UserError, match=r"metrics.jsonl line 1 is damaged"):
+    with pytest.raises(UserError, match=r"metrics.jsonl line 1 is not JSON"):
         open_log(tmp_path, 1)
     assert path.read_text() == before
 
@@ -197,5 +197,5 @@ def test_unreadable_loads_are_refused(tmp_path, kept_bytes):
     run(open_log(tmp_path), 1, 2)
     path = tmp_path / "loads.npz"
     path.write_bytes(path.read_bytes()[:kept_bytes])
-    with pytest.raises(UserError, match=r"loads.npz does not read"):
+    with pytest.raises(UserError, match=r"loads.npz \(move it away .*\) does not read"):
         open_log(tmp_path, 1)

@@ -1,18 +1,27 @@
 """Whole runs in several real processes, as several hosts would do them, against one process with all devices."""
 
+import hashlib
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
+from laep_jax.config import Config
 from laep_jax.gin_config import load_config
+from laep_jax.sharding import make_mesh
+from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.start import train
+from laep_jax.training.state import abstract_state
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny.gin")  # what train.py takes where no file is named
@@ -47,13 +56,18 @@ NOISE = 1e-5
 PATIENCE = 900  # seconds; other work may share the cores
 
 HOOKED = """
-import os, pathlib, sys, time
+import os, pathlib, signal, sys, time
 import jax
+from laep_jax import hosts
 from laep_jax.errors import UserError, run_main
 from laep_jax.training import command, loop, start
 here, arguments = pathlib.Path(sys.argv[1]), sys.argv[2:]
 index = os.environ["JAX_PROCESS_ID"]
 (here / f"{index}.pid").write_text(str(os.getpid()))
+def leave(code, leave=os._exit):
+    (here / f"{index}.code").write_text(str(code))
+    leave(code)
+os._exit = leave
 HOOK
 code = run_main(command.main, arguments)
 (here / f"{index}.code").write_text(str(code))
@@ -73,15 +87,23 @@ def bindings(shared) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def launched(shared, bindings):
-    """Starts a training in several processes; hook: Python lines that each of them runs first."""
+def environment(shared) -> dict[str, str]:
+    """Of every process that is started."""
     compiled = {
         "JAX_COMPILATION_CACHE_DIR": str(shared / "programs"),  # every start would compile the same programs
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")}
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")}
+    return kept | compiled | {"PYTHONPATH": str(ROOT), "COLUMNS": "150"}
 
-    def launch(workdir: Path, processes: int, *more: str, hook: str = "") -> subprocess.CompletedProcess:
+
+@pytest.fixture(scope="module")
+def launched(bindings, environment):
+    """Starts a training in several processes; hook: Python lines that each of them runs first, restarted too."""
+
+    def launch(
+        workdir: Path, processes: int, *more: str, hook: str = "", restarts: int = 0
+    ) -> subprocess.CompletedProcess:
         gin = [f"--gin.{binding.replace(' = ', '=', 1)}" for binding in bindings]
         arguments = [f"--workdir={workdir}", *gin, *more]
         program = ["-m", "laep_jax", "launch", f"--num-processes={processes}", "--"]
@@ -91,13 +113,13 @@ def launched(shared, bindings):
             command = [sys.executable, str(workdir / "hooked.py"), str(workdir), *arguments]
             program = [
                 "-c",
-                f"import sys\nfrom laep_jax.launch import launch\nsys.exit(launch({command}, {processes}))",
+                f"import sys\nfrom laep_jax.launch import launch\nsys.exit(launch({command}, {processes}, {restarts}))",
             ]
             arguments = []
         result = subprocess.run(
             [sys.executable, *program, *arguments],
             cwd=ROOT,
-            env=environment | compiled | {"PYTHONPATH": str(ROOT), "COLUMNS": "150"},
+            env=environment,
             capture_output=True,
             text=True,
             timeout=PATIENCE,
@@ -144,6 +166,10 @@ def assert_same_training(got: Path, want: Path) -> None:
     assert heldout[0] == heldout[1]
     heldout = [[r["heldout_loss"] for r in records(workdir, "eval")] for workdir in (got, want)]
     np.testing.assert_allclose(*heldout, rtol=NOISE)
+    domains = [records(workdir, "eval")[-1]["heldout_loss_by_domain"] for workdir in (got, want)]
+    assert list(domains[0]) == list(domains[1])
+    np.testing.assert_allclose(*(list(side.values()) for side in domains), rtol=NOISE)
+    assert records(got, "heldout") == records(want, "heldout")
     [cut], [other] = records(got, "prune"), records(want, "prune")
     for name in ("step", "experts_before", "experts_after", "lineage", "parameters_after"):
         assert cut[name] == other[name], name
@@ -223,6 +249,60 @@ def test_four_processes_train_as_one_does(one, tmp_path, launched):
     assert_same_training(tmp_path / "x", one)
 
 
+def restored(source: str, target: str) -> dict[str, str]:
+    """SHA-256 of every leaf of the steps of a run, as all processes hold it together; saves them anew to `target`."""
+    found = {}
+    for step in (CUT, NUM_STEPS):  # before the cut and after it
+        with Checkpoints(source, keep=9) as checkpoints:
+            meta = checkpoints.read_meta(step)
+            config = Config.from_dict(meta["config"]).with_num_experts(tuple(meta["num_experts"]))
+            state = checkpoints.restore(step, abstract_state(config, make_mesh(config.mesh)))
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+            array = np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+            sha = hashlib.sha256(f"{array.shape} {array.dtype}".encode() + array.tobytes())
+            found[f"{step} {jax.tree_util.keystr(path)}"] = sha.hexdigest()
+        with Checkpoints(target, keep=9) as checkpoints:
+            checkpoints.save(step, state, {}, meta)
+    return found
+
+
+RESTORING = f"""
+import hashlib, json, pathlib, sys
+from laep_jax.hosts import connect, num_processes
+from laep_jax.sharding import make_cpu_devices, make_mesh
+make_cpu_devices(8 // num_processes(), processes=num_processes())
+connect()
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from laep_jax.config import Config
+from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.state import abstract_state
+CUT, NUM_STEPS = {CUT}, {NUM_STEPS}
+{inspect.getsource(restored)}
+assert jax.device_count() == 8 and jax.process_count() == num_processes()
+for name, source, target in json.loads(sys.argv[1]):
+    found = restored(source, target)
+    if jax.process_index() == 0:
+        pathlib.Path(target, "found.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_state_is_the_same_bytes_in_one_process_and_in_several(one, two, tmp_path, environment, processes):
+    """What one process and what two saved, restored by several, saved by these and restored by one again."""
+    tasks = [(run.name, str(run / "checkpoints"), str(tmp_path / run.name)) for run in (one, two)]
+    command = [sys.executable, "-c", RESTORING, json.dumps(tasks)]
+    start = f"import sys\nfrom laep_jax.launch import launch\nsys.exit(launch({command}, {processes}))"
+    result = subprocess.run([sys.executable, "-c", start], cwd=ROOT, env=environment, timeout=PATIENCE, check=False)
+    assert result.returncode == 0
+    for name, source, target in tasks:
+        want = restored(source, str(tmp_path / f"{name} again"))
+        assert len(want) > 40
+        assert json.loads(Path(target, "found.json").read_text()) == want
+        assert restored(target, str(tmp_path / f"{name} at last")) == want
+
+
 def codes(workdir: Path) -> list[str]:
     return [path.read_text() for path in sorted(workdir.glob("*.code"))]
 
@@ -269,6 +349,61 @@ loop.Run._record = record
     assert result.returncode != 0
     assert "[process 1] OSError: no space left" in result.stderr
     assert_all_gone(tmp_path / "x")
+
+
+def assert_the_same_bits(got: Path, want: Path) -> None:
+    assert losses(got) == losses(want)
+    for kind in ("eval", "prune"):
+        wanted = ("step", "heldout_loss", "lineage")
+        picked = [[[record.get(name) for name in wanted] for record in records(w, kind)] for w in (got, want)]
+        assert picked[0] == picked[1]
+    with np.load(got / "loads.npz") as a, np.load(want / "loads.npz") as b:
+        np.testing.assert_array_equal(a["tokens_per_expert"], b["tokens_per_expert"])
+
+
+# Process 1 freezes once; started again, it alone is told to stop.
+TROUBLED = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's &
+hosts.HEARTBEAT_TIMEOUT = SECONDS
+again = (here / "frozen").exists()
+def record(self, step, metrics, record=loop.Run._record):
+    record(self, step, metrics)
+    if index == "1" and not again and step == FREEZE:
+        (here / "frozen").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if again:
+        if index == "1" and step == TOLD:
+            os.kill(os.getpid(), signal.SENT)
+        time.sleep(1)  # JAX looks for a signal once a second
+loop.Run._record = record
+"""
+
+
+@pytest.mark.parametrize(
+    ("heartbeat", "timeout", "code", "sent"),
+    [(60, 3.0, 1, "SIGTERM"), pytest.param(30, None, 134, "SIGINT", marks=pytest.mark.slow)],
+    ids=["step timeout, SIGTERM", "heartbeat, SIGINT"],
+)
+def test_a_frozen_process_and_a_signal_to_one_leave_nothing_behind(
+    two, tmp_path, launched, heartbeat, timeout, code, sent
+):
+    hook = TROUBLED
+    for name, value in {"SECONDS": heartbeat, "FREEZE": CUT + 2, "TOLD": CUT + 1, "SENT": sent}.items():
+        hook = hook.replace(name, str(value))
+    limit = f"--gin.TrainConfig.step_timeout={timeout}"
+    stopped = launched(tmp_path / "x", 2, limit, hook=hook, restarts=1)
+    assert stopped.returncode == 75, stopped.stderr
+    assert f"process 0 ended with code {code}: restart 1 of 1" in stopped.stderr
+    assert ("Timeout (" in stopped.stderr) == (timeout is not None)
+    assert f"resuming from step {CUT}" in stopped.stdout
+    assert codes(tmp_path / "x") == ["75", "75"]
+    [step] = re.findall(r"stopped and saved after step (\d+); ", stopped.stderr)
+    assert CUT + 1 < int(step) < NUM_STEPS
+    assert step in {path.name for path in (tmp_path / "x" / "checkpoints").iterdir()}
+    result = launched(tmp_path / "x", 2)
+    assert result.returncode == 0, result.stderr
+    assert f"resuming from step {step}" in result.stdout
+    assert_the_same_bits(tmp_path / "x", two)
 
 
 REFUSED = {

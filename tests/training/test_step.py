@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from laep_jax.config import AuxLossConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from laep_jax.model.transformer import token_losses
 from laep_jax.sharding import expert_axis, leaf_name, make_mesh, put_batch
 from laep_jax.training.state import init_state
 from laep_jax.training.step import make_eval_step, make_train_step
@@ -117,11 +118,16 @@ def test_auxiliary_losses_are_added_with_their_coefficients():
 def test_evaluation_sums_the_loss_of_every_target():
     state = init_state(CONFIG, _mesh())
     batch = _batch()
-    total, number, counts = make_eval_step(CONFIG, _mesh())(state.params, state.router_bias, put_batch(batch, _mesh()))
-    assert int(number) == (batch["targets_BS"] >= 0).sum()
+    batch["domains_BS"] = np.where(batch["tokens_BS"] % 2 == 0, 0, 2).astype(np.int32)  # so there are padded ones too
+    step = make_eval_step(CONFIG, _mesh(), 3)
+    loss_M, targets_M, counts = step(state.params, state.router_bias, put_batch(batch, _mesh()))
+    is_target_BS = batch["targets_BS"] >= 0
+    assert targets_M.tolist() == [(is_target_BS & (batch["domains_BS"] == i)).sum() for i in range(3)]
     _, (metrics, _) = _plain()
-    assert float(total / number) == pytest.approx(float(metrics["loss"]), rel=1e-6)
+    assert float(loss_M.sum() / targets_M.sum()) == pytest.approx(float(metrics["loss"]), rel=1e-6)
     np.testing.assert_array_equal(counts[0], metrics["tokens_per_expert"][0])
+    loss_BS, _ = token_losses(state.params, state.router_bias, batch, CONFIG.model, CONFIG.aux_loss, _mesh())
+    np.testing.assert_allclose(loss_M, [np.sum(loss_BS[batch["domains_BS"] == i]) for i in range(3)], rtol=1e-5)
 
 
 def test_the_first_two_steps_are_what_they_were():

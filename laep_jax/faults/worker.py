@@ -1,0 +1,203 @@
+"""The run that `faults` kills: tiny, with two prunes, the first of which the guard undoes.
+
+    python -m laep_jax.faults.worker SPEC
+
+SPEC is a JSON object with the fields of `Spec`. The run writes what it goes through to a log of its own, ends
+itself by a signal in the middle of it, and when it comes to its end prints nothing but leaves the hash of its state.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from laep_jax.hosts import connect, leaving_at_once, num_processes
+from laep_jax.sharding import make_cpu_devices, make_mesh
+from laep_jax.training import cut, loop
+from laep_jax.training.ahead import is_compiling
+from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.start import train
+from laep_jax.training.state import abstract_state
+
+RUN = "run"  # the event that begins with the run
+EVENTS = {  # of a prune, in its order
+    "plan": (loop.Run, "_decide"),
+    "compile": (cut, "compile_steps"),
+    "save": (loop.Run, "_save_and_cut"),
+    "restore": (Checkpoints, "restore_cut"),
+    "first evaluation": (loop.Run, "_report"),
+    "undo": (loop.Run, "_undo"),
+}
+NUM_STEPS = 28
+
+
+def make_config(cache_dir: str) -> Config:
+    """A first prune after step 6, which is undone after step 8; softer ones after steps 10 and 22, which stand."""
+    return Config(
+        model=ModelConfig(
+            num_layers=2, hidden_size=16, num_heads=4, head_dim=4, ffn_size=8, num_experts=16, router_init=1.0
+        ),
+        mesh=MeshConfig(fsdp=2, expert=4),
+        data=DataConfig(source="synthetic", sequence_length=32, batch_size=16, cache_dir=cache_dir),
+        laep=LaepConfig(
+            alpha=1.2,
+            beta=0.6,
+            window=4,
+            rank_correlation=-1.0,
+            overlap=0.0,
+            stable_windows=1,
+            min_step=0,
+            max_prunes=2,
+            prune_at_step=4,
+            cut_delay=2,
+            guard_steps=2,
+        ),
+        optimizer=OptimizerConfig(warmup_steps=2),
+        train=TrainConfig(num_steps=NUM_STEPS, eval_every=9, eval_batches=1, checkpoint_every=5, keep_checkpoints=2),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a worker does.
+
+    log: where it writes a JSON line for every event. hash_file: where the hash goes. event: None to leave it alone,
+    else process `victim` sends itself `signal`, `delay` seconds after the event has begun for the `occurrence`-th time.
+    """
+
+    run_dir: str
+    cache_dir: str
+    log: str
+    hash_file: str
+    event: str | None = None
+    occurrence: int = 1
+    delay: float = 0.0
+    signal: int = 9
+    victim: int = 0
+
+
+class Events:
+    """Notes the beginnings and ends of events and strikes at the one that is named."""
+
+    def __init__(self, spec: Spec):
+        self._spec, self._begun = spec, Counter()
+        self._file = open(spec.log, "a", buffering=1)  # noqa: SIM115, open until the process ends
+
+    def note(self, name: str, **fields) -> None:
+        self._file.write(json.dumps({"name": name, "time": time.time()} | fields) + "\n")
+
+    def begin(self, name: str) -> None:
+        self._begun[name] += 1
+        self.note(name, begins=True)
+        spec = self._spec
+        hit = (name, self._begun[name], jax.process_index()) == (spec.event, spec.occurrence, spec.victim)
+        if hit:
+            timer = threading.Timer(spec.delay, self._strike)
+            timer.daemon = True
+            timer.start()
+
+    def _strike(self) -> None:
+        self.note("struck")
+        os.kill(os.getpid(), self._spec.signal)
+
+    def watch(self, name: str, owner, method: str) -> None:
+        """Makes a function an event."""
+        original = getattr(owner, method)
+
+        def watched(*args, **kwargs):
+            self.begin(name)
+            result = original(*args, **kwargs)
+            self.note(name, begins=False)
+            return result
+
+        setattr(owner, method, watched)
+
+    def watch_saves(self) -> None:
+        """Notes every step that is complete on disk, and the step that a run goes on from."""
+        save, wait, begin = Checkpoints.save, Checkpoints.wait, loop.Run.__init__
+        saving: list[int] = []
+
+        def noted_save(checkpoints, step, *args):
+            save(checkpoints, step, *args)
+            saving.append(step)
+
+        def noted_wait(checkpoints):
+            wait(checkpoints)
+            while saving:
+                self.note("saved", step=saving.pop())
+
+        def noted_begin(run, *args):
+            begin(run, *args)
+            self.note("resumed", step=run.progress.step)
+
+        for owner, name, noted in (
+            (Checkpoints, "save", noted_save),
+            (Checkpoints, "wait", noted_wait),
+            (loop.Run, "__init__", noted_begin),
+        ):
+            setattr(owner, name, noted)
+
+
+def hash_of_run(run_dir: Path) -> str:
+    """SHA-256 of all that the end of a run consists of: its arrays, layout, history, recorded loads, and losses."""
+    with Checkpoints(run_dir / "checkpoints", keep=2) as checkpoints:
+        step = checkpoints.latest()
+        assert step == NUM_STEPS, step
+        meta = checkpoints.read_meta(step)
+        config = Config.from_dict(meta["config"]).with_num_experts(tuple(meta["num_experts"]))
+        state = checkpoints.restore(step, abstract_state(config, make_mesh(config.mesh)))
+        arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+        arrays |= checkpoints.read_history(step)
+    with np.load(run_dir / "loads.npz") as loads:
+        arrays |= dict(loads)
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    told = [timeless(meta["summary"]), meta["lineage"], meta["retries"], list(map(timeless, records))]
+    sha = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        sha.update(name.encode() + np.asarray(array).tobytes())
+    return sha.hexdigest()
+
+
+def timeless(fields: dict) -> dict:
+    """Without what depends on the clock, and on how often the run was interrupted."""
+    return {name: value for name, value in fields.items() if "second" not in name and "bytes" not in name}
+
+
+def first_prune_does_harm() -> None:
+    """What the guard measures after the first prune is made worse; a model this small would not mind."""
+    evaluate = loop.Run._evaluate
+
+    def worse(self: loop.Run, step: int, when: str) -> float:
+        return evaluate(self, step, when) + (when == "guard" and not self.progress.retries)
+
+    loop.Run._evaluate = worse
+
+
+def main(spec: Spec) -> None:
+    first_prune_does_harm()
+    processes = num_processes()
+    make_cpu_devices(8 // processes, processes=processes)
+    with leaving_at_once(is_compiling):
+        connect()
+        events = Events(spec)
+        for name, place in EVENTS.items():
+            events.watch(name, *place)
+        events.watch_saves()
+        events.begin(RUN)
+        train(make_config(spec.cache_dir), spec.run_dir)
+        events.note(RUN, begins=False)
+        if processes == 1:
+            Path(spec.hash_file).write_text(hash_of_run(Path(spec.run_dir)))
+
+
+if __name__ == "__main__":
+    main(Spec(**json.loads(sys.argv[1])))

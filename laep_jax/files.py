@@ -1,0 +1,161 @@
+"""Files that nobody vouches for: opened without waiting, read up to a limit, parsed without running anything.
+
+What is wrong with a file is told as one `UserError`; `name` is how its message calls the file.
+"""
+
+import itertools
+import json
+import math
+import os
+import stat
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import numpy as np
+
+from laep_jax.errors import UserError, require, short
+
+MOST_JSON = 2**26  # bytes of a file; a plan for 1,000 layers of 512 experts has 6 MB
+MOST_LINE = 2**24  # bytes of a record of a run
+MOST_RECORDS = 2**31  # bytes of all of them
+MOST_ARRAY = 2**33  # bytes of an array; 150,000 steps of 103 layers of 64 experts
+
+
+def open_regular(path: Path, name: str) -> BinaryIO:
+    """The file, open for reading. A FIFO or a device, which might never end, is refused."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+        raise UserError(f"{name} cannot be read: {getattr(error, 'strerror', error)}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{name} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, name: str, most: int) -> bytes:
+    """The file, if it has at most so many bytes."""
+    with open_regular(path, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        require(size <= most, f"size of {name}", size, f"is above {most} bytes")
+        try:
+            return file.read(size)
+        except OSError as error:
+            raise UserError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """JSON as it is defined: no NaN, no number that a float does not hold, no key twice, no endless nesting."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {short(next(key for key in keys if keys.count(key) > 1))} stands twice in an object")
+    return values
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{short(text)} is not a finite number")
+    return value
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file."""
+    values = parse_json(read_bytes(path, name, MOST_JSON), name)
+    if not isinstance(values, dict):
+        raise UserError(f"{name} must hold a JSON object")
+    return values
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, each an object with `kind` and `step`; a last one that is torn is left out."""
+    records, number = [], 0
+    with open_regular(path, str(path)) as file:
+        size = os.fstat(file.fileno()).st_size
+        require(size <= MOST_RECORDS, f"size of {path}", size, f"is above {MOST_RECORDS} bytes")
+        while True:
+            number += 1
+            line, name = file.readline(MOST_LINE + 1), f"{path} line {number}"
+            if len(line) > MOST_LINE:
+                raise UserError(f"{name} is not a record of a run: it has more than {MOST_LINE} bytes")
+            if not line.endswith(b"\n"):
+                return records
+            record = parse_json(line, name)
+            if not _is_record(record):
+                raise UserError(f"{name} is not a record of a run; remove it to go on")
+            records.append(record)
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict):
+        return False
+    kind, step, when = (record.get(name) for name in ("kind", "step", "when"))
+    return isinstance(kind, str) and type(step) is int and step >= 0 and isinstance(when, str | None)
+
+
+def read_array(path: Path, name: str, key: str) -> np.ndarray:
+    """The array of a .npy file, or the one called `key` of an .npz file, as `parse_arrays` reads it."""
+    with open_regular(path, name) as file:
+        zipped = file.read(2) == b"PK"
+        file.seek(0)
+        if zipped:
+            return parse_arrays(file, name, [key])[key]
+        try:
+            return _parse_array(file, os.fstat(file.fileno()).st_size)
+        except Exception as error:
+            raise UserError(f"{name} does not read as a .npy or .npz file of numbers: {short(error)}") from error
+
+
+def read_arrays(path: Path, name: str, keys: Iterable[str]) -> dict[str, np.ndarray]:
+    """These arrays of an .npz file, as `parse_arrays` reads them."""
+    with open_regular(path, name) as file:
+        return parse_arrays(file, name, keys)
+
+
+def parse_arrays(file: IO[bytes], name: str, keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """These arrays of an .npz file, or all, read-only: integers, floats or booleans of at most MOST_ARRAY bytes."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            found = [file.removesuffix(".npy") for file in archive.namelist() if file.endswith(".npy")]
+            keys = found if keys is None else keys
+            missing = [key for key in keys if key not in found]
+            require(not missing, f"arrays in {name}", found, f"lack {missing}")
+            return {key: _parse_member(archive, archive.getinfo(f"{key}.npy")) for key in keys}
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, zlib and tokenize have many for a damaged file
+        raise UserError(f"{name} does not read as an .npz file of numbers: {short(error)}") from error
+
+
+def _parse_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others know no bounds
+        raise ValueError(f"{info.filename} is compressed as NumPy does not")
+    with archive.open(info) as file:
+        return _parse_array(file, info.file_size)
+
+
+def _parse_array(file: IO[bytes], size: int) -> np.ndarray:
+    """A .npy file of `size` bytes; its header is believed only where it fits them."""
+    if size > MOST_ARRAY or np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError(f"an array of {size} bytes, or of another version")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    length = size - file.tell()
+    if dtype.kind not in "biuf" or math.prod(shape) * dtype.itemsize != length:
+        raise ValueError(f"{dtype}{list(shape)} in {length} bytes")
+    return np.frombuffer(file.read(length), dtype).reshape(shape, order="F" if fortran_order else "C")
+
+
+def refuse_links(run_dir: Path) -> None:
+    """`UserError` where something in a run directory is a link: what is written there must not land elsewhere."""
+    for path in itertools.chain(run_dir.glob("*"), run_dir.glob("*/*")):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link; a run writes, replaces and removes in its own directory only")

@@ -1,0 +1,36 @@
+"""The fields of a `train` record of metrics.jsonl."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from laep_jax.training.controller import imbalance
+
+
+def train_record(
+    metrics: dict[str, Any],
+    counts: Sequence[np.ndarray],
+    *,
+    seconds: float | None,
+    tokens: int,
+    flops_per_token: float,
+    expert_parallel: int,
+) -> dict[str, Any]:
+    """One step's numbers.
+
+    metrics: of `step.train_step`, on the host. counts: [E] of each layer. seconds: None where the step was compiled in
+    them.
+    """
+    speed = None if seconds is None else tokens / seconds
+    return {
+        "loss": float(metrics["loss"]),
+        "grad_norm": float(metrics["grad_norm"]),
+        "learning_rate": float(metrics["learning_rate"]),
+        "tokens_per_second": speed,
+        "gflops_per_second": speed and speed * flops_per_token / 1e9,
+        "step_seconds": seconds,
+        "expert_imbalance": [imbalance(loads_E, len(loads_E)) for loads_E in counts],
+        "device_imbalance": [imbalance(loads_E, expert_parallel) for loads_E in counts],
+        **{f"aux_{name}": float(value) for name, value in metrics["aux"].items()},
+    }

@@ -1,0 +1,106 @@
+"""Steps that are not finite change nothing; spikes are told with their place in the data."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from laep_jax.data.dataset import Dataset, make_dataset
+from laep_jax.sharding import make_mesh, put_batch
+from laep_jax.training.anomalies import FEWEST, is_spike
+from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.start import train
+from laep_jax.training.state import abstract_state, init_state
+from laep_jax.training.step import make_train_step
+
+NUM_STEPS, NOT_FINITE, SPIKE = 36, (24, 25), 32
+NO_TOKEN = 10**6  # the logit of what is past the end of the vocabulary reads as NaN
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    return Config(
+        model=ModelConfig(num_layers=1, hidden_size=16, num_heads=4, head_dim=4, ffn_size=8, num_experts=8),
+        mesh=MeshConfig(fsdp=2, expert=4),
+        data=DataConfig(
+            source="synthetic", sequence_length=32, batch_size=16, cache_dir=str(tmp_path_factory.mktemp("tokens"))
+        ),
+        laep=LaepConfig(max_prunes=0),
+        optimizer=OptimizerConfig(warmup_steps=2, learning_rate=2e-2),
+        train=TrainConfig(num_steps=NUM_STEPS, eval_batches=1, checkpoint_every=10, max_skipped_steps=3),
+    )
+
+
+def spoilt(train_batch, not_finite, spike):
+    """`Dataset.train_batch` with steps (counted from 1) whose targets are no tokens, and one of random ones."""
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        arrays = train_batch(self, step)
+        if step + 1 in not_finite:
+            arrays["targets_BS"] = np.full_like(arrays["targets_BS"], NO_TOKEN)
+        if step + 1 == spike:
+            arrays["targets_BS"] = np.random.default_rng(0).integers(0, 256, arrays["targets_BS"].shape, np.int32)
+        return arrays
+
+    return batch
+
+
+def records(run_dir: Path, kind: str) -> list[dict]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def test_a_step_that_is_not_finite_changes_nothing(config):
+    resolved = config.resolve(8)
+    mesh = make_mesh(resolved.mesh)
+    data = make_dataset(config.data, seed=0, vocab_size=384, process_index=0, process_count=1)
+    step = make_train_step(resolved, mesh)
+    state, metrics = step(init_state(resolved, mesh), put_batch(data.train_batch(0), mesh))
+    assert metrics["finite"]
+    before = jax.device_get(state)
+    batch = data.train_batch(1)
+    batch["targets_BS"][3, 7] = NO_TOKEN
+    after, metrics = step(state, put_batch(batch, mesh))
+    assert not metrics["finite"]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), before)
+
+
+def test_skipped_steps_and_spikes_are_told_with_their_rows(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Dataset, "train_batch", spoilt(Dataset.train_batch, NOT_FINITE, SPIKE))
+    summary = train(config, tmp_path)
+    data = make_dataset(config.data, seed=0, vocab_size=384, process_index=0, process_count=1)
+    assert [record["step"] for record in records(tmp_path, "skipped")] == list(NOT_FINITE)
+    assert [record["step"] for record in records(tmp_path, "spike")] == [SPIKE]
+    for record in (*records(tmp_path, "skipped"), *records(tmp_path, "spike")):
+        assert record["rows"] == data.batch_rows(record["step"] - 1).tolist()
+    assert summary["skipped_steps"] == len(NOT_FINITE)
+    assert summary["heldout_loss_end"] < 4
+    losses = [record["loss"] for record in records(tmp_path, "train")]
+    assert [step for step, loss in enumerate(losses, 1) if loss is None] == list(NOT_FINITE)
+    out = capsys.readouterr().out
+    assert f"step {NOT_FINITE[0]}: loss nan" in out
+    assert f"step {SPIKE}: loss" in out
+
+
+def test_too_many_in_a_row_stop_the_run_and_the_last_good_state_is_there(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Dataset, "train_batch", spoilt(Dataset.train_batch, range(12, 99), None))
+    with pytest.raises(FloatingPointError, match="3 steps in a row until step 14 were not finite"):
+        train(config, tmp_path)
+    resolved = config.resolve(8)
+    with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+        assert checkpoints.latest() == 10
+        state = checkpoints.restore(10, abstract_state(resolved, make_mesh(resolved.mesh)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
+
+
+def test_a_spike_stands_out_of_the_noise_and_of_a_falling_loss():
+    rng = np.random.default_rng(0)
+    falling = 6 * np.exp(-np.arange(400) / 100) + 2 + 0.1 * rng.normal(size=400)
+    assert not any(is_spike(falling[i], falling[max(0, i - 64) : i]) for i in range(400))
+    assert is_spike(falling[-1] + 1.5, falling[-65:-1])
+    assert not is_spike(1e9, falling[: FEWEST - 1])
+    assert is_spike(2.1, [2.0] * FEWEST)
+    assert not is_spike(2.05, [2.0] * FEWEST)

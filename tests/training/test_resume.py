@@ -1,0 +1,164 @@
+"""What a checkpoint says of its run is checked, and every setting is either fixed or free on resuming."""
+
+import copy
+import dataclasses
+import json
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from laep_jax.config import Config, LaepConfig, ModelConfig, TrainConfig
+from laep_jax.errors import UserError
+from laep_jax.laep.load import LoadHistory
+from laep_jax.laep.plan import identity_plan
+from laep_jax.laep.stability import assess, history_capacity
+from laep_jax.training.controller import Controller
+from laep_jax.training.resume import FIXED, FREE, Progress, check_resumable
+
+WHERE = Path("run/checkpoints/7")
+CONFIG = Config(model=ModelConfig(num_layers=2, num_experts=4)).resolve(4)
+FIELDS = [
+    (name, type(part).__name__, field.name) for name, part in vars(CONFIG).items() for field in dataclasses.fields(part)
+]
+
+
+def progress(**changes) -> Progress:
+    return dataclasses.replace(Progress.fresh(CONFIG, "sha"), step=7, **changes)
+
+
+def planned() -> Progress:
+    plan = identity_plan((4, 4), expert_parallel=4, top_k=2).to_json()
+    return progress(pending_plan=plan, plan_step=5, cut_step=9)
+
+
+def test_every_setting_is_decided_once():
+    """A new field of a config is added to FIXED or to FREE in laep_jax/training/resume.py."""
+    parts = typing.get_type_hints(Config).values()
+    for table in (FIXED, FREE):
+        assert set(table) <= {part.__name__ for part in parts}
+    for part in parts:
+        fixed, free = (table.get(part.__name__, "").split() for table in (FIXED, FREE))
+        assert sorted(fixed + free) == sorted(field.name for field in dataclasses.fields(part)), part.__name__
+
+
+@pytest.mark.parametrize(("part", "cls", "field"), FIELDS, ids=[f"{cls}.{field}" for _, cls, field in FIELDS])
+def test_a_changed_setting_is_refused_or_told(part, cls, field):
+    changed = copy.deepcopy(CONFIG)
+    object.__setattr__(getattr(changed, part), field, "another")
+    difference = f"{cls}.{field} {getattr(getattr(CONFIG, part), field)!r} -> 'another'"
+    if field in FIXED.get(cls, "").split():
+        with pytest.raises(UserError) as error:
+            check_resumable(progress(), changed, "sha", WHERE)
+        assert str(error.value) == f"another run than that of checkpoint {WHERE}: {difference}; use another workdir"
+    else:
+        assert check_resumable(progress(), changed, "sha", WHERE) == [difference]
+
+
+def test_every_difference_that_is_refused_is_named_at_once():
+    new = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, dtype="bfloat16", ffn_size=8),
+        train=TrainConfig(num_steps=500, seed=3),
+    )
+    differences = [
+        "ModelConfig.ffn_size 256 -> 8",
+        "ModelConfig.dtype 'float32' -> 'bfloat16'",
+        "TrainConfig.seed 0 -> 3",
+        "the corpus 'sha' -> 'ahs'",
+    ]
+    with pytest.raises(UserError) as error:
+        check_resumable(progress(), new, "ahs", WHERE)
+    assert str(error.value).endswith(f"/7: {'; '.join(differences)}; use another workdir")
+    assert check_resumable(progress(), CONFIG, "sha", WHERE) == []
+
+
+@pytest.mark.parametrize("make", [progress, planned])
+def test_meta_comes_back(make):
+    meta = json.loads(json.dumps(make().to_meta()))
+    assert Progress.from_meta(meta, WHERE).to_meta() == meta
+
+
+def test_a_loss_that_is_not_finite_leaves_the_checkpoint_readable():
+    summary = progress().summary | {"heldout_loss_end": float("nan"), "device_imbalance_before": [float("inf"), 1.0]}
+    meta = json.loads(json.dumps(progress(summary=summary).to_meta(), allow_nan=False))
+    read = Progress.from_meta(meta, WHERE).summary
+    assert (read["heldout_loss_end"], read["device_imbalance_before"]) == (None, [None, 1.0])
+
+
+WRONG = {
+    "step": [8, "7", -7, 7.0, True, "../7"],
+    "config": [None, {"model": {"num_layers": "2"}}, {"model": 1}, {"modell": {}}, {"model": {"layer": 1}}],
+    "fingerprint": [None, 1],
+    "num_experts": [[4], [4, "4"], 4, [4, 2], [0, 0]],
+    "fitted_buffer": ["1", 0.5, True],
+    "lineage": [None, [[0, 1, 2, 3]], [[0, 1, 2, 3], [0, 1, 2, 4]], [[0, 1, 2, 2]] * 2, [[0, 1, 2, "3"]] * 2, [1, 2]],
+    "prunes": [-1, None],
+    "pending_plan": ["", "{}", None, identity_plan((8, 8), expert_parallel=4, top_k=2).to_json()],
+    "plan_step": [None, 8, "../x", 0],
+    "cut_step": [None, 6, "9"],
+    "summary": [None, {}, [1], planned().summary | {"tokens": None}, planned().summary | {"prune_steps": ["x"]}],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_meta_of_wrong_types_or_parts_that_do_not_fit_is_refused(field, value):
+    with pytest.raises(UserError):
+        Progress.from_meta(json.loads(json.dumps(planned().to_meta())) | {field: value}, WHERE)
+
+
+def test_any_meta_is_a_progress_or_refused(fuzz):
+    valid = json.loads(json.dumps(planned().to_meta()))
+
+    def check(data):
+        meta = fuzz.json(data.draw, valid)
+        read = fuzz.reads(lambda: Progress.from_meta(meta, WHERE))
+        if read is not None:
+            assert Progress.from_meta(json.loads(json.dumps(read.to_meta())), WHERE).to_meta() == read.to_meta()
+            fuzz.reads(lambda: read.current(CONFIG).resolve(4))
+
+    fuzz(check)
+
+
+@pytest.mark.parametrize("window", [2, 4, 6])
+@pytest.mark.parametrize("stable_windows", [1, 2, 4])
+def test_other_windows_judge_by_what_is_recorded_and_by_all_once_it_is(window, stable_windows):
+    """The history of a checkpoint is as long as the old windows needed; new ones wait for what they lack."""
+    old = LaepConfig(window=4, stable_windows=2, min_step=1, overlap=0.0)
+    new = dataclasses.replace(old, window=window, stable_windows=stable_windows)
+    shares_LE = np.arange(1, 5) * np.ones((2, 1))
+    tokens_NLE = np.random.default_rng(0).poisson(100 * shares_LE, (60, 2, 4))
+    uninterrupted = [LoadHistory((4, 4), history_capacity(laep)) for laep in (old, new)]
+    for history in uninterrupted:
+        for step in range(1, 25):
+            history.record(step, list(tokens_NLE[step]))
+    resumed = LoadHistory.from_arrays(uninterrupted[0].to_arrays(), history_capacity(new))
+    at_once = assess(resumed, new)
+    assert at_once.consecutive <= assess(uninterrupted[1], new).consecutive
+    assert at_once.stable <= assess(uninterrupted[1], new).stable
+    for step in range(25, 25 + history_capacity(new)):
+        for history in (resumed, uninterrupted[1]):
+            history.record(step, list(tokens_NLE[step]))
+    assert assess(resumed, new) == assess(uninterrupted[1], new)
+    assert assess(resumed, new).stable
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": None}, r"lack \['steps'\]"),
+        ({"steps": np.array([1, 1])}, "must ascend"),
+        ({"steps": np.array([1.0, 2.0])}, "history=.* is not"),
+        ({"tokens": np.zeros((2, 7), np.int64)}, r"history=\(2, 7\) is not \(2, 8\)"),
+        (
+            {"tokens": np.zeros((2, 12), np.int64), "num_experts": np.array([6, 6])},
+            r"history=\(6, 6\) is not of \(4, 4\)",
+        ),
+    ],
+)
+def test_a_history_that_is_none_or_of_another_model_is_refused(changes, message):
+    arrays = {"num_experts": np.array([4, 4]), "steps": np.array([1, 2]), "tokens": np.zeros((2, 8), np.int64)}
+    arrays = {name: array for name, array in (arrays | changes).items() if array is not None}
+    with pytest.raises(UserError, match=message):
+        Controller(CONFIG, history=LoadHistory.from_arrays(arrays, 9))

@@ -1,0 +1,163 @@
+"""What tells a run to stop, and the end of a step that hangs; whole runs that stop are in test_loop.py."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from laep_jax.config import DataConfig, LaepConfig, MeshConfig, ModelConfig, TrainConfig
+from laep_jax.errors import UserError
+from laep_jax.training import stops
+from laep_jax.training.stops import Stops
+
+ROOT = Path(__file__).parents[2]
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture
+def default_handlers():
+    """Tests in the background of a shell find SIGINT ignored."""
+    found = [signal.signal(number, signal.default_int_handler) for number in SIGNALS]
+    yield
+    for number, handler in zip(SIGNALS, found, strict=True):
+        signal.signal(number, handler)
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0)  # Python's handler runs between two instructions
+
+
+def test_a_signal_is_told_at_the_next_step_and_afterwards_nothing_is_left(default_handlers):
+    for number in SIGNALS:
+        with Stops(None) as now:
+            assert not now.asked(1)
+            send(number)
+            assert now.asked(2)
+        assert [signal.getsignal(n) for n in SIGNALS] == [signal.default_int_handler] * 2
+
+
+def test_the_second_interrupt_stops_at_once_and_no_number_of_terms_does(default_handlers):
+    with Stops(None) as now:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            send(number)
+            assert now.asked(1)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_an_ignored_signal_stays_ignored(default_handlers):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Stops(None) as now:
+        send(signal.SIGINT)
+        assert not now.asked(1)
+
+
+def test_beside_the_main_thread_no_signal_is_caught(default_handlers):
+    def body() -> None:
+        with Stops(None) as now:
+            found.extend(signal.getsignal(number) for number in SIGNALS)
+            found.append(now.asked(1))
+
+    found: list = []
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert found == [signal.default_int_handler, signal.default_int_handler, False]
+
+
+def test_what_is_no_step_takes_its_time(capfd, monkeypatch):
+    monkeypatch.setattr(stops, "HEAD_START", 0.2)
+    with Stops(0.5) as now:
+        now.begin_step()
+        now.end_step()
+        time.sleep(1)
+        for _ in range(10):  # together longer than one may take
+            now.begin_step()
+            time.sleep(0.1)
+    time.sleep(1)
+    assert capfd.readouterr().err == ""
+
+
+HOLDING = """
+import ctypes
+from laep_jax.training import stops
+stops.HEAD_START = 0.5
+with stops.Stops(0.5) as now:
+    now.begin_step()
+    ctypes.PyDLL(None).sleep(600)
+"""
+
+
+def test_a_step_that_holds_pythons_lock_ends_with_its_stacks():
+    result = subprocess.run([sys.executable, "-c", HOLDING], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert "Timeout (0:00:01)!\n" in result.stderr
+    assert 'File "<string>", line 7 in <module>' in result.stderr
+
+
+@pytest.mark.parametrize("seconds", [0.5, float("inf"), 1e9, "soon"])
+def test_a_time_that_cannot_be_is_refused(seconds):
+    with pytest.raises(UserError, match=r"TrainConfig\.step_timeout="):
+        TrainConfig(step_timeout=seconds)
+    assert TrainConfig(step_timeout=None).step_timeout is None
+
+
+# Everything that is no step takes longer than one may, once; then a step hangs.
+SLOW = """
+import pathlib, sys, time
+from laep_jax.errors import run_main
+from laep_jax.training import command, cut, loop, start, stops
+def slowly(function):
+    calls = []
+    def slow(*args, **kwargs):
+        if not calls:
+            time.sleep(3)
+        calls.append(args)
+        return function(*args, **kwargs)
+    return slow
+def compiling(*args, make=loop.make_train_step):
+    return slowly(make(*args))
+def record(self, step, metrics, record=loop.Run._record):
+    record(self, step, metrics)
+    if step == 5:
+        pathlib.Path(sys.argv[1]).write_text(str(time.time()))
+        time.sleep(600)
+stops.HEAD_START = 0.5
+loop.make_train_step = compiling
+loop.heldout_loss = slowly(loop.heldout_loss)
+loop.Checkpoints.save = slowly(loop.Checkpoints.save)
+loop.Checkpoints.restore_cut = slowly(loop.Checkpoints.restore_cut)
+cut.compile_steps = slowly(cut.compile_steps)
+loop.Run._record = record
+sys.exit(run_main(command.main, sys.argv[2:]))
+"""
+
+
+def test_only_a_step_may_not_take_long_and_one_that_hangs_is_ended(tmp_path):
+    parts = [
+        ModelConfig(num_layers=2, hidden_size=16, num_heads=4, head_dim=4, ffn_size=8, num_experts=8, router_init=1.0),
+        MeshConfig(fsdp=2, expert=4),
+        DataConfig(source="synthetic", sequence_length=32, batch_size=16, cache_dir=str(tmp_path / "tokens")),
+        LaepConfig(alpha=1.2, beta=0.6, window=3, prune_at_step=3, cut_delay=0),
+        TrainConfig(num_steps=9, eval_every=50, eval_batches=1, checkpoint_every=50, step_timeout=2.0),
+    ]
+    settings = {f"{type(part).__name__}.{name}": v for part in parts for name, v in vars(part).items()}
+    gin = [f"--gin.{name}={value}" for name, value in settings.items() if value not in (None, "")]
+    result = subprocess.run(
+        [sys.executable, "-c", SLOW, str(tmp_path / "hangs"), f"--workdir={tmp_path / 'x'}", *gin],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    ended = time.time()
+    assert result.returncode == 1, result.stderr
+    assert "step 3: a pause of" in result.stdout  # after a compilation, an evaluation, a save and a restore
+    assert ended - float((tmp_path / "hangs").read_text()) < 20
+    said, stacks = result.stderr.split("Timeout (0:00:02.500000)!\n")
+    assert "a step takes longer than TrainConfig.step_timeout=2 s" in said
+    assert "in record" in stacks
+    assert "laep_jax/training/loop.py" in stacks
