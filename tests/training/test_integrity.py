@@ -165,6 +165,20 @@ def test_a_run_goes_on_from_the_newest_step_that_validates(tmp_path, caplog):
         assert steps_in(checkpoints) == ["1.damaged", "2.damaged", "3.damaged", "3.damaged+", "8.damaged"]
 
 
+def test_with_a_step_that_is_gone_back_to_later_ones_are_put_aside(tmp_path):
+    with Checkpoints(tmp_path, keep=4) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save_now(step, small(step), {}, {})
+        (tmp_path / "3" / "meta.json").unlink()
+        for step, left in ((3, 2), (2, 1)):
+            shutil.rmtree(tmp_path / "2") if step == 2 else None
+            with pytest.raises(DamagedError) as error:
+                checkpoints.read_meta(step)
+            checkpoints.put_aside(error.value)
+            assert checkpoints.newest_valid() == left
+        assert steps_in(checkpoints) == ["1", "3.damaged", "4.damaged"]
+
+
 def test_a_pinned_step_stays_and_later_ones_can_be_removed(checkpoints):
     checkpoints.pin(1)
     for step in (1, 2, 3, 4):
