@@ -174,10 +174,12 @@ class Checkpoints:
         return step
 
     def put_aside(self, error: DamagedError) -> None:
-        """Renames the step that was found damaged, so that it does not count any more."""
+        """Renames the step that was found damaged, and any later one, from which a run wanted to go back to it."""
         assert error.step is not None
         if jax.process_index() == 0:
-            self._put_aside(error.step, str(error))
+            for step in reversed([step for step in self._steps.found() if step >= error.step]):
+                later = f"{self._steps.step(step)} comes after step {error.step}, which is damaged"
+                self._put_aside(step, later if step > error.step else str(error))
         multihost_utils.sync_global_devices(f"put step {error.step} aside")
 
     def _put_aside(self, step: int, damage: str) -> None:
@@ -213,9 +215,8 @@ class Checkpoints:
         abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings. `UserError` naming the leaf where tree, shapes
         or dtypes differ from what is stored; `DamagedError` where the values are not those that were saved.
         """
-        cuts = []
-        for path, leaf in tree_flatten_with_path(abstract_state)[0]:
-            cuts.append(LeafCut(leaf, (leaf_key(path),), (), leaf_key(path), None))
+        leaves = tree_flatten_with_path(abstract_state)[0]
+        cuts = [LeafCut(leaf, (leaf_key(path),), (), leaf_key(path), None) for path, leaf in leaves]
         expected = {cut.family: _describe(cut.target.shape, cut.target.dtype) for cut in cuts}
         return self._restore(step, abstract_state, cuts, expected, None)
 
