@@ -9,7 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from laep_jax.errors import LONGEST, UserError
@@ -50,7 +50,7 @@ class Fuzz:
         self._examples = examples
 
     def __call__(self, check: Callable[[st.DataObject], None]) -> None:
-        @settings(max_examples=self._examples, deadline=None)
+        @settings(max_examples=self._examples, deadline=None, suppress_health_check=list(HealthCheck))  # busy machines
         @given(st.data())
         def run(data):
             check(data)
