@@ -21,7 +21,7 @@ def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _check_fields(config: object) -> None:
-    """Types as annotated (lists become tuples, an int serves as a float), then no NaN anywhere."""
+    """Types as annotated (lists become tuples, an int serves as a float), then finite numbers only."""
     name = type(config).__name__
     for field, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, field)
@@ -30,8 +30,8 @@ def _check_fields(config: object) -> None:
             object.__setattr__(config, field, value)
         require_type(f"{name}.{field}", value, hint)
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float):
-                require(not math.isnan(number), f"{name}.{field}", value, "must be a number")
+            if isinstance(number, float) and field != "alpha":
+                require(math.isfinite(number), f"{name}.{field}", value, "must be a finite number")
             if isinstance(number, int):
                 require(abs(number) < 2**31, f"{name}.{field}", value, "must be below 2**31")
 
@@ -249,7 +249,7 @@ class LaepConfig:
             object.__setattr__(self, "alpha", "inf")  # JSON has no infinity
         else:
             for value in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
-                require(value >= 0, "LaepConfig.alpha", self.alpha, "must not be negative")
+                require(0 <= value < math.inf, "LaepConfig.alpha", self.alpha, "must not be negative; inf stands alone")
         _in_range(self, 0, 1, "beta", "overlap")
         _in_range(self, -1, 1, "rank_correlation")
         _at_least(self, 1, "window", "stable_windows", "prune_at_step", "max_runs")

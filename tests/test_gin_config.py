@@ -95,6 +95,8 @@ def test_command_line_values_need_no_quotes(argument, value, equals):
         ("ModelConfig.num_layers = " + "9" * 10_000, "config does not parse: Exceeds the limit"),
         ("ModelConfig.num_layers = 10001", "ModelConfig.num_layers=10001 must lie between 1 and 10000"),
         ("MeshConfig.cpu_devices = 1_000_000", "MeshConfig.cpu_devices=1000000 must lie between 1 and 1024"),
+        ("OptimizerConfig.clip_norm = 1e999", "OptimizerConfig.clip_norm=inf must be a finite number"),
+        ("LaepConfig.alpha = (0.1, 1e999, 1, 1)", "LaepConfig.alpha=(0.1, inf, 1, 1) must not be negative; inf stands"),
         ("#" * 40_000, "size of --gin_file="),
     ],
 )
