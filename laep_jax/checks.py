@@ -12,7 +12,7 @@ def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_fields(config: object) -> None:
-    """Types as annotated (lists become tuples, an int serves as a float), then no NaN anywhere."""
+    """Types as annotated (lists become tuples, an int serves as a float), then finite numbers only."""
     name = type(config).__name__
     for field, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, field)
@@ -21,8 +21,8 @@ def check_fields(config: object) -> None:
             object.__setattr__(config, field, value)
         require_type(f"{name}.{field}", value, hint)
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float):
-                require(not math.isnan(number), f"{name}.{field}", value, "must be a number")
+            if isinstance(number, float) and field != "alpha":
+                require(math.isfinite(number), f"{name}.{field}", value, "must be a finite number")
             if isinstance(number, int):
                 require(abs(number) < 2**31, f"{name}.{field}", value, "must be below 2**31")
 

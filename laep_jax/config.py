@@ -219,7 +219,7 @@ class LaepConfig:
             object.__setattr__(self, "alpha", "inf")  # JSON has no infinity
         else:
             for value in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
-                require(value >= 0, "LaepConfig.alpha", self.alpha, "must not be negative")
+                require(0 <= value < math.inf, "LaepConfig.alpha", self.alpha, "must not be negative; inf stands alone")
         in_range(self, 0, 1, "beta", "overlap")
         in_range(self, -1, 1, "rank_correlation")
         at_least(self, 1, "window", "stable_windows", "prune_at_step", "max_runs", "guard_steps")

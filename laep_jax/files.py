@@ -55,10 +55,11 @@ def parse_json(text: str | bytes, name: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {short(next(key for key in keys if keys.count(key) > 1))} stands twice in an object")
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"key {short(key)} stands twice in an object")
+        values[key] = value
     return values
 
 

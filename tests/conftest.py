@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from laep_jax.errors import LONGEST, UserError  # noqa: E402
@@ -58,7 +58,7 @@ class Fuzz:
         self._examples = examples
 
     def __call__(self, check: Callable[[st.DataObject], None]) -> None:
-        @settings(max_examples=self._examples, deadline=None)
+        @settings(max_examples=self._examples, deadline=None, suppress_health_check=list(HealthCheck))  # busy machines
         @given(st.data())
         def run(data):
             check(data)

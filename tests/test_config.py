@@ -27,7 +27,7 @@ def test_runs_join_equal_neighbours_only():
         (lambda: LaepConfig(alpha="abc"), "LaepConfig.alpha='abc' must be one of inf, hybrid"),
         (lambda: LaepConfig(alpha=-0.1), "LaepConfig.alpha=-0.1 must not be negative"),
         (lambda: LaepConfig(beta=1.5), "LaepConfig.beta=1.5 must lie between 0 and 1"),
-        (lambda: LaepConfig(beta=float("nan")), "LaepConfig.beta=nan must be a number"),
+        (lambda: LaepConfig(beta=float("nan")), "LaepConfig.beta=nan must be a finite number"),
         (lambda: ModelConfig(num_experts="eight"), "ModelConfig.num_experts='eight' must be of type"),
         (lambda: ModelConfig(num_layers=True), "ModelConfig.num_layers=True must be of type int"),
         (lambda: ModelConfig(num_layers=2, num_experts=(8,)), "needs one entry for each of num_layers=2"),

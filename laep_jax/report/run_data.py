@@ -18,7 +18,7 @@ from laep_jax.files import read_arrays, read_json, read_records
 from laep_jax.laep.load import ABSENT, check_loads
 from laep_jax.laep.pruning import alpha_per_layer
 
-MOST_LOSS = 1e30  # nats, so that an axis can hold it
+MOST = 1e30  # of a loss or an alpha, so that products are finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +130,7 @@ def _losses(records: list[dict], kind: str, field: str) -> tuple[dict, ...]:
     for record in chosen:
         step = _step(record["step"], f"step of a {kind} record")
         require_type(f"{field} of step {step}", record[field], float | None)
-        require(
-            abs(record[field] or 0) < MOST_LOSS, f"{field} of step {step}", record[field], f"is not below {MOST_LOSS}"
-        )
+        require(abs(record[field] or 0) < MOST, f"{field} of step {step}", record[field], f"is not below {MOST}")
     return chosen
 
 
@@ -202,8 +200,8 @@ def _lineage(value: Any, order: tuple[tuple[int, ...], ...], name: str) -> tuple
 def _alphas(value: Any, num_layers: int) -> tuple[float, ...]:
     """Per layer; JSON writes the unbounded one as text."""
     values = value if isinstance(value, list) else [value]
-    sound = value == "hybrid" or all(item == "inf" or type(item) in (int, float) for item in values)
-    require(sound, "alpha", value, "must be numbers, inf or hybrid")
+    sound = value == "hybrid" or all(item == "inf" or (type(item) in (int, float) and item < MOST) for item in values)
+    require(sound, "alpha", value, f"must be numbers below {MOST}, inf or hybrid")
     return alpha_per_layer([float(item) for item in value] if isinstance(value, list) else value, num_layers)
 
 

@@ -28,6 +28,7 @@ def softened(laep: LaepConfig, retries: int, num_layers: int) -> LaepConfig:
         return laep
     if retries > laep.max_retries:
         return dataclasses.replace(laep, max_prunes=0)
-    factor = SOFTER**retries
-    alpha = tuple(factor * bound for bound in alpha_per_layer(laep.alpha, num_layers))
+    factor, alpha = SOFTER**retries, laep.alpha
+    if alpha != "inf":
+        alpha = tuple(factor * bound for bound in alpha_per_layer(alpha, num_layers))
     return dataclasses.replace(laep, alpha=alpha, beta=factor * laep.beta)

@@ -68,14 +68,6 @@ class Progress:
     def fresh(cls, config: Config, fingerprint: str) -> "Progress":
         """Of a run at step 0."""
         experts = config.model.experts_per_layer
-        sides = ("before", "after")
-        summary = {
-            f"{name}_{side}": None for name in ("parameters", "device_imbalance", "step_seconds") for side in sides
-        }
-        summary |= {f"heldout_loss_{side}_prune": None for side in sides} | {"heldout_loss_end": None}
-        summary |= {"heldout_loss_by_domain": {}, "heldout_targets_by_domain": {}}
-        summary |= {"experts_before": list(experts), "experts_after": None, "prune_steps": [], "undone": []}
-        summary |= {"steps": 0, "tokens": 0, "skipped_steps": 0}
         return cls(
             step=0,
             config=config.to_dict(),
@@ -91,7 +83,7 @@ class Progress:
             retries=0,
             skipped=0,
             recent_losses=(),
-            summary=summary,
+            summary=_fresh_summary(experts),
         )
 
     @classmethod
@@ -118,21 +110,20 @@ class Progress:
     def _rules(self, where: Path) -> dict[str, bool]:
         """Whether each field fits the others."""
         config = Config.from_dict(self.config)
-        summary = Progress.fresh(config, "").summary
-        lengths = zip(self.lineage, self.num_experts, config.model.experts_per_layer, strict=False)
-        planned = self.pending_plan is not None
+        layers, summary = config.model.num_layers, _fresh_summary(config.model.experts_per_layer)
+        lengths = list(zip(self.lineage, self.num_experts, config.model.experts_per_layer, strict=False))
+        planned, made, due = self.pending_plan is not None, self.plan_step, self.cut_step
         return {
             "step": self.step == int(where.name) > 0,
-            "num_experts": len(self.num_experts) == config.model.num_layers,
-            "lineage": len(self.lineage) == config.model.num_layers
-            and all(len(ids) == len({*ids} & {*range(most)}) == count for ids, count, most in lengths),
+            "num_experts": len(self.num_experts) == layers,
+            "lineage": len(self.lineage) == layers
+            and all(len(ids) == len({*ids}) == count for ids, count, _ in lengths)
+            and all(0 <= slot < most for ids, _, most in lengths for slot in ids),
             "prunes": self.prunes >= 0,
             "fitted_buffer": self.fitted_buffer is None or self.fitted_buffer >= 1,
             "pending_plan": not planned or Plan.from_json(self.pending_plan or "").num_experts == self.num_experts,
-            "plan_step": self.plan_step is not None and 0 < self.plan_step <= self.step
-            if planned
-            else not self.plan_step,
-            "cut_step": self.cut_step is not None and self.step <= self.cut_step if planned else not self.cut_step,
+            "plan_step": (made is not None) == planned and (not planned or 0 < (made or 0) <= self.step),
+            "cut_step": (due is not None) == planned and (not planned or self.step <= (due or 0)),
             "guard": self.guard is None or 0 < self.guard.cut_step <= self.step <= self.guard.due,
             "retries": self.retries >= 0,
             "skipped": self.skipped >= 0,
@@ -157,6 +148,16 @@ class Progress:
 
     def to_meta(self) -> dict:
         return plain(dataclasses.asdict(self))  # a loss that is not finite becomes None: JSON has no NaN
+
+
+def _fresh_summary(experts: tuple[int, ...]) -> dict:
+    """The rows of the closing table before the first step."""
+    sides = ("before", "after")
+    summary = {f"{name}_{side}": None for name in ("parameters", "device_imbalance", "step_seconds") for side in sides}
+    summary |= {f"heldout_loss_{side}_prune": None for side in sides} | {"heldout_loss_end": None}
+    summary |= {"heldout_loss_by_domain": {}, "heldout_targets_by_domain": {}}
+    summary |= {"experts_before": list(experts), "experts_after": None, "prune_steps": [], "undone": []}
+    return summary | {"steps": 0, "tokens": 0, "skipped_steps": 0}
 
 
 def _is_like(value: object, fresh: object) -> bool:

@@ -108,6 +108,11 @@ def test_meta_of_wrong_types_or_parts_that_do_not_fit_is_refused(field, value):
         Progress.from_meta(json.loads(json.dumps(planned().to_meta())) | {field: value}, WHERE)
 
 
+def test_experts_that_only_the_config_claims_take_no_memory():
+    config = {"model": {"num_layers": 2, "num_experts": 2**31 - 1}}
+    assert Progress.from_meta(json.loads(json.dumps(planned().to_meta())) | {"config": config}, WHERE).step == 7
+
+
 def test_any_meta_is_a_progress_or_refused(fuzz):
     valid = json.loads(json.dumps(planned().to_meta()))
 
