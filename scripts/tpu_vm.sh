@@ -12,7 +12,7 @@ Runs laep_jax on Cloud TPU VMs, from a machine that has gcloud.
     each COMMAND       runs a shell command on every host
     train [ARGUMENTS]  starts train.py on every host, detached; ARGUMENTS are those of train.py
     log                follows what process 0 says
-    stop               ends train.py on every host; the next `train` goes on from the newest checkpoint
+    stop               tells train.py on every host to save and end, and waits for it; the next `train` goes on from there
     delete             gives the machines back
 
 Environment:
@@ -112,8 +112,8 @@ main() {
     create) : "${TYPE:?is needed, for example v5litepod-16}" && create "$@" ;;
     each) [[ $# == 1 ]] || fail "each takes one command, in quotes" && each "$1" ;;
     log) tpu "$KIND" ssh "$NAME" "${FIRST[@]}" --command="tail --lines=100 --follow train.log" ;;
-    # SIGKILL, since JAX catches SIGTERM; the bracket keeps pkill from ending its own shell.
-    stop) each "pkill -KILL -f '[t]rain\.py' || true" ;;
+    # The bracket keeps pkill from ending its own shell.
+    stop) each "pkill -TERM -f '[t]rain\.py'; while pgrep -f '[t]rain\.py' > /dev/null; do sleep 1; done" ;;
     delete)
       if ((SLICES > 1)); then
         tpu queued-resources delete "$NAME" --force

@@ -15,7 +15,7 @@ Environment:
     STORAGE                 an xpk storage to mount, which holds the workdir
     IMAGE                   image with everything of requirements-tpu.txt and tokenizers; without it every host
                             installs them into python:3.11 at every start
-    RESTARTS                how often a run that died is started again, 0 if not set
+    RESTARTS                how often a run that died or was told to stop is started again, 0 if not set
     XPK_FLAGS               further flags of `xpk workload create`, separated by spaces
     LIBTPU_INIT_ARGS, JAX_COMPILATION_CACHE_DIR
                             passed on to train.py where set
@@ -37,7 +37,7 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${CLUSTER:?is needed}" "${ZONE:?is needed}" "${PROJECT:?is needed}" "${WORKLOAD:?is needed}" "${TYPE:?is needed}"
 
-command="python train.py"
+command="exec python train.py" # so that GKE's SIGTERM reaches it, not a shell around it
 for argument; do command+=" $(printf %q "$argument")"; done
 if [[ -z ${IMAGE:-} ]]; then
   command="pip install --quiet --requirement requirements-tpu.txt 'tokenizers>=0.21' && $command"
@@ -47,6 +47,7 @@ trap 'rm -r "$tree"' EXIT
 flags=(
   --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE"
   --workload="$WORKLOAD" --tpu-type="$TYPE" --num-slices="${SLICES:-1}" --max-restarts="${RESTARTS:-0}"
+  --restart-on-exit-codes=1,75 # beside 42 and 127 to 255; not 2, bad settings
   --base-docker-image="${IMAGE:-python:3.11}" --script-dir="$tree" --command="$command"
 )
 if [[ -n ${STORAGE:-} ]]; then flags+=(--storage="$STORAGE"); fi

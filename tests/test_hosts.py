@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from laep_jax import hosts
-from laep_jax.errors import UserError
+from laep_jax.errors import StoppedError, UserError
 
 NAMES = (hosts.ADDRESS, hosts.NUMBER, hosts.INDEX, *hosts.TPU_HOSTS, "MEGASCALE_COORDINATOR_ADDRESS", "JAX_PLATFORMS")
 HEARTBEAT = {"heartbeat_timeout_seconds": hosts.HEARTBEAT_TIMEOUT}
@@ -91,6 +91,7 @@ def test_a_difference_names_every_text_and_process(monkeypatch):
         (None, False),
         (UserError("no"), False),
         (FloatingPointError("nan"), False),
+        (StoppedError(7), False),
         (OSError(), True),
         (SystemExit(), True),
     ],
@@ -98,3 +99,12 @@ def test_a_difference_names_every_text_and_process(monkeypatch):
 def test_which_errors_are_a_process_s_own(monkeypatch, error, alone):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert hosts.is_alone(error) == alone
+
+
+def test_a_stop_does_not_wait_for_a_compilation(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(hosts.os, "_exit", codes.append)
+    with hosts.leaving_at_once(lambda: True):
+        raise StoppedError(7)
+    assert codes == [75]
+    assert capsys.readouterr().err == "stopped and saved after step 7; a run started again goes on from there\n"

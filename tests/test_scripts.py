@@ -83,7 +83,8 @@ def test_what_xpk_is_told():
     assert flag(command, "--num-slices") == "2"
     assert flag(command, "--storage") == "s"
     assert flag(command, "--base-docker-image") == "image"
-    assert flag(command, "--command") == "python train.py"
+    assert flag(command, "--command") == "exec python train.py"
+    assert flag(command, "--restart-on-exit-codes") == "1,75"
     assert command[-2:] == ["--spot", "--quiet"]
 
 
