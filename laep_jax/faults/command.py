@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from laep_jax.errors import UserError
 
 FAULTS = {
+    "damage": ("laep_jax.faults.damage", "every file of a checkpoint damaged in turn, and random bits of it flipped"),
     "kill": ("laep_jax.faults.kill", "SIGKILL at random moments, half of them within a prune; one or two processes"),
 }
-MUST_BE_ZERO = ("wrong ends", "lost saves", "undetected")
+MUST_BE_ZERO = ("wrong ends", "lost saves", "undetected", "unnamed")
 
 
 def usage() -> str:

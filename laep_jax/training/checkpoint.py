@@ -59,15 +59,13 @@ class Checkpoints:
     wrong and was dealt with. Every process of a run makes one and calls the same methods in the same order.
     """
 
-    def __init__(
-        self, directory: str | os.PathLike[str], *, keep: int, report: Callable[[str], None] = lambda text: None
-    ):
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int, report: Callable[[str], None] = log.warning):
         assert keep >= 1, keep
         logging.getLogger("absl").addFilter(_not_orbax_chatter)
         self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._steps = StepDirectory(self.directory, keep=keep)
-        self._show = report
+        self._report = report
         self._orbax = ocp.AsyncCheckpointer(
             ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
         )
@@ -306,10 +304,6 @@ class Checkpoints:
             self._report(str(error))
             return False
         return True
-
-    def _report(self, text: str) -> None:
-        log.warning(text)
-        self._show(text)
 
     def _require_shared(self) -> None:
         """`UserError` unless every process finds what process 0 puts here: Orbax would wait for it for ever."""
