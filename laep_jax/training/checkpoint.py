@@ -36,7 +36,7 @@ from laep_jax.training import fingerprint, manifest
 from laep_jax.training.cut_restore import open_leaves, read_leaves
 from laep_jax.training.manifest import DamagedError
 from laep_jax.training.step_directory import DAMAGED, SAVING, StepDirectory
-from laep_jax.training.surgery import Kept, LeafCut, Runs, cut_leaves, leaf_key
+from laep_jax.training.surgery import Kept, LeafCut, Runs, cut_leaves, leaf_key, run_position
 
 META_FILE, HISTORY_FILE, FINGERPRINTS_FILE = "meta.json", "history.npz", "fingerprints.npz"
 FAILURES = 2  # failed saves in a row that end the run
@@ -132,16 +132,15 @@ class Checkpoints:
             return
         (step, future), self._saving = self._saving, None
         error = future.exception()
-        if error:
-            log.info("saving step %s failed", step, exc_info=error)
+        log.debug("the save of step %s has ended", step, exc_info=error)
         texts = texts_of_all(f"{type(error).__name__}: {error}".splitlines()[0] if error else "")
         self._settle()
         if jax.process_index() == 0:
             self._steps.retain()
-        failed = next((text for text in texts if text), None)
-        self._failures = self._failures + 1 if failed else 0
-        if failed:
-            raise SaveError(f"checkpoint {self._steps.step(step)} could not be saved: {failed}")
+        failures = [text for text in texts if text]
+        self._failures = self._failures + 1 if failures else 0
+        if failures:
+            raise SaveError(f"checkpoint {self._steps.step(step)} could not be saved: {failures[0]}")
 
     def latest(self) -> int | None:
         """The newest complete step as process 0 finds it, None without one.
@@ -330,7 +329,7 @@ def _not_orbax_chatter(record: logging.LogRecord) -> bool:
 
 def _chunked_axes(path: tuple, leaf: jax.Array) -> tuple[int, ...]:
     """Dimensions stored one index a chunk: the layers of a run, and the experts of its matrices."""
-    if not any(key == jax.tree_util.DictKey("runs") for key in path):
+    if run_position(path) is None:
         return ()
     return (0, 1) if leaf.ndim > 2 and expert_axis(leaf_name(path), leaf.ndim) == 1 else (0,)
 
