@@ -121,6 +121,7 @@ class Trial:
         shutil.copytree(self._checkpoints, self._copy)
         damage(self._copy / str(NEWEST) / name)
         told: list[str] = []
+        restored = None
         with Checkpoints(self._copy, keep=9, report=told.append) as checkpoints:
             while (step := checkpoints.newest_valid()) is not None:
                 try:
