@@ -49,11 +49,9 @@ class Trial:
         self.environment = {
             name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")
         }
-        self.environment |= {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(shared / "programs"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        self.environment["JAX_PLATFORMS"] = "cpu"
+        self.environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(shared / "programs"))
+        self.environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         self.starts = 0
 
     def start(self, **hit) -> tuple[int, list[dict]]:

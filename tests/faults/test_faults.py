@@ -1,0 +1,62 @@
+"""Harm done to a tiny run: the short forms of `python -m laep_jax faults`, and that they can fail."""
+
+import json
+
+import pytest
+
+from laep_jax.errors import UserError
+from laep_jax.faults import command, damage, kill
+from laep_jax.training import fingerprint
+
+
+def test_a_run_that_is_killed_ends_as_it_would_have(capsys):
+    assert command.main(["kill", "--trials=3", "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["trials"] == 3
+    assert counts["kills"] >= 2
+    assert counts["wrong ends"] == counts["lost saves"] == 0
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_of_which_one_is_killed_or_frozen_ends_as_it_would_have(capsys):
+    assert command.main(["kill", "--trials=4", "--processes=2", "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["kills"] >= 3
+    assert counts["gone_seconds"] < 60
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(damage, "DAMAGES", {"one bit flipped": damage.flip_bit})
+
+
+def test_damage_is_found_and_the_step_before_is_there(few, capsys):
+    assert command.main(["damage", "--flips=4"]) == 0
+    lines = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-7:])
+    assert int(lines["one bit flipped"]) > 10
+    assert (lines[damage.RANDOM], lines["undetected"], lines["unnamed"], lines["lost saves"]) == ("4", "0", "0", "0")
+
+
+def test_damage_that_is_not_found_is_told(few, monkeypatch, capsys):
+    monkeypatch.setattr(damage, "DAMAGES", {})
+    monkeypatch.setattr(fingerprint, "first_difference", lambda *args: None)
+    assert command.main(["damage", "--flips=12"]) == 1
+    assert int(dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-7:])["undetected"]) > 0
+
+
+def test_a_kill_in_a_prune_is_aimed_at_each_of_its_events():
+    whole = kill.Uninterrupted("", {name: [1.0, 2.0] for name in (kill.RUN, *kill.EVENTS)})
+    rng = kill.random.Random(0)
+    hits = [kill.choose_hit(rng, whole, True, 1) for _ in range(200)]
+    assert {hit["event"] for hit in hits} == set(kill.EVENTS)
+    assert {hit["occurrence"] for hit in hits} == {1, 2}
+    assert all(0 <= hit["delay"] <= hit["occurrence"] for hit in hits)
+
+
+def test_what_does_not_exist_is_refused(capsys):
+    with pytest.raises(UserError, match="there is no fault 'fire'; there are damage, kill"):
+        command.main(["fire"])
+    with pytest.raises(UserError, match="--trials=0 must be at least 1"):
+        command.main(["kill", "--trials=0"])
+    assert command.main([]) == 0
+    assert "kill" in capsys.readouterr().out
