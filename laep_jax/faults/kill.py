@@ -111,9 +111,8 @@ def run(arguments: Sequence[str]) -> dict:
             outcome, gone = survive(trial, hits, whole)
             longest = max(longest, gone)
             counts.update(outcome, trials=1)
-            print(
-                f"trial {index + 1}: " + "; ".join(f"{h['event']} {h['occurrence']} + {h['delay']:.2f} s" for h in hits)
-            )
+            told = ", then ".join(f"{hit['delay']:.2f} s into {hit['event']} {hit['occurrence']}" for hit in hits)
+            print(f"trial {index + 1} of {options.trials}: {told}", file=sys.stderr, flush=True)
     return dict(counts) | {"processes": options.processes, "gone_seconds": longest}
 
 
