@@ -222,7 +222,7 @@ class LaepConfig:
     smaller model's steps are compiled beside the training. `restore`: cut through the checkpoint or in device memory.
     """
 
-    alpha: float | str | tuple[float, ...] = "hybrid"
+    alpha: float | str | tuple[float | str, ...] = "hybrid"
     beta: float = 0.1
     estimator: str = "vote"
     inequality: str = "le"
@@ -243,13 +243,15 @@ class LaepConfig:
 
     def __post_init__(self):
         _check_fields(self)
-        if isinstance(self.alpha, str):
-            _one_of("LaepConfig.alpha", self.alpha, ("inf", "hybrid"))
-        elif isinstance(self.alpha, float) and math.isinf(self.alpha) and self.alpha > 0:
-            object.__setattr__(self, "alpha", "inf")  # JSON has no infinity
-        else:
-            for value in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
-                require(0 <= value < math.inf, "LaepConfig.alpha", self.alpha, "must not be negative; inf stands alone")
+        by_layer = isinstance(self.alpha, tuple)
+        alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+        alphas = tuple("inf" if alpha == math.inf else alpha for alpha in alphas)  # JSON has no infinity
+        for alpha in alphas:
+            if isinstance(alpha, str):
+                _one_of("LaepConfig.alpha", alpha, ("inf",) if by_layer else ("inf", "hybrid"))
+            else:
+                require(alpha >= 0, "LaepConfig.alpha", self.alpha, "must not be negative")
+        object.__setattr__(self, "alpha", alphas if by_layer else alphas[0])
         _in_range(self, 0, 1, "beta", "overlap")
         _in_range(self, -1, 1, "rank_correlation")
         _at_least(self, 1, "window", "stable_windows", "prune_at_step", "max_runs")
