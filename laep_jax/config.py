@@ -188,7 +188,7 @@ class LaepConfig:
     `dry_run_tolerance` the loss is also measured before anything is cut, by masking, and may rise that much.
     """
 
-    alpha: float | str | tuple[float, ...] = "hybrid"
+    alpha: float | str | tuple[float | str, ...] = "hybrid"
     beta: float = 0.1
     estimator: str = "vote"
     inequality: str = "le"
@@ -213,27 +213,20 @@ class LaepConfig:
 
     def __post_init__(self):
         check_fields(self)
-        if isinstance(self.alpha, str):
-            one_of("LaepConfig.alpha", self.alpha, ("inf", "hybrid"))
-        elif isinstance(self.alpha, float) and math.isinf(self.alpha) and self.alpha > 0:
-            object.__setattr__(self, "alpha", "inf")  # JSON has no infinity
-        else:
-            for value in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
-                require(0 <= value < math.inf, "LaepConfig.alpha", self.alpha, "must not be negative; inf stands alone")
+        by_layer = isinstance(self.alpha, tuple)
+        alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+        alphas = tuple("inf" if alpha == math.inf else alpha for alpha in alphas)  # JSON has no infinity
+        for alpha in alphas:
+            if isinstance(alpha, str):
+                one_of("LaepConfig.alpha", alpha, ("inf",) if by_layer else ("inf", "hybrid"))
+            else:
+                require(alpha >= 0, "LaepConfig.alpha", self.alpha, "must not be negative")
+        object.__setattr__(self, "alpha", alphas if by_layer else alphas[0])
         in_range(self, 0, 1, "beta", "overlap")
         in_range(self, -1, 1, "rank_correlation")
         at_least(self, 1, "window", "stable_windows", "prune_at_step", "max_runs", "guard_steps")
-        at_least(
-            self,
-            0,
-            "min_step",
-            "max_prunes",
-            "rearrange_gain",
-            "cut_delay",
-            "guard_tolerance",
-            "max_retries",
-            "dry_run_tolerance",
-        )
+        at_least(self, 0, "min_step", "max_prunes", "rearrange_gain", "cut_delay", "max_retries")
+        at_least(self, 0, "guard_tolerance", "dry_run_tolerance")
         one_of("LaepConfig.estimator", self.estimator, ("vote", "mean"))
         one_of("LaepConfig.inequality", self.inequality, ("le", "lt"))
         one_of("LaepConfig.rounding", self.rounding, ("restore", "prune"))

@@ -168,7 +168,7 @@ def make_plan(
     *,
     expert_parallel: int,
     top_k: int,
-    alpha: float | str | Sequence[float],
+    alpha: float | str | Sequence[float | str],
     beta: float,
     estimator: str,
     inequality: str,

@@ -33,7 +33,7 @@ ROUNDINGS = ("restore", "prune")
 END_ALPHA, MIDDLE_ALPHA = 0.2, 0.4  # of alpha="hybrid", paper section 4.2
 
 
-def alpha_per_layer(alpha: float | str | Sequence[float], num_layers: int) -> tuple[float, ...]:
+def alpha_per_layer(alpha: float | str | Sequence[float | str], num_layers: int) -> tuple[float, ...]:
     """One individual bound a layer, in units of the layer's mean load; `math.inf` is no bound.
 
     alpha: a number, "inf", "hybrid" (0.2 in the first and last `num_layers // 6` layers, 0.4 between)
