@@ -172,7 +172,7 @@ def run_lengths(counts: Sequence[int]) -> str:
 def closing_table(summary: dict) -> Group:
     """The table at the end of a run, as a `rich` renderable.
 
-    summary: what summary.json holds: `steps`, `tokens`, `prune_steps`, `heldout_loss_end`; and with
+    summary: what summary.json holds: `steps`, `tokens`, `prune_steps`, `undone`, `heldout_loss_end`; and with
     `_before` and `_after` each: `parameters`, `experts` and `device_imbalance` (both [L]),
     `heldout_loss_*_prune` and `step_seconds`. All `_after` and both `_prune` are None where nothing
     was pruned; so is any number that was not measured. `heldout_loss_by_domain` has the newest evaluation
@@ -186,7 +186,10 @@ def closing_table(summary: dict) -> Group:
             table.add_row(name, before, after, change)
         elif name != HELDOUT_AT_CUT:
             table.add_row(name, after if name == HELDOUT_AT_END else before)
-    return Group(Text(f"{length}; " + (f"pruned after step {cuts}" if cuts else "nothing was pruned")), table)
+    told = [length, f"pruned after step {cuts}" if cuts else "nothing was pruned"]
+    if summary["undone"]:
+        told.append("undone after step " + ", ".join(f"{step:,}" for step in summary["undone"]))
+    return Group(Text("; ".join(told)), table)
 
 
 def _rows(summary: dict) -> list[Row]:

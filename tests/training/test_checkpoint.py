@@ -10,6 +10,7 @@ from pathlib import Path
 import absl.logging
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from laep_jax.errors import UserError
@@ -67,6 +68,17 @@ def test_everything_comes_back_though_changed_right_after_save(states, checkpoin
     for name, array in kept_history.items():
         assert read[name].dtype == array.dtype
         np.testing.assert_array_equal(read[name], array)
+
+
+def test_orbax_itself_reads_what_was_saved(states, checkpoints):
+    state = states.random(COUNTS, states.mesh())
+    checkpoints.save(4, state, {}, META)
+    checkpoints.wait()
+    leaves = {surgery.leaf_key(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+    as_numpy = dict.fromkeys(leaves, ocp.RestoreArgs(restore_type=np.ndarray))
+    with ocp.PyTreeCheckpointer() as orbax:
+        stored = orbax.restore(checkpoints.directory / "4" / "state", restore_args=as_numpy)
+    jax.tree.map(np.testing.assert_array_equal, stored, leaves)
 
 
 def test_donating_the_state_right_after_save_is_safe(states, checkpoints):

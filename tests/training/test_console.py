@@ -18,6 +18,7 @@ PRUNED = {
     "steps": 400,
     "tokens": 1638400,
     "prune_steps": [220],
+    "undone": [],
     "parameters_before": 2_000_000,
     "parameters_after": 1_500_000,
     "experts_before": [16] * 4,
@@ -40,6 +41,7 @@ NOT_PRUNED = (
     | {name: None for name in PRUNED if name.endswith(("_after", "_prune"))}
     | {
         "prune_steps": [],
+        "undone": [40, 80],
         "heldout_loss_by_domain": {"end": {"json": 1.0}},
     }
 )
@@ -152,7 +154,7 @@ def test_closing_table_of_a_pruned_run():
 
 def test_closing_table_of_a_run_without_prune():
     rows, text = cells(NOT_PRUNED)
-    assert text.startswith("400 steps, 1,638,400 tokens; nothing was pruned\n")
+    assert text.startswith("400 steps, 1,638,400 tokens; nothing was pruned; undone after step 40, 80\n")
     assert rows["parameters"] == ["2.000 M"]
     assert rows["experts per layer"] == ["16x4"]
     assert rows["held-out loss at the end"] == ["2.2500"]

@@ -140,6 +140,17 @@ def test_after_the_last_retry_the_run_goes_on_as_if_it_had_never_been_pruned(con
         assert (loads["pruned_at"] == -1).all()
 
 
+def test_the_dry_run_softens_a_plan_before_anything_is_cut(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(controller, "make_plan", harmful_plan)
+    summary = train(with_laep(config, dry_run_tolerance=TOLERANCE), tmp_path)
+    first, second = records(tmp_path, "dry_run")
+    assert (first["step"], first["stands"], second["stands"]) == (PLAN_STEP, False, True)
+    assert first["heldout_loss"] > first["heldout_loss_before"] + TOLERANCE
+    [prune] = records(tmp_path, "prune")
+    assert Plan.from_json((tmp_path / prune["plan"]).read_text()).beta == BETA / 2
+    assert (summary["prune_steps"], summary["undone"]) == ([CUT_STEP], [])
+
+
 class InterruptError(Exception):
     pass
 
