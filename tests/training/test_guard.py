@@ -20,7 +20,7 @@ from laep_jax.config import (
 )
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_mesh
-from laep_jax.training import controller, prune
+from laep_jax.training import controller, loop, prune
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.guard import softened
 from laep_jax.training.run import Run
@@ -181,6 +181,19 @@ def test_interrupted_on_the_way_back_it_is_undone_all_the_same(undone, config, t
             train(config, tmp_path)
     train(config, tmp_path)
     assert_same_run(tmp_path, undone)
+
+
+def test_a_prune_whose_state_before_is_damaged_stands(config, tmp_path, monkeypatch, capsys):
+    def damaged(run, step: int) -> bool:
+        (run.checkpoints.directory / str(CUT_STEP) / "manifest.json").unlink(missing_ok=True)
+        return prune.judge(run, step)
+
+    monkeypatch.setattr(controller, "make_plan", harmful_plan)
+    monkeypatch.setattr(loop, "judge", damaged)
+    summary = train(config, tmp_path)
+    assert (summary["prune_steps"], summary["undone"]) == ([CUT_STEP], [])
+    told = capsys.readouterr().out.replace("\n", " ")
+    assert f"the prune of step {CUT_STEP} did harm, but what was before it is damaged: it stands" in told
 
 
 def test_the_rule_softens_by_halves_and_then_prunes_no_more():
