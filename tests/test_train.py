@@ -85,6 +85,7 @@ def test_the_tiny_run_from_a_shell_and_a_second_start_on_fewer_devices(tmp_path)
     assert {path.name for path in (workdir / "figures").iterdir()} == {
         "tokens_per_expert.png",
         "cumulative_load.png",
+        "domains.png",
         "device_loads.png",
         "load_heatmap.png",
         "loss.png",

@@ -138,7 +138,7 @@ def test_the_damaged_expert_is_named_and_matters_only_where_it_stays(states, sav
         cut.verify_cut(copied, 7, got, [*kept[:3], [4, 1, 2, 0]])
 
 
-def test_a_run_goes_on_from_the_newest_step_that_validates(tmp_path, caplog):
+def test_a_run_goes_on_from_the_newest_step_that_validates(tmp_path):
     told = []
     with Checkpoints(tmp_path, keep=3, report=told.append) as checkpoints:
         assert checkpoints.newest_valid() is None
@@ -153,7 +153,6 @@ def test_a_run_goes_on_from_the_newest_step_that_validates(tmp_path, caplog):
         assert re.search(
             r"3/meta\.json is missing; it is now 3\.damaged, and the run goes on from an older one", told[1]
         )
-        assert told[1] in caplog.text
         checkpoints.save(3, small(3), {}, {})
         checkpoints.wait()
         checkpoints.pin(1)

@@ -384,7 +384,7 @@ Dataset.train_batch, loop.record = train_batch, record
 
 @pytest.mark.parametrize(
     ("heartbeat", "timeout", "code", "sent"),
-    [(60, 6.0, 1, "SIGTERM"), pytest.param(30, None, 134, "SIGINT", marks=pytest.mark.slow)],
+    [(60, 15.0, 1, "SIGTERM"), pytest.param(30, None, 134, "SIGINT", marks=pytest.mark.slow)],
     ids=["step timeout, SIGTERM", "heartbeat, SIGINT"],
 )
 def test_a_frozen_process_and_a_signal_to_one_leave_nothing_behind(
