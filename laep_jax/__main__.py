@@ -17,6 +17,7 @@ COMMANDS = {
     "preflight": ("laep_jax.preflight.command", "a config compiled for a TPU slice: memory, bounds, collectives"),
     "bench": ("laep_jax.bench.command", "measurements on this machine: speed, memory, plans, the pause at a prune"),
     "faults": ("laep_jax.faults.command", "harm done to a tiny run, which must come out of it unharmed"),
+    "experiment": ("laep_jax.experiments.command", "the paper's experiments, small: runs, tables, figures"),
     "report": ("laep_jax.report.command", "figures of a run directory"),
     "train-tokenizer": ("laep_jax.data.command", "a BPE tokenizer trained on a corpus"),
 }

@@ -177,12 +177,14 @@ class LaepConfig:
     share of the layer's tokens. Windows are `window` steps long; the loads count as stable once,
     `stable_windows` times in a row and not before `min_step`, every layer's rank correlation with
     the window before and the overlap of the sets to prune reach their thresholds.
-    `prune_at_step` overrides the test. `rearrange_gain`: also rearrange without pruning when that
+    `prune_at_step` overrides the test; `plan` names a plan.json that is then carried out instead of one made from the
+    loads. `rearrange_gain`: also rearrange without pruning when that
     would lower the largest device load by this share (None: never). `placement_loads`: place by the
     loads of the pruned model, measured with the pruned experts masked, or by the recorded ones.
     `max_runs`: restore experts until neighbouring layers form at most so many runs of equal count, since
     each is compiled by itself. The cut comes `cut_delay` steps after its plan was made, in which the
     smaller model's steps are compiled beside the training. `restore`: cut through the checkpoint or in device memory.
+    `reset_moments`: the optimizer's moments begin anew after a cut, instead of following their experts.
     `guard_steps` after a prune the held-out loss may be `guard_tolerance` nats above that before it; else the prune is
     undone and tried again with alpha and beta halved, `max_retries` times at most. guard_steps=None: no guard. With
     `dry_run_tolerance` the loss is also measured before anything is cut, by masking, and may rise that much.
@@ -201,11 +203,13 @@ class LaepConfig:
     stable_windows: int = 2
     min_step: int = 100
     prune_at_step: int | None = None
+    plan: str = ""
     max_prunes: int = 1
     rearrange_gain: float | None = None
     max_runs: int | None = None
     cut_delay: int = 20
     restore: str = "orbax"
+    reset_moments: bool = False
     guard_steps: int | None = 50
     guard_tolerance: float = 0.02
     max_retries: int = 2
@@ -224,6 +228,7 @@ class LaepConfig:
         object.__setattr__(self, "alpha", alphas if by_layer else alphas[0])
         in_range(self, 0, 1, "beta", "overlap")
         in_range(self, -1, 1, "rank_correlation")
+        require(not self.plan or self.prune_at_step is not None, "LaepConfig.plan", self.plan, "needs prune_at_step")
         at_least(self, 1, "window", "stable_windows", "prune_at_step", "max_runs", "guard_steps")
         at_least(self, 0, "min_step", "max_prunes", "rearrange_gain", "cut_delay", "max_retries")
         at_least(self, 0, "guard_tolerance", "dry_run_tolerance")

@@ -16,7 +16,7 @@ ORDER = [
     {"model", "data"},
     {"training"},
     {"preflight"},
-    {"bench", "faults"},
+    {"bench", "faults", "experiments"},
     {"__main__"},
 ]
 TRAINING_ORDER = [

@@ -237,23 +237,38 @@ def _imbalance(loads_G: np.ndarray) -> float:
     return float(loads_G.max() / loads_G.mean()) if loads_G.any() else 1.0
 
 
+def chosen_plan(
+    loads: Sequence[np.ndarray],
+    pruned: Sequence[Sequence[int]],
+    *,
+    expert_parallel: int,
+    top_k: int,
+    placement: str,
+) -> Plan:
+    """Prunes these slots of each layer and places the others by `loads`: mean tokens a step, [E] of each layer."""
+    choices = [Pruning(tuple(sorted(slots)), ()) for slots in pruned]
+    layers = [
+        _layer_plan(np.asarray(loads_E), 1, choice, expert_parallel, placement)
+        for loads_E, choice in zip(loads, choices, strict=True)
+    ]
+    return _without_rule(layers, expert_parallel, top_k, placement)
+
+
 def rearrange_plan(loads: Sequence[np.ndarray], *, expert_parallel: int, top_k: int, placement: str) -> Plan:
     """Keeps every expert and places it by `loads`: mean tokens a step, [E] of each layer."""
-    no_one = Pruning((), ())
-    layers = [_layer_plan(np.asarray(loads_E), 1, no_one, expert_parallel, placement) for loads_E in loads]
-    return _keeping_all(layers, expert_parallel, top_k, placement)
+    return chosen_plan(loads, [()] * len(loads), expert_parallel=expert_parallel, top_k=top_k, placement=placement)
 
 
 def identity_plan(num_experts: Sequence[int], *, expert_parallel: int, top_k: int) -> Plan:
     """Keeps every expert of each layer where it is; knows no loads, so they are all 0."""
     zeros = (0.0,) * expert_parallel
     layers = [LayerPlan(tuple(range(count)), (), (), zeros, 1.0, 1.0, 0.0) for count in num_experts]
-    return _keeping_all(layers, expert_parallel, top_k, "greedy")
+    return _without_rule(layers, expert_parallel, top_k, "greedy")
 
 
-def _keeping_all(layers: Sequence[LayerPlan], expert_parallel: int, top_k: int, placement: str) -> Plan:
+def _without_rule(layers: Sequence[LayerPlan], expert_parallel: int, top_k: int, placement: str) -> Plan:
     return Plan(
-        num_experts=tuple(len(layer.kept) for layer in layers),
+        num_experts=tuple(len(layer.kept) + len(layer.pruned) for layer in layers),
         expert_parallel=expert_parallel,
         top_k=top_k,
         alpha=(0.0,) * len(layers),

@@ -6,11 +6,13 @@ Letters: E experts of a layer.
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from laep_jax.config import Config, LaepConfig
 from laep_jax.errors import require
+from laep_jax.files import MOST_JSON, read_bytes
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.plan import Plan, make_plan, predicted_gain, rearrange_plan
 from laep_jax.laep.stability import StabilityReport, assess, history_capacity
@@ -21,7 +23,8 @@ BUFFER_MARGIN = 1.1  # of a receive buffer over the largest mean load of a devic
 class Controller:
     """Watches one model; after a cut, a new one watches the new model.
 
-    config: resolved. prunes: cuts made so far. history: of an interrupted run, else empty.
+    config: resolved. prunes: cuts made so far. history: of an interrupted run, else empty. `UserError` where
+    `LaepConfig.plan` does not read or is no plan for this model.
     """
 
     def __init__(self, config: Config, *, prunes: int = 0, history: LoadHistory | None = None):
@@ -33,6 +36,17 @@ class Controller:
         experts = config.model.experts_per_layer
         self.history = history or LoadHistory(experts, history_capacity(config.laep))
         require(self.history.num_experts == experts, "history", self.history.num_experts, f"is not of {experts}")
+        self._given = None if prunes or not self.laep.plan else self._read_plan(Path(self.laep.plan))
+
+    def _read_plan(self, path: Path) -> Plan:
+        """The plan for the first cut, where a file holds it."""
+        plan = Plan.from_json(read_bytes(path, str(path), MOST_JSON).decode(errors="replace"))
+        ours = self.history.num_experts, self.expert_parallel, self.top_k
+        theirs = plan.num_experts, plan.expert_parallel, plan.top_k
+        require(
+            theirs == ours, f"LaepConfig.plan {path}: (num_experts, expert_parallel, top_k)", theirs, f"is not {ours}"
+        )
+        return plan
 
     def record(self, step: int, tokens_per_expert: Sequence[np.ndarray]) -> None:
         """Adds one step's counts, [E] of each layer."""
@@ -54,8 +68,10 @@ class Controller:
         return report.stable
 
     def prune_plan(self, placement_loads: Sequence[np.ndarray] | None = None) -> Plan:
-        """Algorithms 1 and 2 on the last window; `placement_loads` as `laep.plan.make_plan` takes them."""
-        return configured_plan(self._last_window(), self.laep, self.top_k, self.expert_parallel, placement_loads)
+        """Algorithms 1 and 2 on the last window, or the plan given; `placement_loads` as `laep.plan.make_plan` takes them."""
+        return self._given or configured_plan(
+            self._last_window(), self.laep, self.top_k, self.expert_parallel, placement_loads
+        )
 
     def rearrangement(self) -> Plan | None:
         """A plan that only moves experts, where that lowers the largest device load enough."""

@@ -23,10 +23,13 @@ class Guard(NamedTuple):
 
 
 def softened(laep: LaepConfig, retries: int, num_layers: int) -> LaepConfig:
-    """The rule after that many prunes were undone. `alpha = inf` has nothing to halve; there beta alone is."""
+    """The rule after that many prunes were undone.
+
+    `alpha = inf` has nothing to halve, there beta alone is; a plan from a file is not tried again.
+    """
     if not retries:
         return laep
-    if retries > laep.max_retries:
+    if laep.plan or retries > laep.max_retries:
         return dataclasses.replace(laep, max_prunes=0)
     factor, alpha = SOFTER**retries, laep.alpha
     if alpha != "inf":

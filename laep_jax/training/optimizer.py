@@ -1,6 +1,7 @@
 """AdamW with global-norm clipping, linear warm-up and cosine decay, from optax."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from laep_jax.config import Config
@@ -22,6 +23,19 @@ def make_schedule(config: Config) -> optax.Schedule:
 def _decayed(params):
     """True for matrices: norm scales and biases are not decayed."""
     return jax.tree_util.tree_map_with_path(lambda path, _: len(leaf_name(path).rpartition("_")[2]) > 1, params)
+
+
+def without_moments(opt_state: optax.OptState) -> optax.OptState:
+    """The optimizer's state with Adam as at the beginning; the schedule goes on. The old state is released."""
+
+    def zeroed(part):
+        return jax.tree.map(jnp.zeros_like, part) if isinstance(part, optax.ScaleByAdamState) else part
+
+    def reset(state):
+        return jax.tree.map(zeroed, state, is_leaf=lambda part: isinstance(part, optax.ScaleByAdamState))
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, opt_state)
+    return jax.jit(reset, out_shardings=shardings, donate_argnums=0)(opt_state)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

@@ -17,6 +17,7 @@ from laep_jax.training.console import stability_text
 from laep_jax.training.cut import Cut, Pause
 from laep_jax.training.evaluate import heldout_loss, masked_loads, masked_loss
 from laep_jax.training.guard import SOFTER, Guard
+from laep_jax.training.optimizer import without_moments
 from laep_jax.training.resume import Progress
 from laep_jax.training.run import Run
 from laep_jax.training.state import TrainState, abstract_state
@@ -110,6 +111,8 @@ def carry_out(run: Run, cut: Cut, state: TrainState | None) -> None:
     progress, plan = run.progress, cut.plan
     run.cut = None
     state, steps = cut.carry_out(state, run.checkpoints, progress.step, run.pause)
+    if run.config.laep.reset_moments:
+        state = dataclasses.replace(state, opt_state=without_moments(state.opt_state))
     for layer, (part, ids) in enumerate(zip(plan.layers, progress.lineage, strict=True)):
         run.log.mark_pruned(progress.step, layer, [ids[slot] for slot in part.pruned])
     progress.lineage = apply_plan_to_lineage(progress.lineage, plan)

@@ -26,7 +26,7 @@ FREE = {  # fields that say how to go on, where the run lies, or what is decided
     "MeshConfig": "data fsdp expert cpu_devices",
     "AuxLossConfig": "mixtral mixtral_hf deepseek_v3 router_z loss_free_bias",
     "LaepConfig": "alpha beta estimator inequality rounding placement placement_loads window rank_correlation overlap"
-    " stable_windows min_step prune_at_step max_prunes rearrange_gain max_runs cut_delay restore"
+    " stable_windows min_step prune_at_step plan max_prunes rearrange_gain max_runs cut_delay restore reset_moments"
     " guard_steps guard_tolerance max_retries dry_run_tolerance",
     "DataConfig": "path cache_dir",  # what lies there is compared by its hash
     "OptimizerConfig": "learning_rate warmup_steps final_fraction eps weight_decay clip_norm",

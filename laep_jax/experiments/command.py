@@ -1,0 +1,73 @@
+"""`python -m laep_jax experiment NAME`: one of the paper's experiments, run small.
+
+    python -m laep_jax experiment table1 --seeds 0,1,2
+
+Its rows are training runs of `configs/experiments/`, which are run one after the other as far as their results are not
+kept yet. Started again after an interruption it goes on where it stopped. Then it draws the table and the figure.
+`NAME` may be `tables`: everything is drawn again from what is kept, and nothing is run.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from laep_jax.errors import UserError
+from laep_jax.experiments.catalogue import EXPERIMENTS, Experiment
+from laep_jax.experiments.results import read_results
+from laep_jax.experiments.runner import Runner
+from laep_jax.experiments.tables import by_row, losses_table
+from laep_jax.gin_config import parse_arguments
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs what is missing and draws. `UserError` on a name or an option that there is not."""
+    gin_files, bindings, rest = parse_arguments(argv)
+    args = _parser().parse_args(rest)
+    if args.list or not args.name:
+        print("\n".join(_listed(name, experiment) for name, experiment in EXPERIMENTS.items()))
+        return 0
+    if gin_files:
+        raise UserError("--gin_file: the rows have files of their own; --gin.CLASS.FIELD=VALUE changes all of them")
+    if args.name == "tables":
+        chosen = list(EXPERIMENTS)
+    elif args.name in EXPERIMENTS:
+        chosen = [args.name]
+        runner = Runner(args.out, args.scale, bindings)
+        entries = [e for e in EXPERIMENTS[args.name].entries if args.only in (None, e.row)]
+        if not entries:
+            known = ", ".join(entry.row for entry in EXPERIMENTS[args.name].entries)
+            raise UserError(f"--only={args.only!r} is no row of {args.name}; there are {known}")
+        runner.run([runner.load(entry.row, seed) for seed in args.seeds for entry in entries])
+    else:
+        raise UserError(f"there is no experiment {args.name!r}; there are {', '.join(EXPERIMENTS)}, tables")
+    table = by_row(read_results(args.out))
+    for name in chosen:
+        text = losses_table(EXPERIMENTS[name], table)
+        (args.out / f"{name}.md").write_text(text, encoding="utf-8")
+        print(f"{EXPERIMENTS[name].title}\n\n{text}")
+    return 0
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(seed) for seed in text.split(",")]
+
+
+def _listed(name: str, experiment: Experiment) -> str:
+    return f"{name:<12}{experiment.title}\n{'':<12}{', '.join(entry.row for entry in experiment.entries)}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m laep_jax experiment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="an experiment, or `tables`")
+    add("--list", action="store_true", help="the experiments and their rows")
+    add("--seeds", type=_seeds, default=[0, 1, 2], metavar="A,B", help="seeds to run, one after the other (0,1,2)")
+    add("--only", metavar="ROW", help="this row, and what it branches from")
+    add("--out", type=Path, default=Path("results"), metavar="DIR", help="results, tables, figures, runs (results)")
+    add(
+        "--scale", default="", metavar="NAME", help="settings for another machine: a file of configs/experiments/scales"
+    )
+    add("--gin.CLASS.FIELD", metavar="VALUE", help="a setting of every row, over what its file says")
+    return parser

@@ -1,0 +1,78 @@
+"""One run of an experiment: a gin file of `configs/experiments/`, a seed, and the run it branches from.
+
+A row that prunes is its base run up to the cut: where a file there describes the same run without a cut, the row goes
+on from that run's checkpoint, so that what they have in common is trained once.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from laep_jax.config import Config
+from laep_jax.errors import UserError
+from laep_jax.gin_config import load_config
+
+FOLDER = Path(__file__).parents[2] / "configs" / "experiments"  # of a checkout
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """name: of the gin file. gin_files, bindings: what makes `config`, the seed among them."""
+
+    name: str
+    gin_files: tuple[Path, ...]
+    bindings: tuple[str, ...]
+    config: Config
+
+    @property
+    def seed(self) -> int:
+        return self.config.train.seed
+
+    @property
+    def digest(self) -> str:
+        """Of every setting that a result could depend on; eight hexadecimal digits."""
+        values = self.config.to_dict()
+        del values["data"]["cache_dir"], values["train"]["log_every"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def prunes(self) -> bool:
+        return self.config.laep.max_prunes > 0
+
+    def branches_from(self, other: "Row") -> bool:
+        """Whether the other is this run without a cut."""
+        same = dataclasses.replace(other.config, laep=self.config.laep) == self.config
+        return same and self.prunes and not other.prunes
+
+    def bound(self, *bindings: str) -> "Row":
+        """The row with further settings."""
+        return _load(self.name, self.gin_files, (*self.bindings, *bindings))
+
+
+def names() -> list[str]:
+    """Of every row there is."""
+    return sorted(path.stem for path in FOLDER.glob("*.gin"))
+
+
+def load_row(name: str, seed: int, scale: str = "", bindings: Sequence[str] = ()) -> Row:
+    """A row. scale: a file of the folder `scales` that is read after the row's own; bindings: gin text, over both."""
+    files = [FOLDER / f"{name}.gin"] + [FOLDER / "scales" / f"{scale}.gin"] * bool(scale)
+    for file in files:
+        if not file.is_file():
+            known = ", ".join(path.stem for path in sorted(file.parent.glob("*.gin")))
+            raise UserError(f"there is no {file.stem!r} in {file.parent}; there are {known}")
+    return _load(name, tuple(files), (*bindings, f"TrainConfig.seed = {seed}"))
+
+
+def _load(name: str, gin_files: tuple[Path, ...], bindings: tuple[str, ...]) -> Row:
+    return Row(name, gin_files, bindings, load_config([str(file) for file in gin_files], bindings))
+
+
+def base_of(row: Row, scale: str = "", bindings: Sequence[str] = ()) -> Row | None:
+    """The row that this one branches from, None where it is trained from the first step on."""
+    if not row.prunes:
+        return None
+    others = (load_row(name, row.seed, scale, bindings) for name in names())
+    return next((other for other in others if row.branches_from(other)), None)
