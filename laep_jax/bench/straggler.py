@@ -134,18 +134,24 @@ def rank_by_rank(recorded_LE: np.ndarray | None, scale: Scale) -> dict:
     degrees = [degree for degree in EXPERT_PARALLEL if num_experts % degree == 0]
     routings = _replays(recorded_LE, num_experts, degrees, scale)
     sizes = [replay.group_sizes(routing) for routing in routings]
-    # equal ranks are timed once
-    ranks_XS = [np.unique(np.concatenate([*map(np.concatenate, by_variant.values())]), axis=0) for by_variant in sizes]
-    task = {f"sizes_{degree}": sizes_XS.astype(np.int32) for degree, sizes_XS in zip(degrees, ranks_XS, strict=True)}
-    cpu_X = _measure("alone", 1, scale, task)[0, :, :, 1].min(axis=0)
-    cpu_of_rank = dict(
-        zip((tuple(sizes_S) for sizes_XS in ranks_XS for sizes_S in sizes_XS), cpu_X.tolist(), strict=True)
-    )
+    cpu_of_rank = rank_seconds([np.concatenate([*map(np.concatenate, variants.values())]) for variants in sizes], scale)
     figures = {
         str(routing.num_devices): _rank_figures(routing, by_variant, cpu_of_rank)
         for routing, by_variant in zip(routings, sizes, strict=True)
     }
     return {"alone": _setting(recorded_LE, routings[0], scale), "rank_by_rank": figures}
+
+
+def rank_seconds(ranks: Sequence[np.ndarray], scale: Scale) -> dict[tuple[int, ...], float]:
+    """CPU seconds of the experts of one device, by the rows of its slots: each rank by itself, equal ones once.
+
+    ranks: [X, S] each.
+    """
+    unique_XS = [np.unique(ranks_XS, axis=0) for ranks_XS in ranks]
+    task = {f"sizes_{index}": sizes_XS.astype(np.int32) for index, sizes_XS in enumerate(unique_XS)}
+    cpu_X = _measure("alone", 1, scale, task)[0, :, :, 1].min(axis=0)
+    keys = (tuple(sizes_S) for sizes_XS in unique_XS for sizes_S in sizes_XS.tolist())
+    return dict(zip(keys, cpu_X.tolist(), strict=True))
 
 
 def _rank_figures(

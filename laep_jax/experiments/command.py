@@ -13,9 +13,11 @@ from pathlib import Path
 
 from laep_jax.errors import UserError
 from laep_jax.experiments.catalogue import EXPERIMENTS, Experiment
+from laep_jax.experiments.drawing import draw
+from laep_jax.experiments.measured import measure
 from laep_jax.experiments.results import read_results
 from laep_jax.experiments.runner import Runner
-from laep_jax.experiments.tables import by_row, losses_table
+from laep_jax.experiments.tables import by_row
 from laep_jax.gin_config import parse_arguments
 
 
@@ -38,13 +40,12 @@ def main(argv: Sequence[str]) -> int:
             known = ", ".join(entry.row for entry in EXPERIMENTS[args.name].entries)
             raise UserError(f"--only={args.only!r} is no row of {args.name}; there are {known}")
         runner.run([runner.load(entry.row, seed) for seed in args.seeds for entry in entries])
+        measure(args.name, EXPERIMENTS[args.name], args.out)
     else:
         raise UserError(f"there is no experiment {args.name!r}; there are {', '.join(EXPERIMENTS)}, tables")
     table = by_row(read_results(args.out))
     for name in chosen:
-        text = losses_table(EXPERIMENTS[name], table)
-        (args.out / f"{name}.md").write_text(text, encoding="utf-8")
-        print(f"{EXPERIMENTS[name].title}\n\n{text}")
+        print(f"{EXPERIMENTS[name].title}\n\n{draw(name, table, args.out)}")
     return 0
 
 

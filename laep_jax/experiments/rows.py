@@ -46,10 +46,6 @@ class Row:
         same = dataclasses.replace(other.config, laep=self.config.laep) == self.config
         return same and self.prunes and not other.prunes
 
-    def bound(self, *bindings: str) -> "Row":
-        """The row with further settings."""
-        return _load(self.name, self.gin_files, (*self.bindings, *bindings))
-
 
 def names() -> list[str]:
     """Of every row there is."""
@@ -63,11 +59,8 @@ def load_row(name: str, seed: int, scale: str = "", bindings: Sequence[str] = ()
         if not file.is_file():
             known = ", ".join(path.stem for path in sorted(file.parent.glob("*.gin")))
             raise UserError(f"there is no {file.stem!r} in {file.parent}; there are {known}")
-    return _load(name, tuple(files), (*bindings, f"TrainConfig.seed = {seed}"))
-
-
-def _load(name: str, gin_files: tuple[Path, ...], bindings: tuple[str, ...]) -> Row:
-    return Row(name, gin_files, bindings, load_config([str(file) for file in gin_files], bindings))
+    bindings = (*bindings, f"TrainConfig.seed = {seed}")
+    return Row(name, tuple(files), bindings, load_config([str(file) for file in files], bindings))
 
 
 def base_of(row: Row, scale: str = "", bindings: Sequence[str] = ()) -> Row | None:

@@ -124,9 +124,9 @@ def _train(gin_files: Sequence[Path], bindings: Sequence[str], run_dir: Path, co
     settings = [f"--gin.{name.strip()}={value.strip()}" for name, value in (b.split("=", 1) for b in bindings)]
     files = [f"--gin_file={file}" for file in gin_files]
     command = [sys.executable, "-m", "laep_jax", "train", *files, *settings, f"--workdir={run_dir}"]
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(compiled.absolute()), **os.environ}
+    variables = {"JAX_COMPILATION_CACHE_DIR": str(compiled.absolute()), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     with _passing_signals_on() as children:
-        children.append(subprocess.Popen(command, env=environment))
+        children.append(subprocess.Popen(command, env=variables | os.environ))
         code = children[0].wait()
     return 128 - code if code < 0 else code
 

@@ -4,8 +4,9 @@ A run is compared with its base of the same seed: what the seed does to both is 
 """
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from laep_jax.experiments import phases
 from laep_jax.experiments.catalogue import Entry, Experiment
 from laep_jax.experiments.results import Result
 
@@ -43,6 +44,73 @@ def _cells(entry: Entry, experiment: Experiment, table: Table) -> list[str]:
         spread(changes(ours, base), "+.4f") if not of_itself else MISSING,
         str(len(ours)) if ours else "0",
     ]
+
+
+def phases_table(experiment: Experiment, table: Table) -> str:
+    """When the stability test fires, and how much the loads, and the set to prune, still change before and after."""
+    head = ("", "fires at step", "rank correlation at 100", "at 250", "at the end", "overlap with the last set at 100")
+    head = (*head, "at 250", "largest load at 100", "at the end", "seeds")
+    return markdown(head, [_phases_cells(entry, table.get(entry.row, {})) for entry in experiment.entries])
+
+
+def _phases_cells(entry: Entry, by_seed: BySeed) -> list[str]:
+    results = list(by_seed.values())
+    fires = [float(result["stable"][0]) for result in results if result["stable"]]
+    never = len(results) - len(fires)
+    correlations = [phases.correlations(result) for result in results]
+    overlaps = [phases.overlaps_with_last(result) for result in results]
+    largest = [phases.largest_load(result) for result in results]
+    return [
+        entry.label,
+        spread(fires, ".0f") + (f", never in {never}" if never else ""),
+        *(spread([by_step[step] for by_step in correlations], ".2f") for step in (100, 250)),
+        spread([by_step[max(by_step)] for by_step in correlations], ".2f"),
+        *(spread([by_step[step] for by_step in overlaps], ".2f") for step in (100, 250)),
+        spread([by_step[100] for by_step in largest], ".1f"),
+        spread([by_step[max(by_step)] for by_step in largest], ".1f"),
+        str(len(results)),
+    ]
+
+
+def speeds_table(experiment: Experiment, table: Table) -> str:
+    """Tokens and GFLOP a second of whole steps, and the change against the base, by row."""
+    rows = []
+    for entry in experiment.entries:
+        ours, base = table.get(entry.row, {}), table.get(entry.base, {})
+        both = sorted(ours.keys() & base.keys())
+        ratios = [ours[seed]["tokens_per_second"] / base[seed]["tokens_per_second"] for seed in both]
+        speeds = (
+            spread([r[field] for r in ours.values()], ".0f") for field in ("tokens_per_second", "gflops_per_second")
+        )
+        rows.append([entry.label, *speeds, spread(ratios, ".2f") if entry.row != entry.base else MISSING])
+    return markdown(("", "tokens/s", "GFLOP/s", "tokens/s over base"), rows)
+
+
+def measured_table(title: str, field: str, measured: BySeed, paper: Mapping[str, float]) -> str:
+    """A number by name, of every seed that it was measured for. paper: the same by name, as far as it has them."""
+    names = list(next(iter(measured.values()))[field]) if measured else []
+    head, values = ("", title), {name: spread([r[field][name] for r in measured.values()], ".3f") for name in names}
+    if not paper:
+        return markdown(head, [(name, value) for name, value in values.items()])
+    rows = [(name, f"{paper[name]:.3f}" if name in paper else MISSING, value) for name, value in values.items()]
+    return markdown(("", "paper", title), rows)
+
+
+def domains_table(table: Table, rows: Sequence[str], fewest: int) -> str:
+    """Changes of the held-out loss against `base` by domain, of the domains with at least so many targets."""
+    base = table.get("base", {})
+    targets = next(iter(base.values()))["heldout_targets_by_domain"] if base else {}
+    names = sorted((name for name in targets if targets[name] >= fewest), key=lambda name: -targets[name])
+    cells = []
+    for name in names:
+        line = [name, f"{targets[name]:,}"]
+        for row in rows:
+            ours = table.get(row, {})
+            both = sorted(ours.keys() & base.keys())
+            pairs = [(ours[seed]["heldout_loss_by_domain"], base[seed]["heldout_loss_by_domain"]) for seed in both]
+            line.append(spread([mine[name] - theirs[name] for mine, theirs in pairs], "+.3f"))
+        cells.append(line)
+    return markdown(("domain", "targets", *rows), cells)
 
 
 def changes(ours: BySeed, base: BySeed) -> list[float]:

@@ -46,6 +46,7 @@ class Controller:
         require(
             theirs == ours, f"LaepConfig.plan {path}: (num_experts, expert_parallel, top_k)", theirs, f"is not {ours}"
         )
+        require(any(layer.pruned for layer in plan.layers), "LaepConfig.plan", str(path), "prunes no one")
         return plan
 
     def record(self, step: int, tokens_per_expert: Sequence[np.ndarray]) -> None:
@@ -68,7 +69,7 @@ class Controller:
         return report.stable
 
     def prune_plan(self, placement_loads: Sequence[np.ndarray] | None = None) -> Plan:
-        """Algorithms 1 and 2 on the last window, or the plan given; `placement_loads` as `laep.plan.make_plan` takes them."""
+        """Algorithms 1 and 2 on the last window, or the plan given. placement_loads: as for `laep.plan.make_plan`."""
         return self._given or configured_plan(
             self._last_window(), self.laep, self.top_k, self.expert_parallel, placement_loads
         )

@@ -31,7 +31,9 @@ def decide(run: Run, step: int) -> None:
     prunes = run.controller.wants_prune(step, report)
     run.pause = Pause()
     with run.pause.part("plan"):
-        plan = _tried_plan(run, step) if prunes else run.controller.rearrangement()
+        plan = _tried_plan(run, step) if prunes else None
+        if plan is None or not any(layer.pruned for layer in plan.layers):  # moving alone must be worth a pause
+            plan = run.controller.rearrangement()
         _require_same_plan(step, plan)
         if plan is None:
             return

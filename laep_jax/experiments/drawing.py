@@ -1,0 +1,54 @@
+"""What each experiment shows: its tables as Markdown, its figures as PNG."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from laep_jax.experiments import figures, tables
+from laep_jax.experiments.catalogue import EXPERIMENTS, TABLE1
+from laep_jax.experiments.measured import row_name
+from laep_jax.experiments.tables import Table
+
+DPI = 110
+FEWEST_TARGETS = 1000  # of a domain that is told of
+TABLE5 = {"base": 62.14, "mixtral_0.01": 80.36, "deepseek_0.01": 80.82, "alpha_hybrid": 92.60, "not rearranged": 82.25}
+TABLE5 |= {"uniform_48_deepseek_0.01": 84.74}
+
+
+def text(name: str, table: Table) -> str:
+    """The tables of an experiment."""
+    experiment, measured = EXPERIMENTS[name], table.get(row_name(name), {})
+    if name == "phases":
+        return tables.phases_table(experiment, table)
+    parts = [tables.losses_table(experiment, table)]
+    if name == "table4":
+        parts.append(tables.speeds_table(experiment, table))
+    if name == "table5":
+        paper = {row: tflops / TABLE5["base"] for row, tflops in TABLE5.items()}
+        parts.append(tables.measured_table("throughput over base, EP 8", "throughput", measured, paper))
+        parts.append(tables.measured_table("largest over mean device load", "device_load", measured, {}))
+    if name == "open":
+        title = "largest over mean device load at the end, by placement"
+        parts.append(tables.measured_table(title, "device_load", measured, {}))
+        parts.append(tables.domains_table(table, ("alpha_hybrid", "early", "late"), FEWEST_TARGETS))
+    return "\n".join(parts)
+
+
+def figures_of(name: str, table: Table) -> dict[str, Figure]:
+    """By file name."""
+    if name == "phases":
+        return {"phases.png": figures.draw_phases(EXPERIMENTS[name], table)}
+    drawn = {f"{name}.png": figures.draw_losses(EXPERIMENTS[name], table)}
+    if name == "table1":
+        rows = [(entry.row, entry.label) for entry in TABLE1[:9]]
+        drawn["table1_loads.png"] = figures.draw_distributions(rows, table)
+    return drawn
+
+
+def draw(name: str, table: Table, out: Path) -> str:
+    """Writes both into a folder; returns the text."""
+    content = text(name, table)
+    (out / f"{name}.md").write_text(content, encoding="utf-8")
+    for file, figure in figures_of(name, table).items():
+        figure.savefig(out / file, dpi=DPI)
+    return content

@@ -1,0 +1,176 @@
+"""Experiments from end to end, tiny: rows run once, branches are exact, what is interrupted goes on."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from laep_jax.errors import UserError
+from laep_jax.experiments import runner
+from laep_jax.experiments.command import main
+from laep_jax.experiments.results import append, find, read_results
+from laep_jax.experiments.runner import RunFailedError, Runner, branch_step
+from laep_jax.files import read_records
+from laep_jax.gin_config import load_config
+from laep_jax.laep.plan import Plan
+from laep_jax.training.start import train
+
+SETTINGS = {
+    "ModelConfig.num_layers": 2,
+    "ModelConfig.vocab_size": 384,
+    "ModelConfig.hidden_size": 16,
+    "ModelConfig.num_heads": 4,
+    "ModelConfig.head_dim": 4,
+    "ModelConfig.ffn_size": 8,
+    "ModelConfig.num_experts": 32,
+    "ModelConfig.router_init": 1.0,
+    "DataConfig.source": "synthetic",
+    "DataConfig.tokenizer": "bytes",
+    "DataConfig.sequence_length": 32,
+    "DataConfig.batch_size": 16,
+    "LaepConfig.window": 5,
+    "LaepConfig.prune_at_step": 12,
+    "LaepConfig.beta": 0.3,
+    "TrainConfig.num_steps": 100,
+    "TrainConfig.eval_batches": 2,
+    "TrainConfig.checkpoint_every": 5,
+    "TrainConfig.keep_checkpoints": 99,
+}
+
+
+@pytest.fixture(scope="session")
+def bindings(tmp_path_factory) -> list[str]:
+    settings = SETTINGS | {"DataConfig.cache_dir": str(tmp_path_factory.mktemp("tokens"))}
+    return [f"{name} = {value!r}" for name, value in settings.items()]
+
+
+def in_process(gin_files, bindings, run_dir: Path, compiled: Path) -> int:
+    """As `runner._train`, without a process of its own."""
+    train(load_config([str(file) for file in gin_files], bindings), run_dir)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def baselines(bindings, tmp_path_factory) -> Path:
+    """All rows of `baselines`, of one seed."""
+    out = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_train", in_process)
+        assert (
+            main(["baselines", "--seeds=1", f"--out={out}", *(f"--gin.{b}".replace(" = ", "=") for b in bindings)]) == 0
+        )
+    return out
+
+
+def test_each_row_is_run_once_and_its_result_kept(baselines, bindings, capsys, monkeypatch):
+    results = {result["row"]: result for result in read_results(baselines)}
+    assert list(results) == ["base", "alpha_hybrid", "random", "frequency", "from_start"]
+    laep, base = results["alpha_hybrid"], results["base"]
+    assert laep["cuts"] == [12]
+    assert laep["parameters"] < base["parameters"]
+    assert list(map(len, laep["order"])) == laep["num_experts"]
+    assert {int(step) for step in base["loads"]} == {50, 100}
+    assert all(sum(loads) == pytest.approx(16 * 32 * 2, rel=0.1) for loads in base["loads"]["100"])
+    monkeypatch.setattr(runner, "_train", lambda *_: pytest.fail("a finished row is run again"))
+    assert (
+        main(["baselines", "--seeds=1", f"--out={baselines}", *(f"--gin.{b}".replace(" = ", "=") for b in bindings)])
+        == 0
+    )
+    told = capsys.readouterr().out
+    assert "| as many of each layer, at random |" in told
+    assert (baselines / "baselines.md").read_text() in told
+    assert (baselines / "baselines.png").stat().st_size > 10_000
+
+
+def test_what_is_derived_is_as_large_as_laeps_model(baselines):
+    results = {result["row"]: result for result in read_results(baselines)}
+    sizes = {name: result["num_experts"] for name, result in results.items()}
+    assert sum(sizes["alpha_hybrid"]) < sum(sizes["base"])
+    assert sizes["random"] == sizes["from_start"] == sizes["alpha_hybrid"]
+    assert len(set(sizes["frequency"])) == 1
+    assert abs(sum(sizes["frequency"]) - sum(sizes["alpha_hybrid"])) <= 8
+    orders = [
+        tuple(map(tuple, map(sorted, results[name]["order"]))) for name in ("alpha_hybrid", "random", "frequency")
+    ]
+    assert len(set(orders)) == 3
+    before_cut = np.array(results["alpha_hybrid"]["loads"]["12"])
+    for kept, loads_E in zip(results["frequency"]["order"], before_cut, strict=True):
+        pruned = np.setdiff1d(np.arange(32), kept)
+        assert loads_E[pruned].sum() < loads_E.sum() * len(pruned) / 32
+
+
+def test_a_branch_is_the_run_itself(baselines, bindings, tmp_path):
+    """Trained from the first step on, a row ends exactly as it does from its base's checkpoint."""
+    row = Runner(baselines, bindings=bindings).load("alpha_hybrid", 1)
+    train(row.config, tmp_path)
+    [branched] = [r for r in read_results(baselines) if r["row"] == "alpha_hybrid"]
+    assert branch_step(row) == 10
+    [end] = [r for r in read_records(tmp_path / "metrics.jsonl") if r["kind"] == "eval" and r["when"] == "end"]
+    assert end["heldout_loss"] == branched["heldout_loss"]
+    [plan] = (tmp_path / "plans").glob("*.json")
+    assert Plan.from_json(plan.read_text()).kept == tuple(map(tuple, branched["order"]))
+
+
+def test_other_settings_are_another_row(baselines, bindings):
+    other = Runner(baselines, bindings=[*bindings, "OptimizerConfig.learning_rate = 1e-4"])
+    assert [row.name for row in other.missing([other.load("alpha_hybrid", 1)])] == ["base", "alpha_hybrid"]
+
+
+def test_what_a_run_leaves_behind_is_shown_when_it_fails(bindings, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_train", lambda *_: 9)
+    rows = Runner(tmp_path, bindings=bindings)
+    with pytest.raises(RunFailedError, match="row base, seed 0: its run ended with code 9"):
+        rows.run([rows.load("base", 0)])
+    assert read_results(tmp_path) == []
+
+
+def test_an_interrupted_row_goes_on(bindings, tmp_path):
+    settings = [f"--gin.{binding}".replace(" = ", "=") for binding in bindings]
+    command = [sys.executable, "-m", "laep_jax", "experiment", "baselines", "--only=base", "--seeds=0"]
+    command += [f"--out={tmp_path}", *settings, "--gin.TrainConfig.num_steps=150"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/base-0-*/checkpoints/5")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate()[0]
+    assert process.returncode == 75, told
+    assert not (tmp_path / "results.jsonl").exists()
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert ended.returncode == 0, ended.stdout
+    assert "resuming from step" in ended.stdout
+    [result] = read_results(tmp_path)
+    assert result["tokens"] == pytest.approx(150 * 16 * 32, rel=0.05)
+
+
+def test_results_that_do_not_read(tmp_path):
+    append(tmp_path, {"row": "base", "seed": 0, "digest": "x"})
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"row": "ba\n')
+    with pytest.raises(UserError, match=r"results\.jsonl line 2 is not JSON"):
+        read_results(tmp_path)
+
+
+def test_a_stale_result_does_not_count(bindings, tmp_path):
+    row = Runner(tmp_path, bindings=bindings).load("base", 0)
+    append(tmp_path, {"row": "base", "seed": 0, "digest": "00000000"})
+    assert find(read_results(tmp_path), row) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table9"], "there is no experiment 'table9'; there are phases, table1"),
+        (["table1", "--only=x"], "--only='x' is no row of table1; there are base"),
+        (["table1", "--gin_file=x.gin"], "--gin_file: the rows have files of their own"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(UserError, match=message):
+        main(arguments)
