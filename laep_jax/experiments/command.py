@@ -8,6 +8,7 @@ kept yet. Started again after an interruption it goes on where it stopped. Then 
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from laep_jax.experiments.catalogue import EXPERIMENTS, Experiment
 from laep_jax.experiments.drawing import draw
 from laep_jax.experiments.measured import measure
 from laep_jax.experiments.results import read_results
-from laep_jax.experiments.runner import Runner
+from laep_jax.experiments.runner import RunFailedError, Runner
 from laep_jax.experiments.tables import by_row
 from laep_jax.gin_config import parse_arguments
 
@@ -39,7 +40,11 @@ def main(argv: Sequence[str]) -> int:
         if not entries:
             known = ", ".join(entry.row for entry in EXPERIMENTS[args.name].entries)
             raise UserError(f"--only={args.only!r} is no row of {args.name}; there are {known}")
-        runner.run([runner.load(entry.row, seed) for seed in args.seeds for entry in entries])
+        try:
+            runner.run([runner.load(entry.row, seed) for seed in args.seeds for entry in entries])
+        except RunFailedError as error:
+            print(error, file=sys.stderr)
+            return error.code
         measure(args.name, EXPERIMENTS[args.name], args.out)
     else:
         raise UserError(f"there is no experiment {args.name!r}; there are {', '.join(EXPERIMENTS)}, tables")

@@ -6,14 +6,12 @@ base run at the same step, and the number of experts that the rule would prune t
 Letters: L layers, E experts.
 """
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from laep_jax.config import LaepConfig
-from laep_jax.experiments.rows import Row, load_row
+from laep_jax.experiments.rows import Row
 from laep_jax.laep.plan import Plan, chosen_plan
 from laep_jax.report.run_data import read_run
 from laep_jax.training.controller import configured_plan
@@ -21,9 +19,9 @@ from laep_jax.training.controller import configured_plan
 Maker = Callable[[Row, Path, Path], str]
 
 
-def rule_plan(laep: LaepConfig, row: Row, base_dir: Path) -> tuple[Plan, np.ndarray]:
-    """LAEP's plan for the base run at the step of `laep`, and the mean loads [L, E] it was made from."""
-    run = read_run(base_dir)
+def rule_plan(row: Row, base_dir: Path) -> tuple[Plan, np.ndarray]:
+    """LAEP's plan for the base run by the row's rule and step, and the mean loads [L, E] it was made from."""
+    run, laep = read_run(base_dir), row.config.laep
     assert laep.prune_at_step is not None
     rows = (run.steps > laep.prune_at_step - laep.window) & (run.steps <= laep.prune_at_step)
     tokens_NLE = run.tokens_NLE[rows]
@@ -32,7 +30,7 @@ def rule_plan(laep: LaepConfig, row: Row, base_dir: Path) -> tuple[Plan, np.ndar
 
 def random_plan(row: Row, base_dir: Path, folder: Path) -> str:
     """As many experts of each layer as the rule prunes, drawn at random."""
-    plan, loads_LE = rule_plan(row.config.laep, row, base_dir)
+    plan, loads_LE = rule_plan(row, base_dir)
     rng = np.random.default_rng(row.seed)
     pruned = [rng.choice(loads_LE.shape[1], len(layer.pruned), replace=False).tolist() for layer in plan.layers]
     return _given(plan, loads_LE, pruned, folder)
@@ -40,7 +38,7 @@ def random_plan(row: Row, base_dir: Path, folder: Path) -> str:
 
 def frequency_plan(row: Row, base_dir: Path, folder: Path) -> str:
     """As many experts as the rule prunes, the least used, but as many in each layer."""
-    plan, loads_LE = rule_plan(row.config.laep, row, base_dir)
+    plan, loads_LE = rule_plan(row, base_dir)
     a_device = sum(len(layer.pruned) for layer in plan.layers) / len(plan.layers) / plan.expert_parallel
     number = round(a_device) * plan.expert_parallel
     pruned = [np.argsort(loads_E, kind="stable")[:number].tolist() for loads_E in loads_LE]
@@ -56,8 +54,7 @@ def _given(plan: Plan, loads_LE: np.ndarray, pruned: list[list[int]], folder: Pa
 
 def laep_size(row: Row, base_dir: Path, folder: Path) -> str:
     """The number of experts of each layer that LAEP ends with."""
-    laep = dataclasses.replace(row.config.laep, alpha=load_row("alpha_hybrid", row.seed).config.laep.alpha)
-    plan, _ = rule_plan(laep, row, base_dir)
+    plan, _ = rule_plan(row, base_dir)
     return f"ModelConfig.num_experts = {plan.num_experts_after}"
 
 

@@ -246,7 +246,7 @@ def chosen_plan(
     placement: str,
 ) -> Plan:
     """Prunes these slots of each layer and places the others by `loads`: mean tokens a step, [E] of each layer."""
-    choices = [Pruning(tuple(sorted(slots)), ()) for slots in pruned]
+    choices = [Pruning(eligible=(), pruned=tuple(sorted(slots))) for slots in pruned]
     layers = [
         _layer_plan(np.asarray(loads_E), 1, choice, expert_parallel, placement)
         for loads_E, choice in zip(loads, choices, strict=True)
