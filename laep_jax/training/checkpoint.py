@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 from jax.tree_util import tree_flatten_with_path, tree_unflatten
 
 from laep_jax.errors import UserError
+from laep_jax.files import MOST_ARRAY
 from laep_jax.hosts import is_alone, refused_together, texts_of_all
 from laep_jax.sharding import expert_axis, leaf_name
 from laep_jax.training import fingerprint, manifest
@@ -270,7 +271,7 @@ class Checkpoints:
     def _read_arrays(self, step: int, name: str) -> dict[str, np.ndarray]:
         digest = self._read_header(step)["sha256"][name]
         with self._validating(step):
-            content = manifest.read_file(self._steps.step(step) / name, digest)
+            content = manifest.read_file(self._steps.step(step) / name, MOST_ARRAY, digest)
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return dict(arrays)
 

@@ -1,6 +1,8 @@
 """Checkpoints that are damaged, cannot be written, or lose their power."""
 
 import errno
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -309,3 +311,26 @@ def test_sealed_text_has_no_bit_to_spare(tmp_path):
         flip_bit(tmp_path / "x", bit)
         with pytest.raises(DamagedError):
             manifest.read_sealed(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["meta.json", "manifest.json"])
+def test_what_is_no_strict_json_or_no_file_is_damaged_at_once(copied, name):
+    path, nan = copied.directory / "7" / name, float("nan")
+    of_nan = json.dumps({"sha256": manifest._hash_of(nan), "content": nan})
+    twice = sealed(None).replace("{", '{"content":[],')
+    for content in ("[" * 100_000, of_nan, twice, None):
+        path.unlink()
+        path.write_text(content) if content else os.mkfifo(path)
+        with pytest.raises(DamagedError, match=f"{name} is damaged" if content else f"{name} does not read: it is not"):
+            check_files(path.parent) if name == "manifest.json" else copied.read_meta(7)
+        assert copied.latest() is None
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        sealed(nan)
+
+
+def test_files_are_read_up_to_a_limit(tmp_path, monkeypatch):
+    (tmp_path / "x").write_text(sealed([0] * 50))
+    assert manifest.read_sealed(tmp_path / "x") == [0] * 50
+    monkeypatch.setattr(manifest, "MOST_JSON", 150)
+    with pytest.raises(DamagedError, match=r"x does not read: size of it=\d+ is above 150 bytes"):
+        manifest.read_sealed(tmp_path / "x")
