@@ -2,7 +2,7 @@
 
 `state`: every leaf of the training state under its dotted path, written by Orbax (zarr3 in OCDBT,
 uncompressed, one chunk a layer and, for expert matrices, an expert: what `cut_restore` reads in part).
-`history.npz`: small arrays. `fingerprints.npz`: of the state, made on the devices when it was saved.
+`history.npz`: small arrays of numbers. `fingerprints.npz`: of the state, made on the devices when it was saved.
 `meta.json`: what the run says of itself, the leaves, and the hashes of both .npz files; it has its own.
 `manifest.json`: every file.
 
@@ -30,7 +30,7 @@ from jax.experimental import multihost_utils
 from jax.tree_util import tree_flatten_with_path, tree_unflatten
 
 from laep_jax.errors import UserError
-from laep_jax.files import MOST_ARRAY
+from laep_jax.files import MOST_ARRAY, parse_arrays
 from laep_jax.hosts import is_alone, refused_together, texts_of_all
 from laep_jax.sharding import expert_axis, leaf_name
 from laep_jax.training import fingerprint, manifest
@@ -269,11 +269,10 @@ class Checkpoints:
             return manifest.read_sealed(self._steps.step(step) / META_FILE)
 
     def _read_arrays(self, step: int, name: str) -> dict[str, np.ndarray]:
-        digest = self._read_header(step)["sha256"][name]
+        path, digest = self._steps.step(step) / name, self._read_header(step)["sha256"][name]
         with self._validating(step):
-            content = manifest.read_file(self._steps.step(step) / name, MOST_ARRAY, digest)
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return dict(arrays)
+            content = manifest.read_file(path, MOST_ARRAY, digest)
+        return parse_arrays(io.BytesIO(content), str(path))  # it has its hash: of another version at worst, not damaged
 
     @contextlib.contextmanager
     def _validating(self, step: int) -> Iterator[None]:

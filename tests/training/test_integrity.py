@@ -15,7 +15,7 @@ import pytest
 from laep_jax.errors import UserError
 from laep_jax.faults.damage import DAMAGES, change_stored, flip_bit
 from laep_jax.faults.power import mounted, not_on_disk, recorded_syncs
-from laep_jax.training import cut, manifest, step_directory
+from laep_jax.training import cut, fingerprint, manifest, step_directory
 from laep_jax.training.checkpoint import Checkpoints, SaveError
 from laep_jax.training.manifest import DamagedError, check_files, sealed
 
@@ -96,6 +96,16 @@ def test_meta_and_history_are_compared_with_their_hashes(copied, bit):
         flip_bit(copied.directory / "7" / name, bit)
     assert copied.read_meta(7) == {"plan": "a plan"}
     np.testing.assert_array_equal(copied.read_history(7)["steps"], [0, 1, 2])
+
+
+def test_arrays_of_another_version_are_refused_but_not_damaged(checkpoints, monkeypatch):
+    monkeypatch.setattr(fingerprint, "to_arrays", lambda of_state: {"leaf": np.array(["step"])})
+    checkpoints.save_now(1, small(), {}, {})
+    with pytest.raises(
+        UserError, match=r"1/fingerprints\.npz does not read as an \.npz file of numbers: .*<U4"
+    ) as error:
+        value_at(checkpoints, 1)
+    assert not isinstance(error.value, DamagedError)
 
 
 def test_a_flipped_bit_in_the_data_is_never_restored(states, saved, copied):
