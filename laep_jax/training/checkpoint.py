@@ -148,23 +148,18 @@ class Checkpoints:
 
         A step counts when its files are as its manifest says; what is in the large ones only reading them tells.
         """
-        found = self._steps.latest() if jax.process_index() == 0 else None
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
-        return None if step < 0 else step
+        return _of_first(lambda: self._steps.latest(self._pass_over))
+
+    def _pass_over(self, step: int, damage: str) -> None:
+        log.warning("checkpoint %s passed over: %s", self._steps.step(step), damage)
 
     def newest_valid(self) -> int | None:
         """As `latest`, for a run to go on with: newer steps that do not count are put aside first.
 
         `UserError` where none is left of those there were: that is no reason to begin again.
         """
-        if jax.process_index() == 0:
-            for step in reversed(self._steps.found()):
-                damage = self._steps.damage(step)
-                if damage is None:
-                    break
-                self._put_aside(step, damage)
-        step = self.latest()
-        if step is None and self._steps.only_damaged():
+        step = _of_first(lambda: self._steps.latest(self._put_aside))
+        if step is None and _of_first(self._steps.only_damaged):
             raise UserError(
                 f"no checkpoint in {self.directory} validates; those there were are now *{DAMAGED}: repair one and"
                 " give it its name back, or use another workdir"
@@ -186,7 +181,7 @@ class Checkpoints:
 
     def has(self, step: int) -> bool:
         """Whether the step is there and its files are as its manifest says, as process 0 finds it."""
-        return texts_of_all(str(step in self._steps.found() and self._steps.damage(step) is None))[0] == "True"
+        return _of_first(lambda: self._steps.damage(step) is None)
 
     def pin(self, step: int | None) -> None:
         """This step stays however many are newer, until another one or None is named."""
@@ -320,6 +315,11 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._steps.settle()
         multihost_utils.sync_global_devices("checkpoints settled")
+
+
+def _of_first(find: Callable[[], Any]) -> Any:
+    """What process 0 finds, as JSON makes it: a shared file system need not show every process the same at once."""
+    return json.loads(texts_of_all(json.dumps(find() if jax.process_index() == 0 else None))[0])
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:

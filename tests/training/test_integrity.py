@@ -176,6 +176,17 @@ def test_a_run_goes_on_from_the_newest_step_that_validates(tmp_path):
         assert steps_in(checkpoints) == ["1.damaged", "2.damaged", "3.damaged", "3.damaged+", "8.damaged"]
 
 
+def test_what_a_run_goes_on_from_is_validated_once(checkpoints, monkeypatch):
+    for step in (1, 2, 3):
+        checkpoints.save_now(step, small(step), {}, {})
+    (checkpoints.directory / "3" / "meta.json").unlink()
+    validated = []
+    check = step_directory.check_files
+    monkeypatch.setattr(step_directory, "check_files", lambda path: (validated.append(path.name), check(path)))
+    assert checkpoints.newest_valid() == 2
+    assert validated == ["3", "2"]
+
+
 def test_with_a_step_that_is_gone_back_to_later_ones_are_put_aside(tmp_path):
     with Checkpoints(tmp_path, keep=4) as checkpoints:
         for step in (1, 2, 3, 4):
