@@ -167,17 +167,16 @@ class Checkpoints:
         return step
 
     def put_aside(self, error: DamagedError) -> None:
-        """Renames the step that was found damaged, and any later one, from which a run wanted to go back to it."""
+        """Renames the step that was found damaged, where it is still there; later ones stay."""
         assert error.step is not None
-        if jax.process_index() == 0:
-            for step in reversed([step for step in self._steps.found() if step >= error.step]):
-                later = f"{self._steps.step(step)} comes after step {error.step}, which is damaged"
-                self._put_aside(step, later if step > error.step else str(error))
+        if jax.process_index() == 0 and error.step in self._steps.found():
+            self._put_aside(error.step, str(error))
         multihost_utils.sync_global_devices(f"put step {error.step} aside")
 
     def _put_aside(self, step: int, damage: str) -> None:
         path = self._steps.put_aside(step)
-        self._report(f"{damage}; it is now {path.name}, and the run goes on from an older one")
+        other = "a newer" if self._steps.found()[-1:] > [step] else "an older"
+        self._report(f"{damage}; it is now {path.name}, and the run goes on from {other} one")
 
     def has(self, step: int) -> bool:
         """Whether the step is there and its files are as its manifest says, as process 0 finds it."""

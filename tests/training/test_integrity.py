@@ -187,18 +187,21 @@ def test_what_a_run_goes_on_from_is_validated_once(checkpoints, monkeypatch):
     assert validated == ["3", "2"]
 
 
-def test_with_a_step_that_is_gone_back_to_later_ones_are_put_aside(tmp_path):
-    with Checkpoints(tmp_path, keep=4) as checkpoints:
+def test_a_damaged_step_that_was_gone_back_to_is_put_aside_and_later_ones_stay(tmp_path):
+    told = []
+    with Checkpoints(tmp_path, keep=4, report=told.append) as checkpoints:
         for step in (1, 2, 3, 4):
             checkpoints.save_now(step, small(step), {}, {})
         (tmp_path / "3" / "meta.json").unlink()
-        for step, left in ((3, 2), (2, 1)):
-            shutil.rmtree(tmp_path / "2") if step == 2 else None
+        shutil.rmtree(tmp_path / "2")
+        for step in (3, 2):
             with pytest.raises(DamagedError) as error:
                 checkpoints.read_meta(step)
             checkpoints.put_aside(error.value)
-            assert checkpoints.newest_valid() == left
-        assert steps_in(checkpoints) == ["1", "3.damaged", "4.damaged"]
+            assert checkpoints.newest_valid() == 4
+        assert steps_in(checkpoints) == ["1", "3.damaged", "4"]
+        [line] = told
+        assert line.endswith("it is now 3.damaged, and the run goes on from a newer one")
 
 
 def test_a_pinned_step_stays_and_later_ones_can_be_removed(checkpoints):
