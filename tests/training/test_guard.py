@@ -182,7 +182,7 @@ def test_interrupted_on_the_way_back_it_is_undone_all_the_same(undone, config, t
         patch.setattr(owner, method, stop)
         with pytest.raises(InterruptError):
             train(config, tmp_path)
-    train(config, tmp_path)
+    assert train(config, tmp_path)["undone"] == [CUT_STEP]
     assert_same_run(tmp_path, undone)
 
 
