@@ -149,7 +149,7 @@ def survive(trial: Trial, hits: Sequence[dict], whole: Uninterrupted) -> tuple[C
         code, events = trial.start(**hit)
         resumed = [event["step"] for event in events if event["name"] == "resumed"]
         counts["lost saves"] += bool(resumed and resumed[0] < saved)
-        saved = max([saved, *(event["step"] for event in events if event["name"] == "saved")])
+        saved = [saved, *(event["step"] for event in events if event["name"] == "saved")][-1]  # an undo goes back
         struck = [event["time"] for event in events if event["name"] == "struck"]
         if struck and code:
             gone = max(gone, time.time() - struck[0])

@@ -2,7 +2,7 @@
 
 `state`: every leaf of the training state under its dotted path, written by Orbax (zarr3 in OCDBT,
 uncompressed, one chunk a layer and, for expert matrices, an expert: what `cut_restore` reads in part).
-`history.npz`: small arrays. `fingerprints.npz`: of the state, made on the devices when it was saved.
+`history.npz`: small arrays of numbers. `fingerprints.npz`: of the state, made on the devices when it was saved.
 `meta.json`: what the run says of itself, the leaves, and the hashes of both .npz files; it has its own.
 `manifest.json`: every file.
 
@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 from jax.tree_util import tree_flatten_with_path, tree_unflatten
 
 from laep_jax.errors import UserError
+from laep_jax.files import MOST_ARRAY, parse_arrays
 from laep_jax.hosts import is_alone, refused_together, texts_of_all
 from laep_jax.sharding import expert_axis, leaf_name
 from laep_jax.training import fingerprint, manifest
@@ -147,23 +148,18 @@ class Checkpoints:
 
         A step counts when its files are as its manifest says; what is in the large ones only reading them tells.
         """
-        found = self._steps.latest() if jax.process_index() == 0 else None
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
-        return None if step < 0 else step
+        return _of_first(lambda: self._steps.latest(self._pass_over))
+
+    def _pass_over(self, step: int, damage: str) -> None:
+        log.warning("checkpoint %s passed over: %s", self._steps.step(step), damage)
 
     def newest_valid(self) -> int | None:
         """As `latest`, for a run to go on with: newer steps that do not count are put aside first.
 
         `UserError` where none is left of those there were: that is no reason to begin again.
         """
-        if jax.process_index() == 0:
-            for step in reversed(self._steps.found()):
-                damage = self._steps.damage(step)
-                if damage is None:
-                    break
-                self._put_aside(step, damage)
-        step = self.latest()
-        if step is None and self._steps.only_damaged():
+        step = _of_first(lambda: self._steps.latest(self._put_aside))
+        if step is None and _of_first(self._steps.only_damaged):
             raise UserError(
                 f"no checkpoint in {self.directory} validates; those there were are now *{DAMAGED}: repair one and"
                 " give it its name back, or use another workdir"
@@ -171,21 +167,20 @@ class Checkpoints:
         return step
 
     def put_aside(self, error: DamagedError) -> None:
-        """Renames the step that was found damaged, and any later one, from which a run wanted to go back to it."""
+        """Renames the step that was found damaged, where it is still there; later ones stay."""
         assert error.step is not None
-        if jax.process_index() == 0:
-            for step in reversed([step for step in self._steps.found() if step >= error.step]):
-                later = f"{self._steps.step(step)} comes after step {error.step}, which is damaged"
-                self._put_aside(step, later if step > error.step else str(error))
+        if jax.process_index() == 0 and error.step in self._steps.found():
+            self._put_aside(error.step, str(error))
         multihost_utils.sync_global_devices(f"put step {error.step} aside")
 
     def _put_aside(self, step: int, damage: str) -> None:
         path = self._steps.put_aside(step)
-        self._report(f"{damage}; it is now {path.name}, and the run goes on from an older one")
+        other = "a newer" if self._steps.found()[-1:] > [step] else "an older"
+        self._report(f"{damage}; it is now {path.name}, and the run goes on from {other} one")
 
     def has(self, step: int) -> bool:
         """Whether the step is there and its files are as its manifest says, as process 0 finds it."""
-        return texts_of_all(str(step in self._steps.found() and self._steps.damage(step) is None))[0] == "True"
+        return _of_first(lambda: self._steps.damage(step) is None)
 
     def pin(self, step: int | None) -> None:
         """This step stays however many are newer, until another one or None is named."""
@@ -268,11 +263,10 @@ class Checkpoints:
             return manifest.read_sealed(self._steps.step(step) / META_FILE)
 
     def _read_arrays(self, step: int, name: str) -> dict[str, np.ndarray]:
-        digest = self._read_header(step)["sha256"][name]
+        path, digest = self._steps.step(step) / name, self._read_header(step)["sha256"][name]
         with self._validating(step):
-            content = manifest.read_file(self._steps.step(step) / name, digest)
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return dict(arrays)
+            content = manifest.read_file(path, MOST_ARRAY, digest)
+        return parse_arrays(io.BytesIO(content), str(path))  # it has its hash: of another version at worst, not damaged
 
     @contextlib.contextmanager
     def _validating(self, step: int) -> Iterator[None]:
@@ -320,6 +314,11 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._steps.settle()
         multihost_utils.sync_global_devices("checkpoints settled")
+
+
+def _of_first(find: Callable[[], Any]) -> Any:
+    """What process 0 finds, as JSON makes it: a shared file system need not show every process the same at once."""
+    return json.loads(texts_of_all(json.dumps(find() if jax.process_index() == 0 else None))[0])
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:

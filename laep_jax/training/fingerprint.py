@@ -115,9 +115,9 @@ def first_difference(got: Fingerprints, want: Fingerprints, kept: Kept | None = 
 
 
 def to_arrays(of_state: Fingerprints) -> dict[str, np.ndarray]:
-    """As arrays for an .npz file."""
+    """As arrays of numbers for an .npz file; the names as lines of UTF-8."""
     return {
-        "leaf": np.array([leaf for leaf, _ in of_state]),
+        "leaf": np.frombuffer("\n".join(leaf for leaf, _ in of_state).encode(), np.uint8),
         "layer": np.array([layer for _, layer in of_state], np.int32),
         "experts": np.array([len(values) if values.ndim == 2 else 0 for values in of_state.values()], np.int32),
         "sums": np.concatenate([values.reshape(-1, 2) for values in of_state.values()]),
@@ -128,5 +128,5 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Fingerprints:
     """What `to_arrays` was given."""
     experts = arrays["experts"]
     parts = np.split(arrays["sums"], np.cumsum(np.maximum(experts, 1))[:-1])
-    names = zip(arrays["leaf"].tolist(), arrays["layer"].tolist(), strict=True)
+    names = zip(arrays["leaf"].tobytes().decode().split("\n"), arrays["layer"].tolist(), strict=True)
     return {name: part if n else part[0] for name, n, part in zip(names, experts, parts, strict=True)}

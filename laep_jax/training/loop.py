@@ -25,6 +25,8 @@ from laep_jax.training.stops import Stops
 def train_to_end(run: Run, stops: Stops) -> dict:
     """Runs to the end; returns the summary. `StoppedError` where it was told to stop, and has saved."""
     _begin(run)
+    if run.progress.step == run.judged_at:  # saved before an undo, which did not come to its end
+        _boundary(run, run.progress.step, stopping=False)
     pending = None
     run.clock = time.perf_counter()
     while (step := run.progress.step) < run.config.train.num_steps:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from laep_jax.errors import UserError
+from laep_jax.files import MOST_JSON, parse_json, read_bytes
 
 MANIFEST_FILE = "manifest.json"
 HASHED_BYTES = 2**20  # larger files are known by their size only
@@ -26,29 +27,30 @@ class DamagedError(UserError):
 
 
 def sealed(content: Any) -> str:
-    """JSON that carries its own hash."""
-    return json.dumps({"sha256": _hash_of(content), "content": content}, separators=(",", ":"))
+    """JSON that carries its own hash. `ValueError` for NaN, which is no JSON."""
+    return json.dumps({"sha256": _hash_of(content), "content": content}, separators=(",", ":"), allow_nan=False)
 
 
 def read_sealed(path: Path) -> Any:
     """What `sealed` was given, as JSON makes it; `DamagedError` where it is not that."""
-    text = read_file(path)
+    text = read_file(path, MOST_JSON)
     try:
-        found = json.loads(text)
+        found = parse_json(text, "it")
         digest, content = found["sha256"], found["content"]
-    except (ValueError, KeyError, TypeError) as error:
+        is_whole = digest == _hash_of(content)
+    except (UserError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged: it does not read as JSON of laep_jax") from error
-    if digest != _hash_of(content):
+    if not is_whole:
         raise DamagedError(f"{path} is damaged: it does not have its own hash")
     return content
 
 
-def read_file(path: Path, sha256: str | None = None) -> bytes:
-    """A file's bytes; `DamagedError` where they do not read or do not have this hash."""
+def read_file(path: Path, most: int, sha256: str | None = None) -> bytes:
+    """A file's bytes; `DamagedError` where they do not read, are more than `most` or do not have this hash."""
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DamagedError(f"{path} does not read: {error.strerror}") from error
+        content = read_bytes(path, "it", most)
+    except UserError as error:
+        raise DamagedError(f"{path} does not read: {getattr(error.__cause__, 'strerror', error)}") from error
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise DamagedError(f"{path} is damaged: it does not have the hash it was saved with")
     return content
@@ -72,7 +74,7 @@ def check_files(directory: Path) -> None:
         if found != size:
             raise DamagedError(f"{path} " + ("is missing" if found is None else f"has {found} bytes instead of {size}"))
         if digest:
-            read_file(path, digest)
+            read_file(path, size, digest)
 
 
 def bring_to_disk(directory: Path) -> None:

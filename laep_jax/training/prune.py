@@ -151,13 +151,18 @@ def _report(run: Run, cut: Cut) -> None:
 
 
 def judge(run: Run, step: int) -> bool:
-    """Whether the prune stands; where it does not, it is undone."""
+    """Whether the prune stands, as it does where what was before it is damaged; else it is undone.
+
+    To undo it, the pruned model is saved first. If what was before it turns out damaged only when it is read, the run
+    begins again from that save and comes here again.
+    """
     guard = run.progress.guard
     assert guard
     loss = run.evaluate(step, "guard")
     record = {"cut_step": guard.cut_step, "heldout_loss_before": guard.loss_before, "heldout_loss": loss}
     stands = loss - guard.loss_before <= run.config.laep.guard_tolerance
     if not stands and run.checkpoints.has(guard.cut_step):
+        run.save(step, now=True)
         _undo(run, guard, record)
         return False
     if not stands:
@@ -171,14 +176,14 @@ def judge(run: Run, step: int) -> bool:
 def _undo(run: Run, guard: Guard, record: dict) -> None:
     """The state before the cut again, saved as its step with a softer rule and no plan; later steps go.
 
-    record: for the log. Whatever stops the run on the way, starting again comes here again or goes on
-    from the step that is saved.
+    record: for the log. Whatever stops the run on the way, starting again comes here again, where the step may be
+    saved like this already, or goes on from it.
     """
     step, path = guard.cut_step, run.checkpoints.directory / str(guard.cut_step)
     before = Progress.from_meta(run.checkpoints.read_meta(step), path)
     before.drop_plan()
     before.retries = run.progress.retries + 1
-    before.summary["undone"].append(step)
+    before.summary["undone"] = sorted({*before.summary["undone"], step})
     before.summary["heldout_loss_before_prune"] = None
     run.progress = before
     config = before.current(run.base)

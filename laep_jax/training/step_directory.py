@@ -4,9 +4,9 @@ Nothing is removed or replaced in place. A step is renamed first, so that after 
 there as a whole or not at all, and `settle` ends what was begun.
 """
 
-import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from laep_jax.training.manifest import DamagedError, bring_to_disk, check_files, sync, write_manifest
@@ -15,8 +15,6 @@ SAVING = ".saving"  # a step that is not complete yet
 REPLACED = ".replaced"  # a step making way for a new save of the same step
 TRASH = ".trash"  # a step being removed
 DAMAGED = ".damaged"  # a step that does not validate, put aside
-
-log = logging.getLogger(__name__)
 
 
 class StepDirectory:
@@ -52,13 +50,13 @@ class StepDirectory:
             return str(error)
         return None
 
-    def latest(self) -> int | None:
-        """The newest step whose files are as its manifest says."""
+    def latest(self, passed_over: Callable[[int, str], object]) -> int | None:
+        """The newest step whose files are as its manifest says; `passed_over(step, damage)` is told of later ones."""
         for step in reversed(self.found()):
             damage = self.damage(step)
             if damage is None:
                 return step
-            log.warning("checkpoint %s passed over: %s", self.step(step), damage)
+            passed_over(step, damage)
         return None
 
     def put_aside(self, step: int) -> Path:

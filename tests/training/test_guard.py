@@ -18,10 +18,12 @@ from laep_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from laep_jax.faults.damage import change_stored
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_mesh
 from laep_jax.training import controller, loop, prune
 from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.console import RunConsole
 from laep_jax.training.guard import softened
 from laep_jax.training.run import Run
 from laep_jax.training.runlog import RunLog
@@ -30,6 +32,7 @@ from laep_jax.training.state import abstract_state
 
 PLAN_STEP, CUT_STEP, GUARD_STEPS, NUM_STEPS = 40, 42, 1, 50
 BETA, TOLERANCE = 0.8, 0.005
+EXPERT = "params.runs.0.moe.down_EFD", (0, 1, 2, 3)  # one number of it
 
 
 @pytest.fixture(scope="module")
@@ -179,19 +182,29 @@ def test_interrupted_on_the_way_back_it_is_undone_all_the_same(undone, config, t
         patch.setattr(owner, method, stop)
         with pytest.raises(InterruptError):
             train(config, tmp_path)
-    train(config, tmp_path)
+    assert train(config, tmp_path)["undone"] == [CUT_STEP]
     assert_same_run(tmp_path, undone)
 
 
-def test_a_prune_whose_state_before_is_damaged_stands(config, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "damage",
+    [lambda path: (path / "manifest.json").unlink(), lambda path: change_stored(path, *EXPERT)],
+    ids=["seen in the manifest", "seen in the fingerprints"],
+)
+def test_a_prune_whose_state_before_is_damaged_stands(config, tmp_path, monkeypatch, capsys, damage):
     def damaged(run, step: int) -> bool:
-        (run.checkpoints.directory / str(CUT_STEP) / "manifest.json").unlink(missing_ok=True)
+        path = run.checkpoints.directory / str(CUT_STEP)
+        if path.exists():
+            damage(path)
         return prune.judge(run, step)
 
+    trained: list[int] = []
     monkeypatch.setattr(controller, "make_plan", harmful_plan)
     monkeypatch.setattr(loop, "judge", damaged)
+    monkeypatch.setattr(RunConsole, "train", lambda self, step, record: trained.append(step))
     summary = train(config, tmp_path)
     assert (summary["prune_steps"], summary["undone"]) == ([CUT_STEP], [])
+    assert trained == [record["step"] for record in records(tmp_path, "train")] == list(range(1, NUM_STEPS + 1))
     told = capsys.readouterr().out.replace("\n", " ")
     assert f"the prune of step {CUT_STEP} did harm, but what was before it is damaged: it stands" in told
 

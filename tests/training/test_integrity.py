@@ -1,6 +1,8 @@
 """Checkpoints that are damaged, cannot be written, or lose their power."""
 
 import errno
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 from laep_jax.errors import UserError
 from laep_jax.faults.damage import DAMAGES, change_stored, flip_bit
 from laep_jax.faults.power import mounted, not_on_disk, recorded_syncs
-from laep_jax.training import cut, manifest, step_directory
+from laep_jax.training import cut, fingerprint, manifest, step_directory
 from laep_jax.training.checkpoint import Checkpoints, SaveError
 from laep_jax.training.manifest import DamagedError, check_files, sealed
 
@@ -96,6 +98,16 @@ def test_meta_and_history_are_compared_with_their_hashes(copied, bit):
     np.testing.assert_array_equal(copied.read_history(7)["steps"], [0, 1, 2])
 
 
+def test_arrays_of_another_version_are_refused_but_not_damaged(checkpoints, monkeypatch):
+    monkeypatch.setattr(fingerprint, "to_arrays", lambda of_state: {"leaf": np.array(["step"])})
+    checkpoints.save_now(1, small(), {}, {})
+    with pytest.raises(
+        UserError, match=r"1/fingerprints\.npz does not read as an \.npz file of numbers: .*<U4"
+    ) as error:
+        value_at(checkpoints, 1)
+    assert not isinstance(error.value, DamagedError)
+
+
 def test_a_flipped_bit_in_the_data_is_never_restored(states, saved, copied):
     """With the manifest aside, which knows large files by their size only."""
     abstract = states.abstract(COUNTS, states.mesh())
@@ -164,18 +176,32 @@ def test_a_run_goes_on_from_the_newest_step_that_validates(tmp_path):
         assert steps_in(checkpoints) == ["1.damaged", "2.damaged", "3.damaged", "3.damaged+", "8.damaged"]
 
 
-def test_with_a_step_that_is_gone_back_to_later_ones_are_put_aside(tmp_path):
-    with Checkpoints(tmp_path, keep=4) as checkpoints:
+def test_what_a_run_goes_on_from_is_validated_once(checkpoints, monkeypatch):
+    for step in (1, 2, 3):
+        checkpoints.save_now(step, small(step), {}, {})
+    (checkpoints.directory / "3" / "meta.json").unlink()
+    validated = []
+    check = step_directory.check_files
+    monkeypatch.setattr(step_directory, "check_files", lambda path: (validated.append(path.name), check(path)))
+    assert checkpoints.newest_valid() == 2
+    assert validated == ["3", "2"]
+
+
+def test_a_damaged_step_that_was_gone_back_to_is_put_aside_and_later_ones_stay(tmp_path):
+    told = []
+    with Checkpoints(tmp_path, keep=4, report=told.append) as checkpoints:
         for step in (1, 2, 3, 4):
             checkpoints.save_now(step, small(step), {}, {})
         (tmp_path / "3" / "meta.json").unlink()
-        for step, left in ((3, 2), (2, 1)):
-            shutil.rmtree(tmp_path / "2") if step == 2 else None
+        shutil.rmtree(tmp_path / "2")
+        for step in (3, 2):
             with pytest.raises(DamagedError) as error:
                 checkpoints.read_meta(step)
             checkpoints.put_aside(error.value)
-            assert checkpoints.newest_valid() == left
-        assert steps_in(checkpoints) == ["1", "3.damaged", "4.damaged"]
+            assert checkpoints.newest_valid() == 4
+        assert steps_in(checkpoints) == ["1", "3.damaged", "4"]
+        [line] = told
+        assert line.endswith("it is now 3.damaged, and the run goes on from a newer one")
 
 
 def test_a_pinned_step_stays_and_later_ones_can_be_removed(checkpoints):
@@ -309,3 +335,26 @@ def test_sealed_text_has_no_bit_to_spare(tmp_path):
         flip_bit(tmp_path / "x", bit)
         with pytest.raises(DamagedError):
             manifest.read_sealed(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["meta.json", "manifest.json"])
+def test_what_is_no_strict_json_or_no_file_is_damaged_at_once(copied, name):
+    path, nan = copied.directory / "7" / name, float("nan")
+    of_nan = json.dumps({"sha256": manifest._hash_of(nan), "content": nan})
+    twice = sealed(None).replace("{", '{"content":[],')
+    for content in ("[" * 100_000, of_nan, twice, None):
+        path.unlink()
+        path.write_text(content) if content else os.mkfifo(path)
+        with pytest.raises(DamagedError, match=f"{name} is damaged" if content else f"{name} does not read: it is not"):
+            check_files(path.parent) if name == "manifest.json" else copied.read_meta(7)
+        assert copied.latest() is None
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        sealed(nan)
+
+
+def test_files_are_read_up_to_a_limit(tmp_path, monkeypatch):
+    (tmp_path / "x").write_text(sealed([0] * 50))
+    assert manifest.read_sealed(tmp_path / "x") == [0] * 50
+    monkeypatch.setattr(manifest, "MOST_JSON", 150)
+    with pytest.raises(DamagedError, match=r"x does not read: size of it=\d+ is above 150 bytes"):
+        manifest.read_sealed(tmp_path / "x")
