@@ -3,8 +3,8 @@
     python -m laep_jax experiment table1 --seeds 0,1,2
 
 Its rows are training runs of `configs/experiments/`, which are run one after the other as far as their results are not
-kept yet. Started again after an interruption it goes on where it stopped. Then it draws the table and the figure.
-`NAME` may be `tables`: everything is drawn again from what is kept, and nothing is run.
+kept yet. Started again after an interruption it goes on where it stopped. Then it draws tables and figures, also into
+`docs/results.md` beside the results. `NAME` may be `tables`: everything is drawn again, and nothing is run.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from laep_jax.errors import UserError
 from laep_jax.experiments.catalogue import EXPERIMENTS, Experiment
-from laep_jax.experiments.drawing import draw
+from laep_jax.experiments.drawing import draw, filled
 from laep_jax.experiments.measured import measure
-from laep_jax.experiments.results import read_results
+from laep_jax.experiments.results import FILE, read_results
 from laep_jax.experiments.runner import RunFailedError, Runner
 from laep_jax.experiments.tables import by_row
 from laep_jax.gin_config import parse_arguments
@@ -32,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     if gin_files:
         raise UserError("--gin_file: the rows have files of their own; --gin.CLASS.FIELD=VALUE changes all of them")
     if args.name == "tables":
+        if not (args.out / FILE).is_file():
+            raise UserError(f"--out={str(args.out)!r} holds no {FILE}")
         chosen = list(EXPERIMENTS)
     elif args.name in EXPERIMENTS:
         chosen = [args.name]
@@ -48,9 +50,12 @@ def main(argv: Sequence[str]) -> int:
         measure(args.name, EXPERIMENTS[args.name], args.out)
     else:
         raise UserError(f"there is no experiment {args.name!r}; there are {', '.join(EXPERIMENTS)}, tables")
-    table = by_row(read_results(args.out))
+    table, document = by_row(read_results(args.out)), args.out.parent / "docs" / "results.md"
     for name in chosen:
-        print(f"{EXPERIMENTS[name].title}\n\n{draw(name, table, args.out)}")
+        text = draw(name, table, args.out)
+        print(f"{EXPERIMENTS[name].title}\n\n{text}")
+        if document.is_file():
+            document.write_text(filled(document.read_text(encoding="utf-8"), name, f"\n{text}"), encoding="utf-8")
     return 0
 
 

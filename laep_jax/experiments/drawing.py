@@ -45,6 +45,20 @@ def figures_of(name: str, table: Table) -> dict[str, Figure]:
     return drawn
 
 
+def filled(document: str, name: str, content: str) -> str:
+    """A Markdown document with the block between `<!-- NAME -->` and `<!-- end of NAME -->` replaced.
+
+    >>> filled("a <!-- x -->old<!-- end of x --> b", "x", "new")
+    'a <!-- x -->new<!-- end of x --> b'
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, found, rest = document.partition(begin)
+    _, closed, after = rest.partition(end)
+    assert found, f"{begin} is missing"
+    assert closed, f"{end} is missing"
+    return before + begin + content + end + after
+
+
 def draw(name: str, table: Table, out: Path) -> str:
     """Writes both into a folder; returns the text."""
     content = text(name, table)

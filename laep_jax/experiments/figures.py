@@ -85,6 +85,7 @@ def draw_distributions(rows: Sequence[tuple[str, str]], table: Table) -> Figure:
             axes.plot(np.maximum(share_E, 1e-3), color=f"C{index}", label=label)
             axes.set(yscale="log", title=f"layer {layer}", xlabel="experts by load")
     panels[0].set_ylabel("tokens over the mean")
-    panels[-1].legend(fontsize=7)
+    if panels[-1].lines:
+        panels[-1].legend(fontsize=7)
     figure.suptitle("Tokens of each expert at the end, by balancing loss (the paper's Figure 4)")
     return figure

@@ -27,6 +27,17 @@ def correlations(result: Result) -> dict[int, float]:
     return {step: statistics.fmean(map(rank_correlation, new_LE, old_LE)) for (_, old_LE), (step, new_LE) in pairs}
 
 
+def stable_ranks(result: Result) -> int | None:
+    """The step after which every layer's correlation has reached the test's threshold in two windows; None: never."""
+    in_a_row = 0
+    for (_, old_LE), (step, new_LE) in itertools.pairwise(windows(result).items()):
+        reached = min(map(rank_correlation, new_LE, old_LE)) >= RULE.rank_correlation
+        in_a_row = in_a_row + 1 if reached else 0
+        if in_a_row == RULE.stable_windows:
+            return step
+    return None
+
+
 def chosen(loads_LE: np.ndarray) -> list[tuple[int, ...]]:
     """The experts of each layer that the rule would prune, not rounded to devices."""
     rule = PruningRule(

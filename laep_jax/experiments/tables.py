@@ -48,21 +48,29 @@ def _cells(entry: Entry, experiment: Experiment, table: Table) -> list[str]:
 
 def phases_table(experiment: Experiment, table: Table) -> str:
     """When the stability test fires, and how much the loads, and the set to prune, still change before and after."""
-    head = ("", "fires at step", "rank correlation at 100", "at 250", "at the end", "overlap with the last set at 100")
+    head = (
+        "",
+        "test fires at step",
+        "by ranks alone",
+        "rank correlation at 100",
+        "at 250",
+        "at the end",
+        "overlap with the last set at 100",
+    )
     head = (*head, "at 250", "largest load at 100", "at the end", "seeds")
     return markdown(head, [_phases_cells(entry, table.get(entry.row, {})) for entry in experiment.entries])
 
 
 def _phases_cells(entry: Entry, by_seed: BySeed) -> list[str]:
     results = list(by_seed.values())
-    fires = [float(result["stable"][0]) for result in results if result["stable"]]
-    never = len(results) - len(fires)
+    fires = [result["stable"][0] if result["stable"] else None for result in results]
     correlations = [phases.correlations(result) for result in results]
     overlaps = [phases.overlaps_with_last(result) for result in results]
     largest = [phases.largest_load(result) for result in results]
     return [
         entry.label,
-        spread(fires, ".0f") + (f", never in {never}" if never else ""),
+        _steps(fires),
+        _steps([phases.stable_ranks(result) for result in results]),
         *(spread([by_step[step] for by_step in correlations], ".2f") for step in (100, 250)),
         spread([by_step[max(by_step)] for by_step in correlations], ".2f"),
         *(spread([by_step[step] for by_step in overlaps], ".2f") for step in (100, 250)),
@@ -70,6 +78,11 @@ def _phases_cells(entry: Entry, by_seed: BySeed) -> list[str]:
         spread([by_step[max(by_step)] for by_step in largest], ".1f"),
         str(len(results)),
     ]
+
+
+def _steps(steps: Sequence[int | None]) -> str:
+    """Every run's step."""
+    return ", ".join("never" if step is None else str(step) for step in steps) or MISSING
 
 
 def speeds_table(experiment: Experiment, table: Table) -> str:

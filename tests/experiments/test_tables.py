@@ -1,0 +1,143 @@
+"""What is told of results: tables, the document they stand in, the numbers behind phases, placement, throughput."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from laep_jax.errors import UserError
+from laep_jax.experiments import measured, placements, throughput
+from laep_jax.experiments.catalogue import EXPERIMENTS
+from laep_jax.experiments.command import main
+from laep_jax.experiments.drawing import figures_of, filled, text
+from laep_jax.experiments.phases import correlations, overlaps_with_last, stable_ranks
+from laep_jax.experiments.results import append, read_results
+from laep_jax.experiments.tables import by_row
+from laep_jax.laep.placement import device_loads, lower_bound
+
+ROOT = Path(__file__).parents[2]
+
+
+def result(row: str, seed: int, loss: float, **fields) -> dict:
+    rng = np.random.default_rng(seed)
+    loads = rng.integers(1, 100, (2, 16))
+    order = [list(range(16))] * 2
+    made = {
+        "row": row,
+        "seed": seed,
+        "digest": f"{row}{seed}",
+        "parameters": 2_000_000,
+        "num_experts": [16, 16],
+        "heldout_loss": loss,
+        "heldout_loss_by_domain": {"xml": loss, "rare": 2 * loss},
+        "heldout_targets_by_domain": {"xml": 5000, "rare": 10},
+        "stable": [],
+        "order": order,
+        "tokens_per_second": 100.0 + seed,
+        "gflops_per_second": 1.0,
+        "loads": {str(step): (loads + step // 100).tolist() for step in (50, 100, 250, 500)},
+    }
+    return made | fields
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_document_shows_the_results_that_are_kept(name):
+    table, document = by_row(read_results(ROOT / "results")), (ROOT / "docs" / "results.md").read_text()
+    assert filled(document, name, f"\n{text(name, table)}") == document, "python -m laep_jax experiment tables"
+
+
+def test_a_row_is_compared_with_its_base_of_the_same_seed():
+    rows = [result("base", 0, 4.0), result("base", 1, 5.0), result("alpha_0.4", 0, 4.1), result("alpha_0.4", 1, 5.2)]
+    rows[2] |= {"parameters": 1_500_000, "num_experts": [8, 16]}
+    lines = text("table1", by_row(rows)).splitlines()
+    [base] = [line for line in lines if line.startswith("| base |")]
+    [pruned] = [line for line in lines if line.startswith("| α = 0.4, β = 0.1 |")]
+    assert base == "| base | 9.78 B | 1.661 | – | 2.00 M | 32 | 4.5000 ± 0.7071 | – | 2 |"
+    assert (
+        pruned
+        == "| α = 0.4, β = 0.1 | -24.5% | 1.653 | -0.008 | -12.5% | 28 | 4.6500 ± 0.7778 | +0.1500 ± 0.0707 | 2 |"
+    )
+
+
+def test_the_last_result_of_a_row_counts():
+    lines = text("table5", by_row([result("base", 0, 4.0), result("base", 0, 3.0)]))
+    assert "| 3.0000 |" in lines
+    assert "4.0000" not in lines
+
+
+def test_domains_that_are_too_small_to_tell_are_left_out():
+    shown = text("open", by_row([result("base", 0, 4.0), result("late", 0, 4.5)]))
+    assert "| xml | 5,000 | – | – | +0.500 |" in shown
+    assert "rare" not in shown
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("rows", [[], ["base", "alpha_hybrid", "mixtral_0.01"]])
+def test_figures_are_drawn_of_whatever_is_there(name, rows, tmp_path):
+    table = by_row(result(row, seed, 4.0 + seed) for row in rows for seed in (0, 1))
+    for file, figure in figures_of(name, table).items():
+        figure.savefig(tmp_path / file)
+        assert (tmp_path / file).stat().st_size > 5_000
+
+
+def test_stable_ranks_and_overlaps():
+    loads = np.arange(1, 21)
+    shuffled = np.random.default_rng(0).permutation(loads)
+    steps = {50: loads, 100: shuffled, 150: loads, 200: loads, 250: loads}
+    run = {"loads": {str(step): [loads_E.tolist()] for step, loads_E in steps.items()}}
+    assert correlations(run)[200] == 1.0
+    assert correlations(run)[100] < 0.9
+    assert stable_ranks(run) == 250
+    assert overlaps_with_last(run)[200] == 1.0
+    assert overlaps_with_last(run)[100] < 1.0
+
+
+def test_the_optimal_placement_is_no_worse_than_any():
+    loads_E = np.array([31, 17, 11, 7, 5, 3, 2, 1])
+    best = min(
+        max(device_loads(loads_E, np.array([*half, *sorted({*range(8)} - {*half})]), 2))
+        for half in itertools.combinations(range(8), 4)
+    )
+    order = placements.optimal(loads_E, 2)
+    assert sorted(order) == list(range(8))
+    assert max(device_loads(loads_E, order, 2)) == best >= lower_bound(loads_E, 2)
+
+
+def test_placements_are_judged_by_the_last_window(monkeypatch):
+    monkeypatch.setattr(placements, "DEVICES", 2)
+    even, skewed = [[4, 4, 4, 4]], [[8, 8, 1, 1]]
+    run = result("alpha_hybrid", 0, 4.0, order=[[0, 2, 1, 3]], loads={"10": even, "20": skewed, "30": skewed})
+    found = placements.measure({"alpha_hybrid": run})["device_load"]
+    assert found["as before"] == pytest.approx(16 / 9)
+    assert found["greedy, pruned model"] == found["optimal, pruned model"] == found["of the run"] == 1.0
+
+
+def test_rows_of_the_devices_by_recorded_loads(monkeypatch):
+    monkeypatch.setattr(throughput, "DEVICES", 2)
+    monkeypatch.setattr(throughput, "ROWS", 1000)
+    run = result("alpha_hybrid", 0, 4.0, order=[[3, 0], [0, 1, 2, 3]], loads={"10": [[3, 0, 0, 1], [1, 1, 1, 1]]})
+    rows_LGS = throughput.device_rows(run, run["order"])
+    assert rows_LGS.tolist() == [[[250, 0], [750, 0]], [[250, 250], [250, 250]]]
+
+
+def test_what_is_measured_is_measured_once_for_each_seed_that_is_complete(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setitem(
+        measured.MEASURES, "table5", lambda results: called.append(sorted(results)) or {"throughput": {}}
+    )
+    rows = [entry.row for entry in EXPERIMENTS["table5"].entries]
+    for seed, names in ((0, rows), (1, rows[:2])):
+        for row in names:
+            append(tmp_path, result(row, seed, 4.0))
+    for _ in range(2):
+        measured.measure("table5", EXPERIMENTS["table5"], tmp_path)
+    assert called == [sorted(rows)]
+    append(tmp_path, result("base", 0, 4.0, digest="another"))
+    measured.measure("table5", EXPERIMENTS["table5"], tmp_path)
+    assert len(called) == 2
+
+
+def test_nothing_to_draw(tmp_path):
+    with pytest.raises(UserError, match=r"holds no results\.jsonl"):
+        main(["tables", f"--out={tmp_path}"])
