@@ -16,7 +16,8 @@ ORDER = [
     {"model", "data"},
     {"training"},
     {"preflight"},
-    {"bench", "faults", "experiments"},
+    {"bench", "faults"},
+    {"experiments"},
     {"__main__"},
 ]
 TRAINING_ORDER = [

@@ -20,7 +20,7 @@ from laep_jax.laep.plan import Plan
 from laep_jax.training.start import train
 
 SETTINGS = {
-    "ModelConfig.num_layers": 4,
+    "ModelConfig.num_layers": 2,
     "ModelConfig.vocab_size": 384,
     "ModelConfig.hidden_size": 16,
     "ModelConfig.num_heads": 4,
