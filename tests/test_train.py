@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from laep_jax.faults.tiny import records
+
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "ModelConfig.num_layers": 2,
@@ -49,8 +51,7 @@ def overrides(tmp_path: Path, **changes) -> list[str]:
 
 
 def losses(workdir: Path) -> list[float]:
-    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if record["kind"] == "train"]
+    return [record["loss"] for record in records(workdir, "train")]
 
 
 def test_the_tiny_run_from_a_shell_and_a_second_start_on_fewer_devices(tmp_path):
