@@ -1,7 +1,8 @@
 """Eight emulated CPU devices, strict rank promotion; warnings are errors (pyproject.toml). Damage for parsers.
 
-Programs that are compiled are kept for the session: the same tiny model is trained again and again, also by processes
-that tests start.
+Compiling takes most of the time. Programs are kept for the session, since the same tiny model is trained again and
+again, also by processes that tests start, and XLA optimizes them little; what a test starts as a person would is
+compiled as ever.
 """
 
 import copy
@@ -25,6 +26,13 @@ from laep_jax.sharding import make_cpu_devices  # noqa: E402
 
 make_cpu_devices(8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def optimized_little(monkeypatch) -> None:
+    """Also the programs of processes that the test starts."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 NODES = [

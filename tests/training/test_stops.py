@@ -141,7 +141,7 @@ sys.exit(run_main(command.main, sys.argv[2:]))
 """
 
 
-def test_only_a_step_may_not_take_long_and_one_that_hangs_is_ended(tmp_path):
+def test_only_a_step_may_not_take_long_and_one_that_hangs_is_ended(optimized_little, tmp_path):
     config = tiny_config(
         str(tmp_path / "tokens"),
         laep={"window": 3, "prune_at_step": 3, "cut_delay": 0},
