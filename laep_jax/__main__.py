@@ -1,10 +1,10 @@
 """`python -m laep_jax COMMAND`: training and the tools around it. Each command imports only what it needs."""
 
-import importlib
 import sys
 from collections.abc import Sequence
 
-from laep_jax.errors import UserError, run_main
+from laep_jax.commands import chosen
+from laep_jax.errors import run_main
 
 COMMANDS = {
     "train": ("laep_jax.training.command", "pre-trains a model, pruning it on the way; the same as train.py"),
@@ -21,22 +21,13 @@ COMMANDS = {
     "report": ("laep_jax.report.command", "figures of a run directory"),
     "train-tokenizer": ("laep_jax.data.command", "a BPE tokenizer trained on a corpus"),
 }
-
-
-def usage() -> str:
-    lines = [f"  {name:<16} {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(["usage: python -m laep_jax COMMAND ...", "", *lines, "", "COMMAND --help tells more."])
+USAGE = "usage: python -m laep_jax COMMAND ...\n\n{}\n\nCOMMAND --help tells more."
 
 
 def dispatch(argv: Sequence[str]) -> int:
     """Runs the command that `argv` begins with."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if argv[0] not in COMMANDS:
-        raise UserError(f"there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
-    module, _ = COMMANDS[argv[0]]
-    return importlib.import_module(module).main(argv[1:])
+    command = chosen(argv, COMMANDS, "command", USAGE)
+    return command.main(argv[1:]) if command else 0
 
 
 def main() -> int:

@@ -102,7 +102,5 @@ def explain(error: BaseException) -> int:
         text, code = str(error), STOPPED
     else:
         text, code = f"error: {error}", REFUSED
-    print(
-        "".join(c if c.isprintable() else repr(c)[1:-1] for c in text), file=sys.stderr
-    )  # files write names and texts
+    print(text, file=sys.stderr)
     return code

@@ -1,7 +1,7 @@
 """Eight emulated CPU devices, strict rank promotion; warnings are errors (pyproject.toml). Damage for parsers.
 
-Programs that are compiled are kept for the session: the same tiny model is trained again and again, also by processes
-that tests start.
+Compiling takes most of the time. Programs are kept for the session, since the same tiny model is trained again and
+again, also by processes that tests start.
 """
 
 import copy
@@ -25,6 +25,12 @@ from laep_jax.sharding import make_cpu_devices  # noqa: E402
 
 make_cpu_devices(8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def optimized_little(monkeypatch) -> None:
+    """The programs of processes that the test starts: what it is about is when they end, not what they compute."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 NODES = [

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "laep_jax"
 ORDER = [
     {"laep_jax", "errors"},
     {"checks"},
-    {"config", "chips", "files", "hosts", "launch"},
+    {"config", "chips", "commands", "files", "hosts", "launch"},
     {"laep"},
     {"gin_config", "sharding", "report"},
     {"model", "data"},

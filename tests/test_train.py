@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from laep_jax.__main__ import dispatch
+from laep_jax.errors import run_main
+from laep_jax.faults.tiny import records
+from laep_jax.training import command
+
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "ModelConfig.num_layers": 2,
@@ -49,8 +54,7 @@ def overrides(tmp_path: Path, **changes) -> list[str]:
 
 
 def losses(workdir: Path) -> list[float]:
-    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if record["kind"] == "train"]
+    return [record["loss"] for record in records(workdir, "train")]
 
 
 def test_the_tiny_run_from_a_shell_and_a_second_start_on_fewer_devices(tmp_path):
@@ -103,14 +107,18 @@ def test_the_tiny_run_from_a_shell_and_a_second_start_on_fewer_devices(tmp_path)
         ("--gin_file=nowhere.gin", "--gin_file='nowhere.gin' cannot be read: No such file"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, argument, message):
-    result = start(argument, f"--workdir={tmp_path / 'x'}", f"--gin.DataConfig.cache_dir={tmp_path / 'cache'}")
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert message in result.stderr
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, argument, message):
+    arguments = [argument, f"--workdir={tmp_path / 'x'}", f"--gin.DataConfig.cache_dir={tmp_path / 'cache'}"]
+    assert run_main(command.main, arguments) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert message in told.err
+    assert told.err.startswith("error: ")
+    assert told.err.count("\n") == 1
     assert not (tmp_path / "x").exists()
+    if "nowhere" in argument:
+        result = start(*arguments)
+        assert (result.returncode, result.stdout, result.stderr) == (2, "", told.err)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -126,7 +134,9 @@ def test_the_tools_are_listed_and_an_unknown_one_is_refused():
     assert listed.returncode == 0
     for name in ("train", "launch", "plan", "describe", "report", "train-tokenizer"):
         assert name in listed.stdout
-        assert start(name, "--help", program=("-m", "laep_jax")).returncode == 0
+        with pytest.raises(SystemExit) as helped:
+            dispatch([name, "--help"])
+        assert helped.value.code == 0
     unknown = start("pln", program=("-m", "laep_jax"))
     assert unknown.returncode == 2
     assert unknown.stderr.startswith("error: there is no command 'pln'")

@@ -6,7 +6,6 @@ still be there to go on from. Harmless is a bit that nothing reads, so that the 
 """
 
 import argparse
-import dataclasses
 import os
 import random
 import shutil
@@ -21,6 +20,7 @@ import numpy as np
 
 from laep_jax.config import Config
 from laep_jax.errors import require
+from laep_jax.faults.tiny import change
 from laep_jax.faults.worker import make_config
 from laep_jax.sharding import make_cpu_devices, make_mesh
 from laep_jax.training.checkpoint import Checkpoints
@@ -97,12 +97,11 @@ def run(arguments: Sequence[str]) -> dict:
 
 def _config(cache_dir: str) -> Config:
     """Not pruned, and wide enough for files that are known by the fingerprints of what is in them."""
-    config = make_config(cache_dir)
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, hidden_size=64, ffn_size=64),
-        laep=dataclasses.replace(config.laep, max_prunes=0),
-        train=dataclasses.replace(config.train, num_steps=NEWEST, checkpoint_every=OLDER),
+    return change(
+        make_config(cache_dir),
+        model={"hidden_size": 64, "ffn_size": 64},
+        laep={"max_prunes": 0},
+        train={"num_steps": NEWEST, "checkpoint_every": OLDER},
     ).resolve(8)
 
 

@@ -104,7 +104,7 @@ def run(arguments: Sequence[str]) -> dict:
         longest = 0.0
         for index in range(options.trials):
             trial = Trial(Path(folder), f"trial {index}", Path(folder), options.processes)
-            in_prune = bool(index % 2)
+            in_prune = index % 2 == 0
             hits = [choose_hit(rng, whole, in_prune, options.processes)]
             if index % 3 == 2:
                 hits.append(choose_hit(rng, whole, False, options.processes))

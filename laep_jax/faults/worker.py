@@ -17,17 +17,16 @@ from collections import Counter
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from laep_jax.config import Config
+from laep_jax.faults.tiny import end_of_run, tiny_config
 from laep_jax.hosts import connect, leaving_at_once, num_processes
-from laep_jax.sharding import make_cpu_devices, make_mesh
+from laep_jax.sharding import make_cpu_devices
 from laep_jax.training import cut, loop, prune
 from laep_jax.training.ahead import is_compiling
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.run import Run
 from laep_jax.training.start import train
-from laep_jax.training.state import abstract_state
 
 RUN = "run"  # the event that begins with the run
 EVENTS = {  # of a prune, in its order
@@ -43,27 +42,20 @@ NUM_STEPS = 28
 
 def make_config(cache_dir: str) -> Config:
     """A first prune after step 6, which is undone after step 8; softer ones after steps 10 and 22, which stand."""
-    return Config(
-        model=ModelConfig(
-            num_layers=2, hidden_size=16, num_heads=4, head_dim=4, ffn_size=8, num_experts=16, router_init=1.0
-        ),
-        mesh=MeshConfig(fsdp=2, expert=4),
-        data=DataConfig(source="synthetic", sequence_length=32, batch_size=16, cache_dir=cache_dir),
-        laep=LaepConfig(
-            alpha=1.2,
-            beta=0.6,
-            window=4,
-            rank_correlation=-1.0,
-            overlap=0.0,
-            stable_windows=1,
-            min_step=0,
-            max_prunes=2,
-            prune_at_step=4,
-            cut_delay=2,
-            guard_steps=2,
-        ),
-        optimizer=OptimizerConfig(warmup_steps=2),
-        train=TrainConfig(num_steps=NUM_STEPS, eval_every=9, eval_batches=1, checkpoint_every=5, keep_checkpoints=2),
+    return tiny_config(
+        cache_dir,
+        model={"num_experts": 16},
+        laep={
+            "rank_correlation": -1.0,
+            "overlap": 0.0,
+            "stable_windows": 1,
+            "min_step": 0,
+            "max_prunes": 2,
+            "prune_at_step": 4,
+            "cut_delay": 2,
+            "guard_steps": 2,
+        },
+        train={"num_steps": NUM_STEPS, "eval_every": 9, "checkpoint_every": 5, "keep_checkpoints": 2},
     )
 
 
@@ -149,28 +141,11 @@ class Events:
 
 
 def hash_of_run(run_dir: Path) -> str:
-    """SHA-256 of all that the end of a run consists of: its arrays, layout, history, recorded loads, and losses."""
-    with Checkpoints(run_dir / "checkpoints", keep=2) as checkpoints:
-        step = checkpoints.latest()
-        assert step == NUM_STEPS, step
-        meta = checkpoints.read_meta(step)
-        config = Config.from_dict(meta["config"]).with_num_experts(tuple(meta["num_experts"]))
-        state = checkpoints.restore(step, abstract_state(config, make_mesh(config.mesh)))
-        arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
-        arrays |= checkpoints.read_history(step)
-    with np.load(run_dir / "loads.npz") as loads:
-        arrays |= dict(loads)
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    told = [timeless(meta["summary"]), meta["lineage"], meta["retries"], list(map(timeless, records))]
-    sha = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-    for name, array in sorted(arrays.items()):
-        sha.update(name.encode() + np.asarray(array).tobytes())
+    """SHA-256 of all that the end of a run consists of."""
+    sha = hashlib.sha256()
+    for name, content in sorted(end_of_run(run_dir).items()):
+        sha.update(name.encode() + content)
     return sha.hexdigest()
-
-
-def timeless(fields: dict) -> dict:
-    """Without what depends on the clock, and on how often the run was interrupted."""
-    return {name: value for name, value in fields.items() if "second" not in name and "bytes" not in name}
 
 
 def first_prune_does_harm() -> None:

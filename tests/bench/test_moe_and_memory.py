@@ -31,7 +31,7 @@ def test_bench_moe_divides_by_the_dense_form(monkeypatch):
     assert "1.50" in moe.table(result)
 
 
-def test_a_buffer_by_load_takes_less_memory_before_and_after():
+def test_a_buffer_by_load_takes_less_memory_before_and_after(optimized_little):
     command = [sys.executable, "-m", "laep_jax", "bench", "memory", "--json"]
     result = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, timeout=600).stdout)
     size, buffer = result["temporary_bytes"], result["receive_buffer"]

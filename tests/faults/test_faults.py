@@ -9,11 +9,12 @@ from laep_jax.faults import command, damage, kill
 from laep_jax.training import fingerprint
 
 
-def test_a_run_that_is_killed_ends_as_it_would_have(capsys):
-    assert command.main(["kill", "--trials=2", "--json"]) == 0
+@pytest.mark.parametrize("trials", [pytest.param(1, id="short"), pytest.param(6, id="long", marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_ends_as_it_would_have(optimized_little, capsys, trials):
+    assert command.main(["kill", f"--trials={trials}", "--json"]) == 0
     counts = json.loads(capsys.readouterr().out)
-    assert counts["trials"] == 2
-    assert counts["kills"] >= 1
+    assert counts["trials"] == trials
+    assert counts["kills in a prune"] >= 1
     assert counts["wrong ends"] == counts["lost saves"] == 0
 
 

@@ -1,7 +1,5 @@
 """The cut's steps compiled beside the training: really beside it, once, and what happens when it goes wrong."""
 
-import dataclasses
-import json
 import logging
 import subprocess
 import sys
@@ -12,7 +10,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from laep_jax.config import Config
+from laep_jax.faults.tiny import change, records, tiny_config
+from laep_jax.gin_config import operative_config
 from laep_jax.training import ahead, cut
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.start import train
@@ -23,27 +23,11 @@ PLAN_STEP, CUT_STEP, NUM_STEPS = 4, 7, 9
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
-    return Config(
-        model=ModelConfig(
-            num_layers=2, hidden_size=16, num_heads=4, head_dim=4, ffn_size=8, num_experts=8, router_init=1.0
-        ),
-        mesh=MeshConfig(fsdp=2, expert=4),
-        data=DataConfig(
-            source="synthetic", sequence_length=32, batch_size=16, cache_dir=str(tmp_path_factory.mktemp("tokens"))
-        ),
-        laep=LaepConfig(alpha=1.2, beta=0.6, window=4, prune_at_step=PLAN_STEP, cut_delay=CUT_STEP - PLAN_STEP),
-        optimizer=OptimizerConfig(warmup_steps=2),
-        train=TrainConfig(num_steps=NUM_STEPS, eval_every=3, eval_batches=1, checkpoint_every=50, keep_checkpoints=9),
+    return tiny_config(
+        str(tmp_path_factory.mktemp("tokens")),
+        laep={"prune_at_step": PLAN_STEP, "cut_delay": CUT_STEP - PLAN_STEP},
+        train={"num_steps": NUM_STEPS, "eval_every": 3, "checkpoint_every": 50},
     )
-
-
-def with_laep(config: Config, **fields) -> Config:
-    return dataclasses.replace(config, laep=dataclasses.replace(config.laep, **fields))
-
-
-def records(run_dir: Path, kind: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -124,7 +108,7 @@ def test_what_goes_wrong_in_the_thread_ends_the_run_at_the_cut_and_nothing_is_lo
 
 
 def test_without_delay_the_cut_follows_its_plan_at_once(config, tmp_path):
-    train(with_laep(config, cut_delay=0), tmp_path)
+    train(change(config, laep={"cut_delay": 0}), tmp_path)
     [prune] = records(tmp_path, "prune")
     assert (prune["plan_step"], prune["step"]) == (PLAN_STEP, PLAN_STEP)
     with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
@@ -136,7 +120,7 @@ def test_a_plan_whose_step_the_run_does_not_reach_is_dropped_before_anything_is_
     config, tmp_path, monkeypatch, capsys, num_steps
 ):
     monkeypatch.setattr(cut, "compile_steps", None)
-    summary = train(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=num_steps)), tmp_path)
+    summary = train(change(config, train={"num_steps": num_steps}), tmp_path)
     assert f"the run ends before step {CUT_STEP}; nothing is cut" in capsys.readouterr().out.replace("\n", " ")
     assert summary["prune_steps"] == []
     assert not records(tmp_path, "prune")
@@ -150,10 +134,12 @@ def test_a_second_prune_measures_loads_with_the_step_compiled_ahead(config, tmp_
         "overlap": 0.0,
         "stable_windows": 1,
         "guard_steps": None,
+        "min_step": 1,
+        "window": 3,
+        "prune_at_step": 3,
+        "rounding": "prune",
     }
-    longer = dataclasses.replace(config.train, num_steps=16)
-    eager = with_laep(config, **laep, min_step=1, window=3, prune_at_step=3, rounding="prune")
-    train(dataclasses.replace(eager, train=longer), tmp_path)
+    train(change(config, laep=laep, train={"num_steps": 16}), tmp_path)
     assert len(records(tmp_path, "prune")) >= 2
 
 
@@ -175,18 +161,13 @@ sys.exit(run_main(command.main, sys.argv[1:]))
     ("error", "code", "message"),
     [("KeyboardInterrupt", 130, "interrupted"), ("OSError('no space left')", 1, "OSError: no space left")],
 )
-def test_leaving_does_not_wait_for_the_compilation(config, tmp_path, error, code, message):
-    settings = {
-        f"{type(part).__name__}.{name}": value
-        for part in (config.model, config.mesh, config.data, config.laep, config.optimizer, config.train)
-        for name, value in vars(part).items()
-        if value is not None
-    }
-    gin = [f"--gin.{name}={value}" for name, value in settings.items() if value != ""]
+def test_leaving_does_not_wait_for_the_compilation(optimized_little, config, tmp_path, error, code, message):
+    (tmp_path / "config.gin").write_text(operative_config(config))
+    arguments = [f"--gin_file={tmp_path}/config.gin", f"--workdir={tmp_path}/x"]
     start = time.time()
     result = subprocess.run(
-        [sys.executable, "-c", LEAVING.replace("ERROR", error), f"--workdir={tmp_path / 'x'}", *gin],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", LEAVING.replace("ERROR", error), *arguments], cwd=ROOT,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == code, result.stderr
     assert message in result.stderr

@@ -1,14 +1,12 @@
 """Steps that are not finite change nothing; spikes are told with their place in the data."""
 
-import json
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 
-from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
+from laep_jax.faults.tiny import records, tiny_config
 from laep_jax.sharding import make_mesh, put_batch
 from laep_jax.training.anomalies import FEWEST, is_spike
 from laep_jax.training.checkpoint import Checkpoints
@@ -22,15 +20,12 @@ NO_TOKEN = 10**6  # the logit of what is past the end of the vocabulary reads as
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
-    return Config(
-        model=ModelConfig(num_layers=1, hidden_size=16, num_heads=4, head_dim=4, ffn_size=8, num_experts=8),
-        mesh=MeshConfig(fsdp=2, expert=4),
-        data=DataConfig(
-            source="synthetic", sequence_length=32, batch_size=16, cache_dir=str(tmp_path_factory.mktemp("tokens"))
-        ),
-        laep=LaepConfig(max_prunes=0),
-        optimizer=OptimizerConfig(warmup_steps=2, learning_rate=2e-2),
-        train=TrainConfig(num_steps=NUM_STEPS, eval_batches=1, checkpoint_every=10, max_skipped_steps=3),
+    return tiny_config(
+        str(tmp_path_factory.mktemp("tokens")),
+        model={"num_layers": 1, "num_experts": 8, "router_init": 0.02},
+        laep={"max_prunes": 0},
+        optimizer={"learning_rate": 2e-2},
+        train={"num_steps": NUM_STEPS, "checkpoint_every": 10, "max_skipped_steps": 3},
     )
 
 
@@ -46,11 +41,6 @@ def spoilt(train_batch, not_finite, spike):
         return arrays
 
     return batch
-
-
-def records(run_dir: Path, kind: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def test_a_step_that_is_not_finite_changes_nothing(config):

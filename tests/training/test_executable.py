@@ -1,13 +1,13 @@
 """A step compiled here, written, and loaded by a run: the same losses, and every misfit named."""
 
 import dataclasses
-import json
 
 import jax
 import pytest
 
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from laep_jax.errors import UserError
+from laep_jax.faults.tiny import records
 from laep_jax.sharding import make_mesh
 from laep_jax.training import run
 from laep_jax.training.executable import load_step, save_step
@@ -37,8 +37,7 @@ def saved(step, tmp_path_factory):
 
 
 def losses(run_dir) -> list[float]:
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if record["kind"] == "train"]
+    return [record["loss"] for record in records(run_dir, "train")]
 
 
 def test_a_run_with_the_executable_compiles_no_step_and_has_the_same_losses(saved, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Whole runs of a tiny model, with a prune in the middle: resuming, both ways to cut, what is refused."""
 
-import dataclasses
 import gc
 import json
 import os
@@ -13,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from laep_jax.config import Config, MeshConfig
 from laep_jax.data.dataset import make_dataset
 from laep_jax.errors import StoppedError, UserError
 from laep_jax.faults.damage import change_stored, flip_bit
+from laep_jax.faults.tiny import change, differences, records, tiny_config
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_mesh
 from laep_jax.training import loop
@@ -40,22 +40,12 @@ def cache_dir(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def config(cache_dir) -> Config:
-    return Config(
-        model=ModelConfig(
-            num_layers=3, hidden_size=16, num_heads=4, head_dim=4, ffn_size=8, num_experts=8, router_init=1.0
-        ),
-        mesh=MeshConfig(fsdp=2, expert=4),
-        data=DataConfig(source="synthetic", sequence_length=32, batch_size=16, cache_dir=cache_dir),
-        laep=LaepConfig(alpha=0.9, beta=0.4, window=4, prune_at_step=PLAN_STEP, cut_delay=CUT_STEP - PLAN_STEP),
-        optimizer=OptimizerConfig(warmup_steps=2),
-        train=TrainConfig(num_steps=NUM_STEPS, eval_every=8, eval_batches=2, checkpoint_every=6, keep_checkpoints=9),
+    return tiny_config(
+        cache_dir,
+        model={"num_layers": 3, "num_experts": 8},
+        laep={"alpha": 0.9, "beta": 0.4, "prune_at_step": PLAN_STEP, "cut_delay": CUT_STEP - PLAN_STEP},
+        train={"num_steps": NUM_STEPS, "eval_every": 8, "eval_batches": 2, "checkpoint_every": 6},
     )
-
-
-def change(config: Config, **parts) -> Config:
-    """The config with fields of its parts changed."""
-    new = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in parts.items()}
-    return dataclasses.replace(config, **new)
 
 
 @pytest.fixture(scope="session")
@@ -64,41 +54,6 @@ def run(config, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("run")
     train(config, run_dir, settings="LaepConfig.alpha = 0.9\n")
     return run_dir
-
-
-def records(run_dir: Path, kind: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def timeless(record: dict) -> dict:
-    return {name: value for name, value in record.items() if "second" not in name and "bytes" not in name}
-
-
-def final_state(run_dir: Path) -> dict[str, bytes]:
-    """Every stored array of the last checkpoint."""
-    with Checkpoints(run_dir / "checkpoints", keep=9) as checkpoints:
-        step = checkpoints.latest()
-        assert step == NUM_STEPS
-        meta = checkpoints.read_meta(step)
-        config = Config.from_dict(meta["config"]).with_num_experts(tuple(meta["num_experts"]))
-        state = checkpoints.restore(step, abstract_state(config, make_mesh(config.mesh)))
-        arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
-        arrays |= checkpoints.read_history(step)
-    return {name: np.asarray(array).tobytes() for name, array in arrays.items()}
-
-
-def assert_same_run(got: Path, want: Path) -> None:
-    """Bit for bit, but for times."""
-    for kind in ("train", "heldout", "eval", "stability", "prune"):
-        assert list(map(timeless, records(got, kind))) == list(map(timeless, records(want, kind))), kind
-    with np.load(got / "loads.npz") as a, np.load(want / "loads.npz") as b:
-        for name in b.files:
-            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-    states = final_state(got), final_state(want)
-    assert states[0].keys() == states[1].keys()
-    different = [name for name in states[0] if states[0][name] != states[1][name]]
-    assert not different
 
 
 def test_a_run_goes_through_the_whole_cycle(run, config):
@@ -164,7 +119,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, config, tmp_path
     with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
         assert checkpoints.latest() == checkpoint
     train(config, tmp_path)
-    assert_same_run(tmp_path, run)
+    assert not differences(tmp_path, run)
 
 
 def test_a_run_told_to_stop_again_and_again_goes_on_as_if_nothing_had_been(run, config, tmp_path, monkeypatch):
@@ -189,7 +144,7 @@ def test_a_run_told_to_stop_again_and_again_goes_on_as_if_nothing_had_been(run, 
 
     monkeypatch.setattr(RunConsole, "train", at_the_end)
     train(config, tmp_path)  # the last step is done: nothing is left to stop
-    assert_same_run(tmp_path, run)
+    assert not differences(tmp_path, run)
 
 
 def test_interrupted_in_the_middle_of_the_prune_the_plan_is_applied_from_disk(run, config, tmp_path, monkeypatch):
@@ -207,7 +162,7 @@ def test_interrupted_in_the_middle_of_the_prune_the_plan_is_applied_from_disk(ru
         with pytest.raises(InterruptError):
             train(config, tmp_path)
     train(config, tmp_path)
-    assert_same_run(tmp_path, run)
+    assert not differences(tmp_path, run)
 
 
 def test_cutting_in_memory_gives_the_same_run_and_lets_the_old_step_go(run, config, tmp_path, monkeypatch):
@@ -237,7 +192,7 @@ def test_cutting_in_memory_gives_the_same_run_and_lets_the_old_step_go(run, conf
     assert alive == [False]
     assert verified == [(CUT_STEP, records(run, "prune")[0]["experts_after"])]
     monkeypatch.undo()
-    assert_same_run(tmp_path, run)
+    assert not differences(tmp_path, run)
 
 
 def copied(run: Path, to: Path) -> Path:
@@ -266,7 +221,7 @@ def test_from_the_newest_checkpoint_that_validates_it_is_the_same_run_though_sav
     with monkeypatch.context() as patch:
         patch.setattr(StepDirectory, "complete", full_now_and_then)
         train(config, tmp_path / "x")
-    assert_same_run(tmp_path / "x", run)
+    assert not differences(tmp_path / "x", run)
     lines = [line for line in capsys.readouterr().out.splitlines() if str(checkpoints) in line]
     assert [line.removeprefix(f"checkpoint {checkpoints}/").removeprefix(f"{checkpoints}/") for line in lines] == [
         "20/state/manifest.ocdbt is missing; it is now 20.damaged, and the run goes on from an older one",

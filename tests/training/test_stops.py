@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from laep_jax.config import DataConfig, LaepConfig, MeshConfig, ModelConfig, TrainConfig
+from laep_jax.config import TrainConfig
 from laep_jax.errors import UserError
+from laep_jax.faults.tiny import tiny_config
+from laep_jax.gin_config import operative_config
 from laep_jax.training import stops
 from laep_jax.training.stops import Stops
 
@@ -139,19 +141,16 @@ sys.exit(run_main(command.main, sys.argv[2:]))
 """
 
 
-def test_only_a_step_may_not_take_long_and_one_that_hangs_is_ended(tmp_path):
-    parts = [
-        ModelConfig(num_layers=2, hidden_size=16, num_heads=4, head_dim=4, ffn_size=8, num_experts=8, router_init=1.0),
-        MeshConfig(fsdp=2, expert=4),
-        DataConfig(source="synthetic", sequence_length=32, batch_size=16, cache_dir=str(tmp_path / "tokens")),
-        LaepConfig(alpha=1.2, beta=0.6, window=3, prune_at_step=3, cut_delay=0),
-        TrainConfig(num_steps=9, eval_every=50, eval_batches=1, checkpoint_every=50, step_timeout=2.0),
-    ]
-    settings = {f"{type(part).__name__}.{name}": v for part in parts for name, v in vars(part).items()}
-    gin = [f"--gin.{name}={value}" for name, value in settings.items() if value not in (None, "")]
+def test_only_a_step_may_not_take_long_and_one_that_hangs_is_ended(optimized_little, tmp_path):
+    config = tiny_config(
+        str(tmp_path / "tokens"),
+        laep={"window": 3, "prune_at_step": 3, "cut_delay": 0},
+        train={"num_steps": 9, "eval_every": 50, "checkpoint_every": 50, "step_timeout": 2.0},
+    )
+    (tmp_path / "config.gin").write_text(operative_config(config))
+    arguments = [str(tmp_path / "hangs"), f"--gin_file={tmp_path}/config.gin", f"--workdir={tmp_path}/x"]
     result = subprocess.run(
-        [sys.executable, "-c", SLOW, str(tmp_path / "hangs"), f"--workdir={tmp_path / 'x'}", *gin],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", SLOW, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     ended = time.time()
     assert result.returncode == 1, result.stderr

@@ -1,0 +1,42 @@
+"""Command lines that begin with the name of a module: what there is, the one that is meant, and what it returns.
+
+A table has for every name its module and a line about it; only the module that is meant is imported.
+"""
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+from laep_jax.errors import UserError
+
+Table = Mapping[str, tuple[str, str]]
+
+
+def chosen(argv: Sequence[str], table: Table, noun: str, usage: str) -> ModuleType | None:
+    """The module that `argv` begins with, or None where help was asked for and is printed.
+
+    noun: what one of the table is called. usage: the help, with {} where the table goes. `UserError` where there is
+    none of that name.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage.format("\n".join(f"  {name:<16} {text}" for name, (_, text) in table.items())))
+        return None
+    if argv[0] not in table:
+        raise UserError(f"there is no {noun} {argv[0]!r}; there are {', '.join(table)}")
+    return importlib.import_module(table[argv[0]][0])
+
+
+def run_chosen(argv: Sequence[str], table: Table, noun: str, command: str) -> dict:
+    """Runs one of the modules behind `python -m laep_jax {command}` and prints what it returns; {} after the help.
+
+    Such a module has `run(arguments) -> dict`, which takes what stands behind its name and returns figures that JSON
+    can hold, and `table(result) -> str`, which shows them to people.
+    """
+    usage = f"usage: python -m laep_jax {command} NAME [--json] ...\n\n{{}}\n\nNAME --help tells more."
+    module = chosen(argv, table, noun, usage)
+    if module is None:
+        return {}
+    result = module.run([argument for argument in argv[1:] if argument != "--json"])
+    print(json.dumps(result) if "--json" in argv else module.table(result))
+    return result
