@@ -5,6 +5,7 @@ on from that run's checkpoint, so that what they have in common is trained once.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -54,6 +55,11 @@ def names() -> list[str]:
 
 def load_row(name: str, seed: int, scale: str = "", bindings: Sequence[str] = ()) -> Row:
     """A row. scale: a file of the folder `scales` that is read after the row's own; bindings: gin text, over both."""
+    return _load_row(name, seed, scale, tuple(bindings))
+
+
+@functools.cache
+def _load_row(name: str, seed: int, scale: str, bindings: tuple[str, ...]) -> Row:
     files = [FOLDER / f"{name}.gin"] + [FOLDER / "scales" / f"{scale}.gin"] * bool(scale)
     for file in files:
         if not file.is_file():
@@ -65,7 +71,10 @@ def load_row(name: str, seed: int, scale: str = "", bindings: Sequence[str] = ()
 
 def base_of(row: Row, scale: str = "", bindings: Sequence[str] = ()) -> Row | None:
     """The row that this one branches from, None where it is trained from the first step on."""
-    if not row.prunes:
-        return None
     others = (load_row(name, row.seed, scale, bindings) for name in names())
     return next((other for other in others if row.branches_from(other)), None)
+
+
+def has_branches(row: Row, scale: str = "", bindings: Sequence[str] = ()) -> bool:
+    """Whether there are rows that branch from this one."""
+    return any(base_of(load_row(name, row.seed, scale, bindings), scale, bindings) == row for name in names())

@@ -14,7 +14,7 @@ from laep_jax.data.command import train_tokenizer
 from laep_jax.errors import UserError
 from laep_jax.experiments.derived import DERIVED
 from laep_jax.experiments.results import Result, append, find, read_results, result_of
-from laep_jax.experiments.rows import Row, base_of, load_row
+from laep_jax.experiments.rows import Row, base_of, has_branches, load_row
 
 COPIED = ("metrics.jsonl", "loads.npz")  # what a branch takes along beside its checkpoint
 
@@ -44,13 +44,21 @@ class Runner:
         return base_of(row, self._scale, self._bindings)
 
     def missing(self, rows: Sequence[Row]) -> list[Row]:
-        """Those without a result, and before each the run it needs, in the order to run them."""
+        """Those without a result, and before each the run it needs where that is not here, in the order to run them."""
         results, ordered = read_results(self._out), list[Row]()
         for row in rows:
-            for one in (self.base(row), row):
-                if one and one not in ordered and not find(results, one):
-                    ordered.append(one)
+            if find(results, row):
+                continue
+            base = self.base(row)
+            if base and base not in ordered and not self._is_here(base, results):
+                ordered.append(base)
+            if row not in ordered:
+                ordered.append(row)
         return ordered
+
+    def _is_here(self, base: Row, results: list[Result]) -> bool:
+        """Whether a row can branch from this run: a result may have come with the repository, its run does not."""
+        return find(results, base) is not None and (self._run_dir(base) / "summary.json").is_file()
 
     def run(self, rows: Sequence[Row]) -> None:
         """Runs what is missing. `RunFailedError` at the first that does not end well."""
@@ -80,7 +88,7 @@ class Runner:
         code = _train(row.gin_files, bindings, run_dir, self._out / "runs" / "compiled")
         if code:
             raise RunFailedError(row, code)
-        if row.prunes:
+        if not has_branches(row, self._scale, self._bindings):
             shutil.rmtree(run_dir / "checkpoints")
         return result_of(row, run_dir)
 

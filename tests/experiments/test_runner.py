@@ -72,6 +72,8 @@ def test_each_row_is_run_once_and_its_result_kept(baselines, bindings, capsys, m
     assert list(results) == ["base", "alpha_hybrid", "random", "frequency", "from_start"]
     laep, base = results["alpha_hybrid"], results["base"]
     assert laep["cuts"] == [12]
+    kept = {path.parent.name.split("-")[0] for path in baselines.glob("runs/*/checkpoints")}
+    assert kept == {"base"}, "checkpoints of runs that nothing branches from"
     assert laep["parameters"] < base["parameters"]
     assert list(map(len, laep["order"])) == laep["num_experts"]
     assert {int(step) for step in base["loads"]} == {50}
@@ -119,6 +121,15 @@ def test_a_branch_is_the_run_itself(baselines, bindings, tmp_path):
 def test_other_settings_are_another_row(baselines, bindings):
     other = Runner(baselines, bindings=[*bindings, "OptimizerConfig.learning_rate = 1e-4"])
     assert [row.name for row in other.missing([other.load("alpha_hybrid", 1)])] == ["base", "alpha_hybrid"]
+
+
+def test_a_base_whose_run_is_elsewhere_is_run_again(baselines, bindings, tmp_path):
+    (tmp_path / "results.jsonl").write_bytes((baselines / "results.jsonl").read_bytes())
+    rows = Runner(tmp_path, bindings=bindings)
+    assert rows.missing([rows.load("alpha_hybrid", 1)]) == []
+    assert [row.name for row in rows.missing([rows.load("alpha_0.2", 1)])] == ["base", "alpha_0.2"]
+    here = Runner(baselines, bindings=bindings)
+    assert [row.name for row in here.missing([here.load("alpha_0.2", 1)])] == ["alpha_0.2"]
 
 
 def test_what_a_run_leaves_behind_is_shown_when_it_fails(bindings, tmp_path, monkeypatch):
