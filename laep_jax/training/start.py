@@ -17,6 +17,7 @@ from laep_jax.hosts import refused_together
 from laep_jax.sharding import make_mesh
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.console import RunConsole
+from laep_jax.training.controller import Controller
 from laep_jax.training.exclusive import exclusive, require_room
 from laep_jax.training.executable import load_step
 from laep_jax.training.loop import train_to_end
@@ -73,6 +74,7 @@ def train(
                         if executable and progress.num_experts == config.model.experts_per_layer:
                             first_step = load_step(executable, resolved, mesh)
                         current = progress.current(config).resolve(jax.device_count())
+                        Controller(current, prunes=progress.prunes)  # refuses a plan that does not fit
                         log = attempt.enter_context(_opened_log(run_dir, config, current, progress))
                     log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
                     log.write_file("operative.gin", settings)
