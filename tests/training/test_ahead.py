@@ -161,7 +161,7 @@ sys.exit(run_main(command.main, sys.argv[1:]))
     ("error", "code", "message"),
     [("KeyboardInterrupt", 130, "interrupted"), ("OSError('no space left')", 1, "OSError: no space left")],
 )
-def test_leaving_does_not_wait_for_the_compilation(optimized_little, config, tmp_path, error, code, message):
+def test_leaving_does_not_wait_for_the_compilation(config, tmp_path, error, code, message):
     (tmp_path / "config.gin").write_text(operative_config(config))
     arguments = [f"--gin_file={tmp_path}/config.gin", f"--workdir={tmp_path}/x"]
     start = time.time()
