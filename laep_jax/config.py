@@ -179,8 +179,8 @@ class LaepConfig:
     the window before and the overlap of the sets to prune reach their thresholds.
     `prune_at_step` overrides the test; `plan` names a plan.json that is then carried out instead of one made from the
     loads. `rearrange_gain`: also rearrange without pruning when that would lower the largest device load by this share
-    (None: never). `placement_loads`: place by the loads of the pruned model, measured with the pruned experts masked, or
-    by the recorded ones.
+    (None: never). `placement_loads`: place by the loads of the pruned model, measured with the pruned experts masked,
+    or by the recorded ones.
     `max_runs`: restore experts until neighbouring layers form at most so many runs of equal count, since
     each is compiled by itself. The cut comes `cut_delay` steps after its plan was made, in which the
     smaller model's steps are compiled beside the training. `restore`: cut through the checkpoint or in device memory.
