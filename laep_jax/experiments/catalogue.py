@@ -23,6 +23,10 @@ class Experiment:
     title: str
     entries: tuple[Entry, ...]
 
+    def base(self, entry: Entry) -> Entry:
+        """The entry that this one is compared with."""
+        return next(other for other in self.entries if other.row == entry.base)
+
 
 COEFFICIENTS = ("0.1", "0.01", "0.001", "0.0001")
 DEEPSEEK, MIXTRAL = (1.707, 1.682, 1.664, 1.656), (1.706, 1.684, 1.663, 1.656)

@@ -26,7 +26,7 @@ def draw_losses(experiment: Experiment, table: Table) -> Figure:
             deviation = statistics.stdev(ours) if len(ours) > 1 else 0.0
             axes.errorbar(statistics.fmean(ours), place, xerr=deviation, fmt="o", color=BLUE, capsize=4)
             axes.plot(ours, [place] * len(ours), "|", color=BLUE, alpha=0.6)
-        base = next(other for other in experiment.entries if other.row == entry.base)
+        base = experiment.base(entry)
         if entry.loss and base.loss:
             axes.plot(entry.loss - base.loss, place, "D", color=ORANGE, fillstyle="none")
     axes.plot([], [], "o", color=BLUE, label="here: mean, standard deviation, each seed")

@@ -30,7 +30,7 @@ def losses_table(experiment: Experiment, table: Table) -> str:
 
 
 def _cells(entry: Entry, experiment: Experiment, table: Table) -> list[str]:
-    paper_base = next(other for other in experiment.entries if other.row == entry.base)
+    paper_base = experiment.base(entry)
     ours, base = table.get(entry.row, {}), table.get(entry.base, {})
     of_itself = entry.row == entry.base
     return [

@@ -120,6 +120,11 @@ class Plan:
         """Per layer, experts that stay."""
         return tuple(len(layer.kept) for layer in self.layers)
 
+    @property
+    def prunes(self) -> bool:
+        """Whether any expert goes."""
+        return any(layer.pruned for layer in self.layers)
+
     def to_json(self) -> str:
         """The plan as JSON text, a line a layer; `from_json` gives an equal plan back."""
         return plan_json.dump(dataclasses.asdict(self))
@@ -304,7 +309,7 @@ def compose(first: Plan, second: Plan) -> Plan:
         second.num_experts,
         f"does not follow a plan that keeps {first.num_experts_after}",
     )
-    rules = second if any(layer.pruned for layer in second.layers) else first
+    rules = second if second.prunes else first
     return dataclasses.replace(
         rules,
         num_experts=first.num_experts,

@@ -56,7 +56,7 @@ class Cut:
     @property
     def only_moves(self) -> bool:
         """Whether no expert goes."""
-        return not any(layer.pruned for layer in self.plan.layers)
+        return not self.plan.prunes
 
     def carry_out(
         self, state: TrainState | None, checkpoints: Checkpoints, step: int, pause: Pause

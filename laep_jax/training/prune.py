@@ -32,7 +32,7 @@ def decide(run: Run, step: int) -> None:
     run.pause = Pause()
     with run.pause.part("plan"):
         plan = _tried_plan(run, step) if prunes else None
-        if plan is None or not any(layer.pruned for layer in plan.layers):  # moving alone must be worth a pause
+        if plan is None or not plan.prunes:  # moving alone must be worth a pause
             plan = run.controller.rearrangement()
         _require_same_plan(step, plan)
         if plan is None:
