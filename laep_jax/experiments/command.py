@@ -17,6 +17,7 @@ from laep_jax.experiments.catalogue import EXPERIMENTS, Experiment
 from laep_jax.experiments.drawing import draw, filled
 from laep_jax.experiments.measured import measure
 from laep_jax.experiments.results import FILE, read_results
+from laep_jax.experiments.rows import load_row
 from laep_jax.experiments.runner import RunFailedError, Runner
 from laep_jax.experiments.tables import by_row
 from laep_jax.gin_config import parse_arguments
@@ -37,13 +38,13 @@ def main(argv: Sequence[str]) -> int:
         chosen = list(EXPERIMENTS)
     elif args.name in EXPERIMENTS:
         chosen = [args.name]
-        runner = Runner(args.out, args.scale, bindings)
         entries = [e for e in EXPERIMENTS[args.name].entries if args.only in (None, e.row)]
         if not entries:
             known = ", ".join(entry.row for entry in EXPERIMENTS[args.name].entries)
             raise UserError(f"--only={args.only!r} is no row of {args.name}; there are {known}")
+        rows = [load_row(entry.row, seed, args.scale, bindings) for seed in args.seeds for entry in entries]
         try:
-            runner.run([runner.load(entry.row, seed) for seed in args.seeds for entry in entries])
+            Runner(args.out).run(rows)
         except RunFailedError as error:
             print(error, file=sys.stderr)
             return error.code

@@ -26,9 +26,7 @@ TABLE5 = {  # TFLOPS a chip
 def text(name: str, table: Table) -> str:
     """The tables of an experiment."""
     experiment, measured = EXPERIMENTS[name], table.get(row_name(name), {})
-    if name == "phases":
-        return tables.phases_table(experiment, table)
-    parts = [tables.losses_table(experiment, table)]
+    parts = [tables.phases_table(experiment, table) if name == "phases" else tables.losses_table(experiment, table)]
     if name == "table4":
         parts.append(tables.speeds_table(experiment, table))
     if name == "table5":
@@ -39,6 +37,7 @@ def text(name: str, table: Table) -> str:
         title = "largest over mean device load at the end, by placement"
         parts.append(tables.measured_table(title, "device_load", measured, {}))
         parts.append(tables.domains_table(table, ("alpha_hybrid", "early", "late"), FEWEST_TARGETS))
+    parts.append(tables.provenance([r for entry in experiment.entries for r in table.get(entry.row, {}).values()]))
     return "\n".join(parts)
 
 

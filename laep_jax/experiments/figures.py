@@ -30,10 +30,12 @@ def draw_losses(experiment: Experiment, table: Table) -> Figure:
         if entry.loss and base.loss:
             axes.plot(entry.loss - base.loss, place, "D", color=ORANGE, fillstyle="none")
     axes.plot([], [], "o", color=BLUE, label="here: mean, standard deviation, each seed")
-    axes.plot([], [], "D", color=ORANGE, fillstyle="none", label="the paper")
+    if any(entry.loss for entry in entries):
+        axes.plot([], [], "D", color=ORANGE, fillstyle="none", label="the paper")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(entries)), [entry.label for entry in entries])
-    axes.invert_yaxis()
+    axes.set_ylim(len(entries) - 0.5, -0.5)
+    axes.margins(x=0.08)
     axes.set_xlabel("held-out loss, change against the base (nats)")
     figure.suptitle(experiment.title)
     figure.legend(loc="outside lower center", ncols=2)

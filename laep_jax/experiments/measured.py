@@ -9,7 +9,8 @@ from laep_jax.experiments.catalogue import Experiment
 from laep_jax.experiments.results import Result, append, read_results
 from laep_jax.experiments.tables import by_row
 
-MEASURES: dict[str, Callable[[dict[str, Result]], dict]] = {
+DEVICES = 8  # expert parallelism, as in base.gin
+MEASURES: dict[str, Callable[[dict[str, Result], int], dict]] = {
     "table5": throughput.measure,
     "open": placements.measure,
 }
@@ -32,4 +33,4 @@ def measure(name: str, experiment: Experiment, out: Path) -> None:
         digest = hashlib.sha256("".join(r["digest"] for r in results.values()).encode()).hexdigest()[:8]
         if seed not in done or done[seed]["digest"] != digest:
             print(f"{row_name(name)}, seed {seed}", flush=True)
-            append(out, {"row": row_name(name), "seed": seed, "digest": digest, **MEASURES[name](results)})
+            append(out, {"row": row_name(name), "seed": seed, "digest": digest, **MEASURES[name](results, DEVICES)})

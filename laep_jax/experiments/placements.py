@@ -12,7 +12,6 @@ from laep_jax.experiments.phases import windows
 from laep_jax.experiments.results import Result
 from laep_jax.laep.placement import METHODS, device_loads, place
 
-DEVICES = 8
 SOLVER = {"time_limit": 20.0, "mip_rel_gap": 1e-3}  # a layer
 
 
@@ -43,7 +42,7 @@ def optimal(loads_E: np.ndarray, num_groups: int) -> np.ndarray:
     return np.argsort(groups_E, kind="stable")
 
 
-def measure(results: dict[str, Result]) -> dict[str, dict[str, float]]:
+def measure(results: dict[str, Result], num_devices: int) -> dict[str, dict[str, float]]:
     """Largest over mean device load, the mean over the layers, by placement of what `alpha_hybrid` keeps."""
     result = results["alpha_hybrid"]
     before, after, last = (windows(result)[step] for step in sorted(windows(result)))
@@ -53,10 +52,10 @@ def measure(results: dict[str, Result]) -> dict[str, dict[str, float]]:
         placements = {"as before": np.arange(len(kept))}
         for name, loads_LE in (("old model", before), ("pruned model", after)):
             loads_E = loads_LE[layer][kept]
-            placements |= {f"{method}, {name}": place(loads_E, DEVICES, method) for method in METHODS}
-            placements[f"optimal, {name}"] = optimal(loads_E, DEVICES)
+            placements |= {f"{method}, {name}": place(loads_E, num_devices, method) for method in METHODS}
+            placements[f"optimal, {name}"] = optimal(loads_E, num_devices)
         placements["of the run"] = np.searchsorted(kept, order)
         for name, places in placements.items():
-            loads_G = device_loads(last[layer][kept], places, DEVICES)
+            loads_G = device_loads(last[layer][kept], places, num_devices)
             found.setdefault(name, []).append(float(loads_G.max() / loads_G.mean()))
     return {"device_load": {name: statistics.fmean(ratios) for name, ratios in found.items()}}

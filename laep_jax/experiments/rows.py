@@ -42,6 +42,10 @@ class Row:
     def prunes(self) -> bool:
         return self.config.laep.max_prunes > 0
 
+    def named(self, name: str) -> "Row":
+        """Another row, with this one's seed, scale and settings."""
+        return _load_row(name, self.gin_files[1:], self.bindings)
+
     def branches_from(self, other: "Row") -> bool:
         """Whether the other is this run without a cut."""
         same = dataclasses.replace(other.config, laep=self.config.laep) == self.config
@@ -55,26 +59,25 @@ def names() -> list[str]:
 
 def load_row(name: str, seed: int, scale: str = "", bindings: Sequence[str] = ()) -> Row:
     """A row. scale: a file of the folder `scales` that is read after the row's own; bindings: gin text, over both."""
-    return _load_row(name, seed, scale, tuple(bindings))
+    scales = (FOLDER / "scales" / f"{scale}.gin",) * bool(scale)
+    return _load_row(name, scales, (*bindings, f"TrainConfig.seed = {seed}"))
 
 
 @functools.cache
-def _load_row(name: str, seed: int, scale: str, bindings: tuple[str, ...]) -> Row:
-    files = [FOLDER / f"{name}.gin"] + [FOLDER / "scales" / f"{scale}.gin"] * bool(scale)
+def _load_row(name: str, scales: tuple[Path, ...], bindings: tuple[str, ...]) -> Row:
+    files = (FOLDER / f"{name}.gin", *scales)
     for file in files:
         if not file.is_file():
             known = ", ".join(path.stem for path in sorted(file.parent.glob("*.gin")))
             raise UserError(f"there is no {file.stem!r} in {file.parent}; there are {known}")
-    bindings = (*bindings, f"TrainConfig.seed = {seed}")
-    return Row(name, tuple(files), bindings, load_config([str(file) for file in files], bindings))
+    return Row(name, files, bindings, load_config([str(file) for file in files], bindings))
 
 
-def base_of(row: Row, scale: str = "", bindings: Sequence[str] = ()) -> Row | None:
+def base_of(row: Row) -> Row | None:
     """The row that this one branches from, None where it is trained from the first step on."""
-    others = (load_row(name, row.seed, scale, bindings) for name in names())
-    return next((other for other in others if row.branches_from(other)), None)
+    return next((other for other in map(row.named, names()) if row.branches_from(other)), None)
 
 
-def has_branches(row: Row, scale: str = "", bindings: Sequence[str] = ()) -> bool:
+def has_branches(row: Row) -> bool:
     """Whether there are rows that branch from this one."""
-    return any(base_of(load_row(name, row.seed, scale, bindings), scale, bindings) == row for name in names())
+    return any(base_of(other) == row for other in map(row.named, names()))

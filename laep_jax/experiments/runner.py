@@ -14,7 +14,7 @@ from laep_jax.data.command import train_tokenizer
 from laep_jax.errors import UserError
 from laep_jax.experiments.derived import DERIVED
 from laep_jax.experiments.results import Result, append, find, read_results, result_of
-from laep_jax.experiments.rows import Row, base_of, has_branches, load_row
+from laep_jax.experiments.rows import Row, base_of, has_branches
 
 COPIED = ("metrics.jsonl", "loads.npz")  # what a branch takes along beside its checkpoint
 
@@ -28,20 +28,11 @@ class RunFailedError(Exception):
 
 
 class Runner:
-    """Rows of one scale. out: results.jsonl lies there, the runs below `runs`. bindings: gin text for every row."""
+    """out: results.jsonl lies there, the runs below `runs`."""
 
-    def __init__(self, out: Path, scale: str = "", bindings: Sequence[str] = ()):
-        self._out, self._scale, self._bindings = out, scale, tuple(bindings)
+    def __init__(self, out: Path):
+        self._out = out
         self._steps, self._seconds = 0, 0.0  # trained since this began
-
-    def load(self, name: str, seed: int) -> Row:
-        return load_row(name, seed, self._scale, self._bindings)
-
-    def base(self, row: Row) -> Row | None:
-        """The run whose counts or checkpoint the row needs."""
-        if row.name in DERIVED and not row.prunes:
-            return self.load("base", row.seed)
-        return base_of(row, self._scale, self._bindings)
 
     def missing(self, rows: Sequence[Row]) -> list[Row]:
         """Those without a result, and before each the run it needs where that is not here, in the order to run them."""
@@ -49,7 +40,7 @@ class Runner:
         for row in rows:
             if find(results, row):
                 continue
-            base = self.base(row)
+            base = needed(row)
             if base and base not in ordered and not self._is_here(base, results):
                 ordered.append(base)
             if row not in ordered:
@@ -69,15 +60,17 @@ class Runner:
             print(f"row {index + 1} of {len(missing)}: {row.name}, seed {row.seed}{about}", flush=True)
             start = time.monotonic()
             append(self._out, self._run(row))
+            if not has_branches(row):
+                shutil.rmtree(self._run_dir(row) / "checkpoints")
             self._steps, self._seconds = self._steps + self._length(row), self._seconds + time.monotonic() - start
 
     def _length(self, row: Row) -> int:
         """Steps that a row takes of its own."""
-        branch = row.prunes and self.base(row)
+        branch = row.prunes and needed(row)
         return row.config.train.num_steps - (branch_step(row) if branch else 0)
 
     def _run(self, row: Row) -> Result:
-        base, run_dir = self.base(row), self._run_dir(row)
+        base, run_dir = needed(row), self._run_dir(row)
         _make_tokenizer(row)
         bindings = row.bindings
         if row.name in DERIVED:
@@ -88,12 +81,15 @@ class Runner:
         code = _train(row.gin_files, bindings, run_dir, self._out / "runs" / "compiled")
         if code:
             raise RunFailedError(row, code)
-        if not has_branches(row, self._scale, self._bindings):
-            shutil.rmtree(run_dir / "checkpoints")
         return result_of(row, run_dir)
 
     def _run_dir(self, row: Row) -> Path:
         return self._out / "runs" / f"{row.name}-{row.seed}-{row.digest}"
+
+
+def needed(row: Row) -> Row | None:
+    """The run whose counts or checkpoint the row needs."""
+    return row.named("base") if row.name in DERIVED and not row.prunes else base_of(row)
 
 
 def branch_step(row: Row) -> int:

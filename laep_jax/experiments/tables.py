@@ -126,6 +126,14 @@ def domains_table(table: Table, rows: Sequence[str], fewest: int) -> str:
     return markdown(("domain", "targets", *rows), cells)
 
 
+def provenance(results: Sequence[Result]) -> str:
+    """When and on what they were run."""
+    dates = sorted({result["date"] for result in results})
+    form = "{cores} cores ({device}), Python {python}, JAX {jax}"
+    machines = sorted({form.format(**result["machine"]) for result in results})
+    return f"Run on {'; '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.\n" if results else ""
+
+
 def changes(ours: BySeed, base: BySeed) -> list[float]:
     """Differences of the held-out loss, by seed that both have."""
     return [ours[seed]["heldout_loss"] - base[seed]["heldout_loss"] for seed in sorted(ours.keys() & base.keys())]

@@ -13,6 +13,7 @@ from laep_jax.errors import UserError
 from laep_jax.experiments import runner
 from laep_jax.experiments.command import main
 from laep_jax.experiments.results import append, find, read_results
+from laep_jax.experiments.rows import load_row
 from laep_jax.experiments.runner import RunFailedError, Runner, branch_step
 from laep_jax.files import read_records
 from laep_jax.gin_config import load_config
@@ -108,7 +109,7 @@ def test_what_is_derived_is_as_large_as_laeps_model(baselines):
 
 def test_a_branch_is_the_run_itself(baselines, bindings, tmp_path):
     """Trained from the first step on, a row ends exactly as it does from its base's checkpoint."""
-    row = Runner(baselines, bindings=bindings).load("alpha_hybrid", 1)
+    row = load_row("alpha_hybrid", 1, bindings=bindings)
     train(row.config, tmp_path)
     [branched] = [r for r in read_results(baselines) if r["row"] == "alpha_hybrid"]
     assert branch_step(row) == 10
@@ -119,24 +120,22 @@ def test_a_branch_is_the_run_itself(baselines, bindings, tmp_path):
 
 
 def test_other_settings_are_another_row(baselines, bindings):
-    other = Runner(baselines, bindings=[*bindings, "OptimizerConfig.learning_rate = 1e-4"])
-    assert [row.name for row in other.missing([other.load("alpha_hybrid", 1)])] == ["base", "alpha_hybrid"]
+    row = load_row("alpha_hybrid", 1, bindings=[*bindings, "OptimizerConfig.learning_rate = 1e-4"])
+    assert [row.name for row in Runner(baselines).missing([row])] == ["base", "alpha_hybrid"]
 
 
 def test_a_base_whose_run_is_elsewhere_is_run_again(baselines, bindings, tmp_path):
     (tmp_path / "results.jsonl").write_bytes((baselines / "results.jsonl").read_bytes())
-    rows = Runner(tmp_path, bindings=bindings)
-    assert rows.missing([rows.load("alpha_hybrid", 1)]) == []
-    assert [row.name for row in rows.missing([rows.load("alpha_0.2", 1)])] == ["base", "alpha_0.2"]
-    here = Runner(baselines, bindings=bindings)
-    assert [row.name for row in here.missing([here.load("alpha_0.2", 1)])] == ["alpha_0.2"]
+    kept, new = (load_row(name, 1, bindings=bindings) for name in ("alpha_hybrid", "alpha_0.2"))
+    assert Runner(tmp_path).missing([kept]) == []
+    assert [row.name for row in Runner(tmp_path).missing([new])] == ["base", "alpha_0.2"]
+    assert [row.name for row in Runner(baselines).missing([new])] == ["alpha_0.2"]
 
 
 def test_what_a_run_leaves_behind_is_shown_when_it_fails(bindings, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_train", lambda *_: 9)
-    rows = Runner(tmp_path, bindings=bindings)
     with pytest.raises(RunFailedError, match="row base, seed 0: its run ended with code 9"):
-        rows.run([rows.load("base", 0)])
+        Runner(tmp_path).run([load_row("base", 0, bindings=bindings)])
     assert read_results(tmp_path) == []
 
 
@@ -170,7 +169,7 @@ def test_results_that_do_not_read(tmp_path):
 
 
 def test_a_stale_result_does_not_count(bindings, tmp_path):
-    row = Runner(tmp_path, bindings=bindings).load("base", 0)
+    row = load_row("base", 0, bindings=bindings)
     append(tmp_path, {"row": "base", "seed": 0, "digest": "00000000"})
     assert find(read_results(tmp_path), row) is None
 

@@ -27,6 +27,8 @@ def result(row: str, seed: int, loss: float, **fields) -> dict:
         "row": row,
         "seed": seed,
         "digest": f"{row}{seed}",
+        "date": f"2026-11-2{seed}",
+        "machine": {"device": "x86", "cores": 2, "python": "3.11", "jax": "0.10"},
         "parameters": 2_000_000,
         "num_experts": [16, 16],
         "heldout_loss": loss,
@@ -64,6 +66,11 @@ def test_the_last_result_of_a_row_counts():
     lines = text("table5", by_row([result("base", 0, 4.0), result("base", 0, 3.0)]))
     assert "| 3.0000 |" in lines
     assert "4.0000" not in lines
+
+
+def test_when_and_on_what_rows_were_run():
+    shown = text("table5", by_row([result("base", 0, 4.0), result("alpha_hybrid", 2, 4.0), result("late", 5, 4.0)]))
+    assert shown.endswith("\nRun on 2 cores (x86), Python 3.11, JAX 0.10; 2026-11-20 to 2026-11-22.\n")
 
 
 def test_domains_that_are_too_small_to_tell_are_left_out():
@@ -104,27 +111,25 @@ def test_the_optimal_placement_is_no_worse_than_any():
     assert max(device_loads(loads_E, order, 2)) == best >= lower_bound(loads_E, 2)
 
 
-def test_placements_are_judged_by_the_last_window(monkeypatch):
-    monkeypatch.setattr(placements, "DEVICES", 2)
+def test_placements_are_judged_by_the_last_window():
     even, skewed = [[4, 4, 4, 4]], [[8, 8, 1, 1]]
     run = result("alpha_hybrid", 0, 4.0, order=[[0, 2, 1, 3]], loads={"10": even, "20": skewed, "30": skewed})
-    found = placements.measure({"alpha_hybrid": run})["device_load"]
+    found = placements.measure({"alpha_hybrid": run}, 2)["device_load"]
     assert found["as before"] == pytest.approx(16 / 9)
     assert found["greedy, pruned model"] == found["optimal, pruned model"] == found["of the run"] == 1.0
 
 
 def test_rows_of_the_devices_by_recorded_loads(monkeypatch):
-    monkeypatch.setattr(throughput, "DEVICES", 2)
     monkeypatch.setattr(throughput, "ROWS", 1000)
     run = result("alpha_hybrid", 0, 4.0, order=[[3, 0], [0, 1, 2, 3]], loads={"10": [[3, 0, 0, 1], [1, 1, 1, 1]]})
-    rows_LGS = throughput.device_rows(run, run["order"])
+    rows_LGS = throughput.device_rows(run, run["order"], 2)
     assert rows_LGS.tolist() == [[[250, 0], [750, 0]], [[250, 250], [250, 250]]]
 
 
 def test_what_is_measured_is_measured_once_for_each_seed_that_is_complete(tmp_path, monkeypatch):
     called = []
     monkeypatch.setitem(
-        measured.MEASURES, "table5", lambda results: called.append(sorted(results)) or {"throughput": {}}
+        measured.MEASURES, "table5", lambda results, _: called.append(sorted(results)) or {"throughput": {}}
     )
     rows = [entry.row for entry in EXPERIMENTS["table5"].entries]
     for seed, names in ((0, rows), (1, rows[:2])):
