@@ -24,9 +24,12 @@ def by_row(results: Iterable[Result]) -> Table:
 
 
 def losses_table(experiment: Experiment, table: Table) -> str:
-    """Parameters and held-out losses of an experiment's rows."""
+    """Parameters and held-out losses of an experiment's rows; of the paper's what it has."""
     head = ("", "paper: parameters", "paper: loss", "change", "parameters", "experts kept", "loss", "change", "seeds")
-    return markdown(head, [_cells(entry, experiment, table) for entry in experiment.entries])
+    rows = [_cells(entry, experiment, table) for entry in experiment.entries]
+    empty = [column for column in (1, 2, 3) if all(row[column] == MISSING for row in rows)]
+    shown = [column for column in range(len(head)) if column not in empty]
+    return markdown([head[column] for column in shown], [[row[column] for column in shown] for row in rows])
 
 
 def _cells(entry: Entry, experiment: Experiment, table: Table) -> list[str]:
