@@ -17,10 +17,11 @@ TABLE5 = {  # TFLOPS a chip
     "base": PAPER["base"],
     "mixtral_0.01": 80.36,
     "deepseek_0.01": 80.82,
-    "alpha_hybrid": PAPER["rearranged"],
-    NOT_REARRANGED: PAPER["pruned"],
     "uniform_48_deepseek_0.01": PAPER["uniform"],
+    NOT_REARRANGED: PAPER["pruned"],
+    "alpha_hybrid": PAPER["rearranged"],
 }
+PAPER_THROUGHPUT = {row: tflops / TABLE5["base"] for row, tflops in TABLE5.items()}
 
 
 def text(name: str, table: Table) -> str:
@@ -30,15 +31,18 @@ def text(name: str, table: Table) -> str:
     if name == "table4":
         parts.append(tables.speeds_table(experiment, table))
     if name == "table5":
-        paper = {row: tflops / TABLE5["base"] for row, tflops in TABLE5.items()}
-        parts.append(tables.measured_table("throughput over base, EP 8", "throughput", measured, paper))
-        parts.append(tables.measured_table("largest over mean device load", "device_load", measured, {}))
+        columns = {"throughput": "throughput over base, EP 8", "device_load": "largest over mean device load"}
+        parts.append(tables.measured_table(columns, measured, _labels(name), PAPER_THROUGHPUT))
     if name == "open":
-        title = "largest over mean device load at the end, by placement"
-        parts.append(tables.measured_table(title, "device_load", measured, {}))
+        columns = {"device_load": "largest over mean device load at the end, by placement"}
+        parts.append(tables.measured_table(columns, measured, {}, {}))
         parts.append(tables.domains_table(table, ("alpha_hybrid", "early", "late"), FEWEST_TARGETS))
     parts.append(tables.provenance([r for entry in experiment.entries for r in table.get(entry.row, {}).values()]))
     return "\n".join(parts)
+
+
+def _labels(name: str) -> dict[str, str]:
+    return {entry.row: entry.label for entry in EXPERIMENTS[name].entries} | {NOT_REARRANGED: "LAEP, not rearranged"}
 
 
 def figures_of(name: str, table: Table) -> dict[str, Figure]:
@@ -46,6 +50,9 @@ def figures_of(name: str, table: Table) -> dict[str, Figure]:
     if name == "phases":
         return {"phases.png": figures.draw_phases(EXPERIMENTS[name], table)}
     drawn = {f"{name}.png": figures.draw_losses(EXPERIMENTS[name], table)}
+    if name == "table5":
+        measured = table.get(row_name(name), {})
+        drawn["table5_throughput.png"] = figures.draw_throughput(measured, _labels(name), PAPER_THROUGHPUT)
     if name == "table1":
         rows = [(entry.row, entry.label) for entry in TABLE1[:9]]
         drawn["table1_loads.png"] = figures.draw_distributions(rows, table)

@@ -4,7 +4,7 @@ Letters: W windows, L layers, E experts.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -38,6 +38,26 @@ def draw_losses(experiment: Experiment, table: Table) -> Figure:
     axes.margins(x=0.08)
     axes.set_xlabel("held-out loss, change against the base (nats)")
     figure.suptitle(experiment.title)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_throughput(measured: BySeed, labels: Mapping[str, str], paper: Mapping[str, float]) -> Figure:
+    """Table 5: throughput over the base's, ours by replaying the loads of the runs, and the paper's of whole steps."""
+    figure = Figure(figsize=(8.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for place, name in enumerate(paper):
+        ours = [result["throughput"][name] for result in measured.values()]
+        if ours:
+            deviation = statistics.stdev(ours) if len(ours) > 1 else 0.0
+            axes.barh(place - 0.2, statistics.fmean(ours), 0.36, xerr=deviation, color=BLUE, capsize=4)
+        axes.barh(place + 0.2, paper[name], 0.36, color=ORANGE)
+    axes.barh(0, 0, color=BLUE, label="here: experts alone, mean and standard deviation")
+    axes.barh(0, 0, color=ORANGE, label="the paper: whole steps")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(paper)), [labels.get(name, name) for name in paper])
+    axes.set(ylim=(len(paper) - 0.5, -0.5), xlabel="throughput over that of the base")
+    figure.suptitle("Throughput at expert parallelism 8 (Table 5)")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 

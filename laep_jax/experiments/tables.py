@@ -102,14 +102,21 @@ def speeds_table(experiment: Experiment, table: Table) -> str:
     return markdown(("", "tokens/s", "GFLOP/s", "tokens/s over base"), rows)
 
 
-def measured_table(title: str, field: str, measured: BySeed, paper: Mapping[str, float]) -> str:
-    """A number by name, of every seed that it was measured for. paper: the same by name, as far as it has them."""
-    names = list(next(iter(measured.values()))[field]) if measured else []
-    head, values = ("", title), {name: spread([r[field][name] for r in measured.values()], ".3f") for name in names}
-    if not paper:
-        return markdown(head, [(name, value) for name, value in values.items()])
-    rows = [(name, f"{paper[name]:.3f}" if name in paper else MISSING, value) for name, value in values.items()]
-    return markdown(("", "paper", title), rows)
+def measured_table(
+    columns: Mapping[str, str], measured: BySeed, labels: Mapping[str, str], paper: Mapping[str, float]
+) -> str:
+    """What was measured of rows or placements, over the seeds it was measured for.
+
+    columns: titles by field; labels: by name, as far as it has another; paper: numbers by name, of the first column.
+    """
+    names = list(next(iter(measured.values()))[next(iter(columns))]) if measured else []
+    head = ["", *(["paper"] if paper else []), *columns.values()]
+    rows = []
+    for name in names:
+        theirs = [f"{paper[name]:.3f}" if name in paper else MISSING] if paper else []
+        ours = [spread([r[field][name] for r in measured.values()], ".3f") for field in columns]
+        rows.append([labels.get(name, name), *theirs, *ours])
+    return markdown(head, rows)
 
 
 def domains_table(table: Table, rows: Sequence[str], fewest: int) -> str:
