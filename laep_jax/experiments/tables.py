@@ -88,18 +88,22 @@ def _steps(steps: Sequence[int | None]) -> str:
     return ", ".join("never" if step is None else str(step) for step in steps) or MISSING
 
 
-def speeds_table(experiment: Experiment, table: Table) -> str:
-    """Tokens and GFLOP a second of whole steps, and the change against the base, by row."""
+def speeds_table(experiment: Experiment, table: Table, num_devices: int, paper: Mapping[str, float]) -> str:
+    """Speed of whole steps, and what it is of the base's. paper: its TFLOPS a device by row."""
     rows = []
     for entry in experiment.entries:
         ours, base = table.get(entry.row, {}), table.get(entry.base, {})
         both = sorted(ours.keys() & base.keys())
         ratios = [ours[seed]["tokens_per_second"] / base[seed]["tokens_per_second"] for seed in both]
         speeds = (
-            spread([r[field] for r in ours.values()], ".0f") for field in ("tokens_per_second", "gflops_per_second")
+            f"{paper[entry.row]:.2f}",
+            f"{paper[entry.row] / paper[entry.base]:.2f}",
+            spread([r["gflops_per_second"] / num_devices for r in ours.values()], ".2f"),
+            spread([r["tokens_per_second"] for r in ours.values()], ".0f"),
         )
-        rows.append([entry.label, *speeds, spread(ratios, ".2f") if entry.row != entry.base else MISSING])
-    return markdown(("", "tokens/s", "GFLOP/s", "tokens/s over base"), rows)
+        rows.append([entry.label, *speeds, spread(ratios, ".2f")])
+    head = ("", "paper: TFLOPS a device", "over base", "GFLOP/s a device", "tokens/s, all", "over base")
+    return markdown(head, rows)
 
 
 def measured_table(
