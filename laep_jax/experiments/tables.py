@@ -51,16 +51,9 @@ def _cells(entry: Entry, experiment: Experiment, table: Table) -> list[str]:
 
 def phases_table(experiment: Experiment, table: Table) -> str:
     """When the stability test fires, and how much the loads, and the set to prune, still change before and after."""
-    head = (
-        "",
-        "test fires at step",
-        "by ranks alone",
-        "rank correlation at 100",
-        "at 250",
-        "at the end",
-        "overlap with the last set at 100",
-    )
-    head = (*head, "at 250", "largest load at 100", "at the end", "seeds")
+    head = ("", "test fires at step", "by ranks alone", "rank correlation at 100", "at 250", "at the end")
+    head = (*head, "overlap with the last set at 100", "at 250", "when the test fires")
+    head = (*head, "largest load at 100", "at the end", "seeds")
     return markdown(head, [_phases_cells(entry, table.get(entry.row, {})) for entry in experiment.entries])
 
 
@@ -77,6 +70,7 @@ def _phases_cells(entry: Entry, by_seed: BySeed) -> list[str]:
         *(spread([by_step[step] for by_step in correlations], ".2f") for step in (100, 250)),
         spread([by_step[max(by_step)] for by_step in correlations], ".2f"),
         *(spread([by_step[step] for by_step in overlaps], ".2f") for step in (100, 250)),
+        spread([by_step[step] for by_step, step in zip(overlaps, fires, strict=True) if step], ".2f"),
         spread([by_step[100] for by_step in largest], ".1f"),
         spread([by_step[max(by_step)] for by_step in largest], ".1f"),
         str(len(results)),

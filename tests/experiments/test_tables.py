@@ -100,6 +100,15 @@ def test_stable_ranks_and_overlaps():
     assert overlaps_with_last(run)[100] < 1.0
 
 
+def test_the_set_chosen_when_the_test_fires_is_compared_with_the_last():
+    early, late = [[*range(20, 0, -1)]], [[*range(1, 21)]]
+    run = result("base", 0, 4.0, stable=[250, 500], loads={"50": early, "100": early, "250": late, "500": late})
+    [line] = [line for line in text("phases", by_row([run])).splitlines() if line.startswith("| 64 experts, BPE |")]
+    cells = line.strip("| ").split(" | ")
+    assert cells[1] == "250"
+    assert cells[6:9] == ["0.00", "1.00", "1.00"]
+
+
 def test_the_optimal_placement_is_no_worse_than_any():
     loads_E = np.array([31, 17, 11, 7, 5, 3, 2, 1])
     best = min(
