@@ -79,7 +79,7 @@ OPEN = (
     Entry("alpha_hybrid", "LAEP at step 260"),
     Entry("early", "early: at step 60"),
     Entry("late", "late: at step 410"),
-    Entry("rounds", "in up to three rounds from step 110 on"),
+    Entry("rounds", "at step 110, and twice more if it can"),
     Entry("moments_reset", "Adam's moments begin anew"),
 )
 PHASES = (
