@@ -15,7 +15,9 @@ from laep_jax.errors import UserError
 from laep_jax.experiments.derived import DERIVED
 from laep_jax.experiments.results import Result, append, find, read_results, result_of
 from laep_jax.experiments.rows import Row, base_of, has_branches
+from laep_jax.launch import FINAL
 
+RESTARTS = 3  # of a row after a crash
 COPIED = ("metrics.jsonl", "loads.npz")  # what a branch takes along beside its checkpoint
 
 
@@ -78,9 +80,13 @@ class Runner:
             bindings = (*bindings, DERIVED[row.name](row, self._run_dir(base), run_dir.with_suffix(".made")))
         if base and row.prunes and not run_dir.exists():
             branch(self._run_dir(base), run_dir, branch_step(row))
-        code = _train(row.gin_files, bindings, run_dir, self._out / "runs" / "compiled")
-        if code:
-            raise RunFailedError(row, code)
+        for restarts_left in reversed(range(RESTARTS + 1)):
+            code = _train(row.gin_files, bindings, run_dir, self._out / "runs" / "compiled")
+            if code == 0:
+                break
+            if code in FINAL or not restarts_left:
+                raise RunFailedError(row, code)
+            print(f"row {row.name}, seed {row.seed}: code {code}; restarts left: {restarts_left}", flush=True)
         return result_of(row, run_dir)
 
     def _run_dir(self, row: Row) -> Path:

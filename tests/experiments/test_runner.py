@@ -132,10 +132,13 @@ def test_a_base_whose_run_is_elsewhere_is_run_again(baselines, bindings, tmp_pat
     assert [row.name for row in Runner(baselines).missing([new])] == ["alpha_0.2"]
 
 
-def test_what_a_run_leaves_behind_is_shown_when_it_fails(bindings, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "_train", lambda *_: 9)
-    with pytest.raises(RunFailedError, match="row base, seed 0: its run ended with code 9"):
+@pytest.mark.parametrize(("code", "times"), [(9, 1 + runner.RESTARTS), (2, 1), (75, 1)])
+def test_a_row_that_crashes_is_started_again_a_few_times(bindings, tmp_path, monkeypatch, code, times):
+    runs = []
+    monkeypatch.setattr(runner, "_train", lambda *_: runs.append(1) or code)
+    with pytest.raises(RunFailedError, match=f"row base, seed 0: its run ended with code {code}"):
         Runner(tmp_path).run([load_row("base", 0, bindings=bindings)])
+    assert len(runs) == times
     assert read_results(tmp_path) == []
 
 
