@@ -25,8 +25,8 @@ def make_cpu_devices(number: int, *, processes: int = 1) -> None:
     """Gives this process `number` devices on a machine without accelerators; before JAX's first computation.
 
     XLA's emulated devices share a pool of as many threads as there are devices or cores, and a
-    collective blocks its thread. The devices do not agree on the order of a collective inside a loop and
-    one beside it, so that with one thread a device all of them can come to wait for each other. One device of
+    collective blocks its thread: with one thread a device all of them can come to wait for each other. (More threads do
+    not help where a collective lies free beside a loop with others; `transformer._after` sees to that.) One device of
     one process (of `processes` in the run) waits for nobody and keeps XLA's own number of threads.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

@@ -18,7 +18,7 @@ from laep_jax.model.attention import Attention
 from laep_jax.model.dispatch import DISPATCH_NAMES
 from laep_jax.model.layers import RMSNorm, rms_norm
 from laep_jax.model.moe import MoE, MoEAux
-from laep_jax.sharding import batch_sharding
+from laep_jax.sharding import batch_sharding, platform
 
 LOGITS_AT_ONCE = 2**27  # of one row: half a gigabyte in float32
 
@@ -123,6 +123,14 @@ def cross_entropy(
     return jnp.swapaxes(jax.lax.map(part, (x_NBSD, targets_NBS)), 0, 1).reshape(rows, length)
 
 
+def _after(x: jax.Array, *numbers: jax.Array | float) -> jax.Array:
+    """x itself, which now needs these finite numbers, so that the collectives they come from are done before.
+
+    Of a loop and a collective beside it emulated devices begin either first, and hang where they differ in it.
+    """
+    return x + sum(0 * jax.lax.stop_gradient(jnp.asarray(number, x.dtype)) for number in numbers)
+
+
 def token_losses(
     params: dict,
     router_bias: dict,
@@ -130,6 +138,7 @@ def token_losses(
     config: ModelConfig,
     aux_losses: AuxLossConfig,
     mesh: Mesh,
+    summed: jax.Array | float = 0.0,
 ) -> tuple[jax.Array, list[MoEAux]]:
     """Cross-entropy of every target, in nats.
 
@@ -137,6 +146,7 @@ def token_losses(
       params, router_bias: as `init_params` and `TrainState.router_bias`.
       batch: int32 arrays [B, S]: tokens_BS, targets_BS (-1: none), segments_BS (0: padding),
         positions_BS.
+      summed: a finite number that was summed over the devices for the caller; the layers wait for it on CPU.
 
     Returns:
       loss_BS float32 [B, S], zero where there is no target, and each run's `MoEAux`, stacked over
@@ -145,12 +155,15 @@ def token_losses(
     dtype = jnp.dtype(config.dtype)
     table_VD = _gathered(params["embedding_VD"], dtype, mesh)
     x_BSD = jax.lax.with_sharding_constraint(table_VD[batch["tokens_BS"]], batch_sharding(mesh))
+    unembedding_DV = _gathered(params["unembedding_DV"], dtype, mesh)
+    scale_D = _gathered(params["final_norm"]["scale_D"], dtype, mesh)
+    if platform(mesh) == "cpu":
+        x_BSD = _after(x_BSD, summed, unembedding_DV[0, 0], scale_D[0])
     run_aux = []
     for (_, experts), run, bias in zip(config.runs, params["runs"], router_bias["runs"], strict=True):
         graph = _block_graph(config, experts, aux_losses)
         x_BSD, aux = _run_layers(x_BSD, run, bias["bias_E"], batch, config, graph, mesh)
         run_aux.append(aux)
     with jax.named_scope("head"):
-        x_BSD = rms_norm(x_BSD, params["final_norm"]["scale_D"], config.norm_eps)
-        unembedding_DV = _gathered(params["unembedding_DV"], dtype, mesh)
+        x_BSD = rms_norm(x_BSD, scale_D, config.norm_eps)
         return cross_entropy(x_BSD, unembedding_DV, batch["targets_BS"]), run_aux

@@ -43,7 +43,7 @@ def _micro_batches(batch: Batch, number: int) -> Batch:
 
 def _loss(params: dict, router_bias: dict, batch: Batch, num_targets: jax.Array, config: Config, mesh: Mesh):
     """One micro-batch's share of the step's loss, and what is reported of it."""
-    loss_BS, run_aux = token_losses(params, router_bias, batch, config.model, config.aux_loss, mesh)
+    loss_BS, run_aux = token_losses(params, router_bias, batch, config.model, config.aux_loss, mesh, num_targets)
     cross_entropy = jnp.sum(loss_BS) / num_targets
     names = run_aux[0].losses
     share = 1 / config.train.grad_accumulation
@@ -120,10 +120,12 @@ def make_eval_step(config: Config, mesh: Mesh, num_domains: int):
     """
 
     def eval_step(params: dict, router_bias: dict, batch: Batch):
-        loss_BS, run_aux = token_losses(params, router_bias, batch, config.model, config.aux_loss, mesh)
         belongs_BSM = jax.nn.one_hot(batch["domains_BS"], num_domains, dtype=bool)
-        loss_M = jnp.sum(jnp.where(belongs_BSM, loss_BS[..., None], 0), axis=(0, 1))  # a scatter has no fixed order
         targets_M = jnp.sum(belongs_BSM & (batch["targets_BS"] >= 0)[..., None], axis=(0, 1))
+        loss_BS, run_aux = token_losses(
+            params, router_bias, batch, config.model, config.aux_loss, mesh, summed=targets_M[0]
+        )
+        loss_M = jnp.sum(jnp.where(belongs_BSM, loss_BS[..., None], 0), axis=(0, 1))  # a scatter has no fixed order
         return loss_M, targets_M, [part.tokens_per_expert_E for part in run_aux]
 
     return jax.jit(eval_step, out_shardings=whole(mesh))
