@@ -23,8 +23,8 @@ def draw_losses(experiment: Experiment, table: Table) -> Figure:
     for place, entry in enumerate(entries):
         ours = changes(table.get(entry.row, {}), table.get(entry.base, {}))
         if ours:
-            deviation = statistics.stdev(ours) if len(ours) > 1 else 0.0
-            axes.errorbar(statistics.fmean(ours), place, xerr=deviation, fmt="o", color=BLUE, capsize=4)
+            mean, deviation = _mean_and_deviation(ours)
+            axes.errorbar(mean, place, xerr=deviation, fmt="o", color=BLUE, capsize=4)
             axes.plot(ours, [place] * len(ours), "|", color=BLUE, alpha=0.6)
         base = experiment.base(entry)
         if entry.loss and base.loss:
@@ -42,6 +42,11 @@ def draw_losses(experiment: Experiment, table: Table) -> Figure:
     return figure
 
 
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Over the seeds; of one seed no deviation."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def draw_throughput(measured: BySeed, labels: Mapping[str, str], paper: Mapping[str, float]) -> Figure:
     """Table 5: throughput over the base's, ours by replaying the loads of the runs, and the paper's of whole steps."""
     figure = Figure(figsize=(8.5, 3.6), layout="constrained")
@@ -49,13 +54,13 @@ def draw_throughput(measured: BySeed, labels: Mapping[str, str], paper: Mapping[
     for place, name in enumerate(paper):
         ours = [result["throughput"][name] for result in measured.values()]
         if ours:
-            deviation = statistics.stdev(ours) if len(ours) > 1 else 0.0
-            axes.barh(place - 0.2, statistics.fmean(ours), 0.36, xerr=deviation, color=BLUE, capsize=4)
+            mean, deviation = _mean_and_deviation(ours)
+            axes.barh(place - 0.2, mean, 0.36, xerr=deviation, color=BLUE, capsize=4)
         axes.barh(place + 0.2, paper[name], 0.36, color=ORANGE)
     axes.barh(0, 0, color=BLUE, label="here: experts alone, mean and standard deviation")
     axes.barh(0, 0, color=ORANGE, label="the paper: whole steps")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(paper)), [labels.get(name, name) for name in paper])
+    axes.set_yticks(range(len(paper)), [labels[name] for name in paper])
     axes.set(ylim=(len(paper) - 0.5, -0.5), xlabel="throughput over that of the base")
     figure.suptitle("Throughput at expert parallelism 8 (Table 5)")
     figure.legend(loc="outside lower center", ncols=2)

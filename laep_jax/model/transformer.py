@@ -155,8 +155,9 @@ def token_losses(
     dtype = jnp.dtype(config.dtype)
     table_VD = _gathered(params["embedding_VD"], dtype, mesh)
     x_BSD = jax.lax.with_sharding_constraint(table_VD[batch["tokens_BS"]], batch_sharding(mesh))
-    unembedding_DV = _gathered(params["unembedding_DV"], dtype, mesh)
-    scale_D = _gathered(params["final_norm"]["scale_D"], dtype, mesh)
+    with jax.named_scope("head"):
+        unembedding_DV = _gathered(params["unembedding_DV"], dtype, mesh)
+        scale_D = _gathered(params["final_norm"]["scale_D"], dtype, mesh)
     if platform(mesh) == "cpu":
         x_BSD = _after(x_BSD, summed, unembedding_DV[0, 0], scale_D[0])
     run_aux = []
