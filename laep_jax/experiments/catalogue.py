@@ -69,6 +69,7 @@ TABLE5 = (
 )
 BASELINES = (
     Entry("base", "base"),
+    Entry("other_order", "base, added up in another order"),
     Entry("alpha_hybrid", "LAEP (α hybrid, β = 0.1)"),
     Entry("random", "as many of each layer, at random"),
     Entry("frequency", "as many, the least used, equally many in each layer"),

@@ -70,7 +70,7 @@ def baselines(bindings, tmp_path_factory) -> Path:
 
 def test_each_row_is_run_once_and_its_result_kept(baselines, bindings, capsys, monkeypatch):
     results = {result["row"]: result for result in read_results(baselines)}
-    assert list(results) == ["base", "alpha_hybrid", "random", "frequency", "from_start"]
+    assert list(results) == ["base", "other_order", "alpha_hybrid", "random", "frequency", "from_start"]
     laep, base = results["alpha_hybrid"], results["base"]
     assert laep["cuts"] == [12]
     kept = {path.parent.name.split("-")[0] for path in baselines.glob("runs/*/checkpoints")}
