@@ -36,6 +36,7 @@ def draw_losses(experiment: Experiment, table: Table) -> Figure:
     axes.set_yticks(range(len(entries)), [entry.label for entry in entries])
     axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.margins(x=0.08)
+    axes.locator_params(axis="x", nbins=7)
     axes.set_xlabel("held-out loss, change against the base (nats)")
     figure.suptitle(experiment.title)
     figure.legend(loc="outside lower center", ncols=2)
