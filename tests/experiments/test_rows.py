@@ -37,7 +37,7 @@ def test_rows_of_a_table_differ_in_nothing_but_what_they_are_about():
         config = load_row(name, 0).config
         assert dataclasses.replace(config.train, checkpoint_every=50) == base.train, name
         assert config.optimizer == base.optimizer, name
-        assert (config.mesh == base.mesh) == (name != "other_order")
+        assert (config.mesh == base.mesh) == (name != "other_order"), name
 
 
 def test_the_base_of_a_row():
