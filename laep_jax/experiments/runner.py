@@ -16,6 +16,7 @@ from laep_jax.experiments.derived import DERIVED
 from laep_jax.experiments.results import Result, append, find, read_results, result_of
 from laep_jax.experiments.rows import Row, base_of, has_branches
 from laep_jax.launch import FINAL
+from laep_jax.sharding import HUGE_PAGES
 
 RESTARTS = 3  # of a row after a crash
 COPIED = ("metrics.jsonl", "loads.npz")  # what a branch takes along beside its checkpoint
@@ -134,7 +135,7 @@ def _train(gin_files: Sequence[Path], bindings: Sequence[str], run_dir: Path, co
     settings = [f"--gin.{name.strip()}={value.strip()}" for name, value in (b.split("=", 1) for b in bindings)]
     files = [f"--gin_file={file}" for file in gin_files]
     command = [sys.executable, "-m", "laep_jax", "train", *files, *settings, f"--workdir={run_dir}"]
-    variables = {"JAX_COMPILATION_CACHE_DIR": str(compiled.absolute()), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    variables = {"JAX_COMPILATION_CACHE_DIR": str(compiled.absolute())} | HUGE_PAGES
     with _passing_signals_on() as children:
         children.append(subprocess.Popen(command, env=variables | os.environ))
         code = children[0].wait()

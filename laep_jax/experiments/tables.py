@@ -36,12 +36,14 @@ def _cells(entry: Entry, experiment: Experiment, table: Table) -> list[str]:
     paper_base = experiment.base(entry)
     ours, base = table.get(entry.row, {}), table.get(entry.base, {})
     of_itself = entry.row == entry.base
+    in_paper = [(entry.parameters, paper_base.parameters)] if entry.parameters and paper_base.parameters else []
+    parameters = [(mine["parameters"] / 1e6, theirs["parameters"] / 1e6) for mine, theirs in _pairs(ours, base)]
     return [
         entry.label,
-        _share(entry.parameters, paper_base.parameters, of_itself, " B"),
+        _share(in_paper, of_itself, " B"),
         f"{entry.loss:.3f}" if entry.loss else MISSING,
         f"{entry.loss - paper_base.loss:+.3f}" if entry.loss and paper_base.loss and not of_itself else MISSING,
-        _share(_mean(ours, "parameters", 1e-6), _mean(base, "parameters", 1e-6), of_itself, " M"),
+        _share(parameters, of_itself, " M"),
         f"{statistics.fmean(sum(r['num_experts']) for r in ours.values()):.0f}" if ours else MISSING,
         spread([r["heldout_loss"] for r in ours.values()], ".4f"),
         spread(changes(ours, base), "+.4f") if not of_itself else MISSING,
@@ -87,8 +89,7 @@ def speeds_table(experiment: Experiment, table: Table, num_devices: int, paper: 
     rows = []
     for entry in experiment.entries:
         ours, base = table.get(entry.row, {}), table.get(entry.base, {})
-        both = sorted(ours.keys() & base.keys())
-        ratios = [ours[seed]["tokens_per_second"] / base[seed]["tokens_per_second"] for seed in both]
+        ratios = [mine["tokens_per_second"] / theirs["tokens_per_second"] for mine, theirs in _pairs(ours, base)]
         speeds = (
             f"{paper[entry.row]:.2f}",
             f"{paper[entry.row] / paper[entry.base]:.2f}",
@@ -126,10 +127,9 @@ def domains_table(table: Table, rows: Sequence[str], fewest: int) -> str:
     for name in names:
         line = [name, f"{targets[name]:,}"]
         for row in rows:
-            ours = table.get(row, {})
-            both = sorted(ours.keys() & base.keys())
-            pairs = [(ours[seed]["heldout_loss_by_domain"], base[seed]["heldout_loss_by_domain"]) for seed in both]
-            line.append(spread([mine[name] - theirs[name] for mine, theirs in pairs], "+.3f"))
+            pairs = _pairs(table.get(row, {}), base)
+            field = "heldout_loss_by_domain"
+            line.append(spread([mine[field][name] - theirs[field][name] for mine, theirs in pairs], "+.3f"))
         cells.append(line)
     return markdown(("domain", "targets", *rows), cells)
 
@@ -144,18 +144,20 @@ def provenance(results: Sequence[Result]) -> str:
 
 def changes(ours: BySeed, base: BySeed) -> list[float]:
     """Differences of the held-out loss, by seed that both have."""
-    return [ours[seed]["heldout_loss"] - base[seed]["heldout_loss"] for seed in sorted(ours.keys() & base.keys())]
+    return [mine["heldout_loss"] - theirs["heldout_loss"] for mine, theirs in _pairs(ours, base)]
 
 
-def _mean(by_seed: BySeed, field: str, factor: float) -> float | None:
-    return statistics.fmean(result[field] * factor for result in by_seed.values()) if by_seed else None
+def _pairs(ours: BySeed, base: BySeed) -> list[tuple[Result, Result]]:
+    return [(ours[seed], base[seed]) for seed in sorted(ours.keys() & base.keys())]
 
 
-def _share(value: float | None, base: float | None, of_itself: bool, unit: str) -> str:
-    """A base's number, else the change against it."""
-    if value is None or base is None:
+def _share(pairs: Sequence[tuple[float, float]], of_itself: bool, unit: str) -> str:
+    """Of numbers and those of their bases: a base's own, else the change against it."""
+    if not pairs:
         return MISSING
-    return f"{value:.2f}{unit}" if of_itself else f"{value / base - 1:+.1%}"
+    if of_itself:
+        return f"{statistics.fmean(mine for mine, _ in pairs):.2f}{unit}"
+    return f"{statistics.fmean(mine / theirs for mine, theirs in pairs) - 1:+.1%}"
 
 
 def spread(values: Sequence[float], form: str) -> str:
