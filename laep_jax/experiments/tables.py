@@ -123,12 +123,11 @@ def domains_table(table: Table, rows: Sequence[str], fewest: int) -> str:
     base = table.get("base", {})
     targets = next(iter(base.values()))["heldout_targets_by_domain"] if base else {}
     names = sorted((name for name in targets if targets[name] >= fewest), key=lambda name: -targets[name])
-    cells = []
+    field, cells = "heldout_loss_by_domain", []
     for name in names:
         line = [name, f"{targets[name]:,}"]
         for row in rows:
             pairs = _pairs(table.get(row, {}), base)
-            field = "heldout_loss_by_domain"
             line.append(spread([mine[field][name] - theirs[field][name] for mine, theirs in pairs], "+.3f"))
         cells.append(line)
     return markdown(("domain", "targets", *rows), cells)
