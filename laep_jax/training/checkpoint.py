@@ -115,7 +115,7 @@ class Checkpoints:
         multihost_utils.sync_global_devices(f"save step {step}")
         try:
             self._orbax.save(self._steps.step(step, SAVING) / "state", args=items)
-            self._saving = step, self._thread.submit(self._complete, step, files)
+            self._saving = step, self._thread.submit(self._complete, step, files, header["leaves"])
         except Exception as error:  # a disk may be full already here
             self._saving = step, Future()
             self._saving[1].set_exception(error)
@@ -278,11 +278,15 @@ class Checkpoints:
             error.step = step
             raise
 
-    def _complete(self, step: int, files: dict[str, bytes]) -> None:
-        """The end of a save, in a thread: nothing counts before all of it is on disk."""
+    def _complete(self, step: int, files: dict[str, bytes], leaves: Described) -> None:
+        """The end of a save, in a thread: nothing counts before all of it is on disk and every leaf opens."""
         self._orbax.wait_until_finished()
         if jax.process_index() != 0:
             return
+        for key, stored in open_leaves(self._steps.step(step, SAVING) / "state", leaves).items():
+            found = _describe(stored.shape, stored.dtype.numpy_dtype)
+            if found != leaves[key]:
+                raise ValueError(f"{key} is stored as {found}, not as {leaves[key]}")
         for name, content in files.items():
             (self._steps.step(step, SAVING) / name).write_bytes(content)
         self._steps.complete(step)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from laep_jax.errors import UserError, require
-from laep_jax.gin_config import load_config, operative_config, parse_arguments
+from laep_jax.gin_config import load_config, parse_arguments
 from laep_jax.hosts import connect, leaving_at_once, num_processes
 from laep_jax.sharding import make_cpu_devices
 from laep_jax.training.ahead import is_compiling
@@ -40,5 +40,5 @@ def main(argv: Sequence[str]) -> int:
     with leaving_at_once(is_compiling):
         connect()
         workdir = arguments.workdir or f"runs/{Path(gin_files[-1]).stem}"
-        train(config, workdir, settings=operative_config(config), executable=arguments.executable)
+        train(config, workdir, executable=arguments.executable)
     return 0

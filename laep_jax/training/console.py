@@ -2,14 +2,17 @@
 
 On a terminal one line that is renewed in place; elsewhere (a file, a pipe, a notebook) one plain line
 every `log_every` steps. Whatever happens on the way (a prune, a checkpoint, a held-out loss) is a line
-that stays. The table compares the model before and after its cut, as the paper's Tables 3 to 5 do.
+that stays. The table compares the model before and after its prunes, as the paper's Tables 3 to 5 do.
 
 Letters: L layers.
 """
 
+import contextlib
 import itertools
 import math
+import sys
 import textwrap
+import typing
 from collections.abc import Callable, Sequence
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -20,8 +23,8 @@ from rich.text import Text
 from laep_jax.config import LaepConfig
 
 COUNTS_WIDTH = 26  # of the expert counts in the closing table
-HELDOUT_AT_CUT = "held-out loss at the cut"
-HELDOUT_AT_END = "held-out loss at the end"
+LOSS_AT_PRUNE = "validation loss at the prune"
+LOSS_AT_END = "validation loss at the end"
 Row = tuple[str, str, str, str]
 
 
@@ -45,7 +48,8 @@ class RunConsole:
         self._num_steps = num_steps
         self._log_every = log_every
         self._peak_gflops = peak_gflops
-        self._console = console or (Console() if show else Console(quiet=True, force_terminal=False))
+        out = typing.cast(typing.IO[str], _Output())
+        self._console = console or (Console(file=out) if show else Console(quiet=True, force_terminal=False))
         self._state = ""
         self._seconds: float | None = None
         self._live = None
@@ -86,6 +90,26 @@ class RunConsole:
         """Ends the progress line and prints the table of a finished run, see `closing_table`."""
         self.__exit__()
         self._console.print(closing_table(summary))
+
+
+class _Output:
+    """Standard output as it is at each call. A disk that is full or a reader that is gone ends no run.
+
+    What the encoding lacks is escaped, as a folder's name in other letters.
+    """
+
+    def write(self, text: str) -> int:
+        encoding = sys.stdout.encoding or "utf-8"
+        with contextlib.suppress(OSError, ValueError):  # ValueError: closed
+            sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+
+    def __getattr__(self, name: str) -> typing.Any:
+        return getattr(sys.stdout, name)
 
 
 class _Parts:
@@ -172,24 +196,33 @@ def run_lengths(counts: Sequence[int]) -> str:
 def closing_table(summary: dict) -> Group:
     """The table at the end of a run, as a `rich` renderable.
 
-    summary: what summary.json holds: `steps`, `tokens`, `prune_steps`, `undone`, `heldout_loss_end`; and with
-    `_before` and `_after` each: `parameters`, `experts` and `device_imbalance` (both [L]),
-    `heldout_loss_*_prune` and `step_seconds`. All `_after` and both `_prune` are None where nothing
-    was pruned; so is any number that was not measured. `heldout_loss_by_domain` has the newest evaluation
-    of each kind, `heldout_targets_by_domain` how many targets stand behind it.
+    summary: what summary.json holds: `steps`, `tokens`, `prune_steps`, `rearrange_steps`, `undone`, `not_pruned`,
+    `heldout_loss_end`; and with `_before` and `_after` each: `parameters`, `experts` and `device_imbalance` (both [L]),
+    `step_seconds` (before the first change of the experts, after the last) and `heldout_loss_*_prune` (of the last
+    prune). All `_after` and both `_prune` are None where nothing was changed; so is any number that was not measured.
+    `heldout_loss_by_domain` has the newest evaluation of each kind, `heldout_targets_by_domain` how many targets
+    stand behind it.
     """
-    length = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"
-    cuts = ", ".join(f"{step:,}" for step in summary["prune_steps"])
-    table = Table("", "before", "after", "change") if cuts else Table("", "model")
+    changed = bool(summary["prune_steps"] or summary["rearrange_steps"])
+    table = Table("", "before", "after", "change") if changed else Table("", "model")
     for name, before, after, change in _rows(summary):
-        if cuts:
+        if changed:
             table.add_row(name, before, after, change)
-        elif name != HELDOUT_AT_CUT:
-            table.add_row(name, after if name == HELDOUT_AT_END else before)
-    told = [length, f"pruned after step {cuts}" if cuts else "nothing was pruned"]
-    if summary["undone"]:
-        told.append("undone after step " + ", ".join(f"{step:,}" for step in summary["undone"]))
-    return Group(Text("; ".join(told)), table)
+        else:
+            table.add_row(name, after if name == LOSS_AT_END else before)
+    return Group(Text(_history(summary)), table)
+
+
+def _history(summary: dict) -> str:
+    """What the run did to its experts, and why where it pruned none."""
+    parts = [f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"]
+    for name, what in (("prune_steps", "pruned"), ("rearrange_steps", "rearranged"), ("undone", "undone")):
+        if summary[name]:
+            parts.append(f"{what} after step " + ", ".join(f"{step:,}" for step in summary[name]))
+        elif name == "prune_steps":
+            parts.append("nothing was pruned")
+    text = "; ".join(parts)
+    return text if summary["prune_steps"] else f"{text}\nnot pruned, since {summary['not_pruned']}"
 
 
 def _rows(summary: dict) -> list[Row]:
@@ -198,26 +231,33 @@ def _rows(summary: dict) -> list[Row]:
     def pair(name: str) -> tuple:
         return summary[f"{name}_before"], summary[f"{name}_after"]
 
-    heldout = summary["heldout_loss_before_prune"], summary["heldout_loss_after_prune"]
-    at_end = _row(HELDOUT_AT_END, (heldout[0], summary["heldout_loss_end"]), "{:.4f}".format, _difference)
     devices = pair("device_imbalance")
     means = tuple(values and sum(values) / len(values) for values in devices)
     worst = tuple(values and max(values) for values in devices)
     return [
         _row("parameters", pair("parameters"), _size, _percent),
         _row("experts per layer", pair("experts"), _counts, lambda before, after: _percent(sum(before), sum(after))),
-        ("device load, largest / mean:", "", "", ""),
+        ("device imbalance, max / mean:", "", "", ""),
         _row("  mean over layers", means, "{:.3f}".format, _difference),
         _row("  worst layer", worst, "{:.3f}".format, _difference),
-        _row(HELDOUT_AT_CUT, heldout, "{:.4f}".format, _difference),
-        *_worst_domain(summary["heldout_loss_by_domain"], summary["heldout_targets_by_domain"]),
-        (HELDOUT_AT_END, "", *at_end[2:]),
+        *(_loss_at_prune(summary) if summary["prune_steps"] else []),
+        # Without a change: steps of training lie between, and no run without the prune is there to compare with.
+        (LOSS_AT_END, "", _number(summary["heldout_loss_end"], ".4f"), ""),
         _row("step time", pair("step_seconds"), "{:.3f} s".format, lambda before, after: f"x {after / before:.3f}"),
     ]
 
 
+def _loss_at_prune(summary: dict) -> list[Row]:
+    """The last prune's effect on the same model at the same step, and the domain that it cost most."""
+    losses = summary["heldout_loss_before_prune"], summary["heldout_loss_after_prune"]
+    steps = summary["prune_steps"]
+    label = LOSS_AT_PRUNE if len(steps) == 1 else f"{LOSS_AT_PRUNE} of step {steps[-1]:,}"
+    by_domain = _worst_domain(summary["heldout_loss_by_domain"], summary["heldout_targets_by_domain"])
+    return [_row(label, losses, "{:.4f}".format, _difference), *by_domain]
+
+
 def _worst_domain(losses: dict[str, dict[str, float]], targets: dict[str, int]) -> list[Row]:
-    """The domain whose held-out loss rose most at the cut, if there was one."""
+    """The domain whose validation loss rose most at the prune, if there was one."""
     before, after = losses.get("before_prune", {}), losses.get("after_prune", {})
     both = [name for name in before if name in after]
     if not both:

@@ -12,8 +12,11 @@ from pathlib import Path
 
 from laep_jax.errors import UserError
 from laep_jax.training.manifest import sync
+from laep_jax.training.runlog import METRICS_FILE
 
 LOCK_FILE = "run.lock"
+CHECKPOINTS = "checkpoints"  # the directory of a run's checkpoints
+HAS_CHECKPOINTS = ".has_checkpoints"  # made beside it when the first is complete
 STATES = 2  # of which there must be room: one that is kept, and the next while it is written
 
 log = logging.getLogger(__name__)
@@ -41,8 +44,27 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def require_room(run_dir: Path, state_bytes: int) -> None:
-    """`UserError` unless `run_dir` can be written and its file system has room for two states of this size."""
+def require_savable(run_dir: Path) -> None:
+    """`UserError` where Orbax would take a name on the path for a pattern, and never find what it saved."""
+    path = str(run_dir.absolute())
+    found = sorted(set(path) & set("*?[\\"))
+    if found:
+        raise UserError(f"{path!r} has {' '.join(found)} in it, which Orbax reads as a pattern; use another workdir")
+
+
+def require_checkpoints(run_dir: Path) -> None:
+    """`UserError` where a run left records but its checkpoints are gone: a new run would erase the records."""
+    directory = run_dir / CHECKPOINTS
+    lost = not directory.is_dir() or ((run_dir / HAS_CHECKPOINTS).exists() and not any(directory.iterdir()))
+    if lost and (run_dir / METRICS_FILE).exists():
+        raise UserError(
+            f"{run_dir} holds the records of a run, but its checkpoints are missing from {directory}: "
+            "put them back, or use another workdir"
+        )
+
+
+def require_writable(run_dir: Path) -> None:
+    """`UserError` unless a file can be written to `run_dir`."""
     path = run_dir / f".{uuid.uuid4().hex}"
     try:
         path.write_bytes(b"\0")
@@ -50,6 +72,10 @@ def require_room(run_dir: Path, state_bytes: int) -> None:
         path.unlink()
     except OSError as error:
         raise UserError(f"{run_dir} cannot be written: {error.strerror}") from error
+
+
+def require_room(run_dir: Path, state_bytes: int) -> None:
+    """`UserError` unless the file system of `run_dir`, which exists, has room for two states of this size."""
     free = shutil.disk_usage(run_dir).free
     if free < STATES * state_bytes:
         raise UserError(

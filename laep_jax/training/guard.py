@@ -15,11 +15,15 @@ SOFTER = 0.5  # what alpha and beta are multiplied with
 
 
 class Guard(NamedTuple):
-    """A prune after `cut_step` that is judged after step `due`. loss_before: held-out, of the model before it."""
+    """A prune after `cut_step` that is checked after step `due`.
+
+    loss_before, num_experts: validation loss and experts per layer of the model before it.
+    """
 
     cut_step: int
     due: int
     loss_before: float
+    num_experts: tuple[int, ...]
 
 
 def softened(laep: LaepConfig, retries: int, num_layers: int) -> LaepConfig:

@@ -155,11 +155,14 @@ def _close(run: Run) -> dict:
     if progress.guard:
         run.console.event(f"the run ends before step {progress.guard.due}: the last prune is not judged")
     if summary["steps"] != progress.step:
-        side = "after" if summary["prune_steps"] else "before"
+        side = "after" if summary["prune_steps"] or summary["rearrange_steps"] else "before"
         summary["heldout_loss_end"] = run.evaluate(progress.step, "end")
         summary[f"device_imbalance_{side}"] = run.controller.device_imbalance()
         summary[f"step_seconds_{side}"] = run.median_step_seconds()
         summary["steps"] = progress.step
+        summary["not_pruned"] = (
+            summary["not_pruned"] or f"the run ends before LaepConfig.window={run.config.laep.window}"
+        )
         run.save(progress.step, now=True)
     run.log.write_file("summary.json", json.dumps(summary, indent=1) + "\n")
     run.console.closing_table(summary)

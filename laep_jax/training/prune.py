@@ -13,6 +13,7 @@ import jax
 
 from laep_jax.hosts import require_same
 from laep_jax.laep.plan import Plan, apply_plan_to_lineage
+from laep_jax.laep.stability import StabilityReport
 from laep_jax.training.console import stability_text
 from laep_jax.training.cut import Cut, Pause
 from laep_jax.training.evaluate import heldout_loss, masked_loads, masked_loss
@@ -33,6 +34,7 @@ def decide(run: Run, step: int) -> None:
     with run.pause.part("plan"):
         plan = _tried_plan(run, step) if prunes else None
         if plan is None or not plan.prunes:  # moving alone must be worth a pause
+            run.progress.summary["not_pruned"] = _why_not(run, report, plan)
             plan = run.controller.rearrangement()
         _require_same_plan(step, plan)
         if plan is None:
@@ -43,6 +45,26 @@ def decide(run: Run, step: int) -> None:
         run.log.write_file(f"plans/{step}.json", plan.to_json())
         run.progress.announce(plan, cut_step)
         begin(run, plan)
+
+
+def _why_not(run: Run, report: StabilityReport, plan: Plan | None) -> str:
+    """Why nothing is pruned after this step and what would change that, for the closing table."""
+    laep = run.controller.laep
+    if plan:
+        chosen = max(len(layer.eligible) for layer in plan.layers)
+        return (
+            f"the rule chose at most {chosen} experts of a layer, which go by {run.controller.expert_parallel} "
+            "(MeshConfig.expert): raise LaepConfig.alpha or LaepConfig.beta"
+        )
+    if run.controller.prunes >= laep.max_prunes:
+        given_up = run.progress.retries > run.config.laep.max_retries
+        return "every plan to prune did harm" if given_up else f"LaepConfig.max_prunes={laep.max_prunes}"
+    if laep.prune_at_step is not None:
+        return f"LaepConfig.prune_at_step={laep.prune_at_step} was not reached"
+    return (
+        f"the loads are not stable, {report.reason}: train longer, lower LaepConfig.rank_correlation, overlap, "
+        "stable_windows or min_step, or name a step by LaepConfig.prune_at_step"
+    )
 
 
 def _tried_plan(run: Run, step: int) -> Plan | None:
@@ -91,17 +113,21 @@ def begin(run: Run, plan: Plan) -> None:
     if cut_step < run.config.train.num_steps:
         run.cut = Cut(plan, run.config, run.mesh, len(run.dataset.domains))
     else:
-        run.console.event(f"the run ends before step {cut_step}; nothing is cut")
+        why = f"the run ends before step {cut_step}, where the plan of step {run.progress.plan_step} was due"
+        run.progress.summary["not_pruned"] = why
+        run.console.event(why)
         run.progress.drop_plan()
 
 
 def save_and_cut(run: Run, step: int, cut: Cut) -> None:
     """First phase: the old model and the plan on disk. Then the second."""
     summary = run.progress.summary
-    with run.pause.part("evaluate"):
-        summary["heldout_loss_before_prune"] = run.evaluate(step, "before_prune")
-    summary["device_imbalance_before"] = run.controller.device_imbalance()
-    summary["step_seconds_before"] = run.median_step_seconds()
+    if not cut.only_moves:
+        with run.pause.part("evaluate"):
+            summary["heldout_loss_before_prune"] = run.evaluate(step, "before_prune")
+    if not (summary["prune_steps"] or summary["rearrange_steps"]):  # "before" is before the first of them
+        summary["device_imbalance_before"] = run.controller.device_imbalance()
+        summary["step_seconds_before"] = run.median_step_seconds()
     with run.pause.part("save"):
         run.save(step, now=True)
     del run.steps
@@ -127,17 +153,18 @@ def carry_out(run: Run, cut: Cut, state: TrainState | None) -> None:
     guard_steps = run.config.laep.guard_steps
     if guard_steps and not cut.only_moves:
         loss_before = progress.summary["heldout_loss_before_prune"]
-        progress.guard = Guard(progress.step, progress.step + guard_steps, loss_before)
+        progress.guard = Guard(progress.step, progress.step + guard_steps, loss_before, plan.num_experts)
         run.checkpoints.pin(progress.step)
 
 
 def _report(run: Run, cut: Cut) -> None:
     step, summary = run.progress.step, run.progress.summary
-    summary["prune_steps"].append(step)
+    summary["rearrange_steps" if cut.only_moves else "prune_steps"].append(step)
     summary["parameters_after"] = run.size.total
     summary["experts_after"] = list(cut.plan.num_experts_after)
-    with run.pause.part("evaluate"):
-        summary["heldout_loss_after_prune"] = run.evaluate(step, "after_prune")
+    if not cut.only_moves:
+        with run.pause.part("evaluate"):
+            summary["heldout_loss_after_prune"] = run.evaluate(step, "after_prune")
     run.log.write(
         "prune",
         step,
@@ -185,6 +212,8 @@ def _undo(run: Run, guard: Guard, record: dict) -> None:
     before.retries = run.progress.retries + 1
     before.summary["undone"] = sorted({*before.summary["undone"], step})
     before.summary["heldout_loss_before_prune"] = None
+    if not (before.summary["prune_steps"] or before.summary["rearrange_steps"]):
+        before.summary["device_imbalance_before"] = before.summary["step_seconds_before"] = None
     run.progress = before
     config = before.current(run.base)
     jax.tree.map(lambda leaf: leaf.delete(), run.state)

@@ -1,6 +1,7 @@
 """What a checkpoint's `meta` says of a run beside its arrays, and whether a config goes on with the same run."""
 
 import dataclasses
+import math
 import typing
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from laep_jax.config import Config
 from laep_jax.errors import UserError, require, require_type, short
 from laep_jax.hosts import require_same
 from laep_jax.laep.plan import Lineage, Plan, initial_lineage
-from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.guard import Guard
 from laep_jax.training.runlog import plain
 
@@ -100,7 +100,8 @@ class Progress:
         if isinstance(progress.recent_losses, list):
             progress.recent_losses = tuple(progress.recent_losses)
         if isinstance(progress.guard, list) and len(progress.guard) == len(Guard._fields):
-            progress.guard = Guard(*progress.guard)
+            *numbers, num_experts = progress.guard
+            progress.guard = Guard(*numbers, tuple(num_experts) if isinstance(num_experts, list) else num_experts)
         for name, hint in typing.get_type_hints(cls).items():
             require_type(f"checkpoint {where}: {name}", getattr(progress, name), hint)
         for name, fits in progress._rules(where).items():
@@ -138,6 +139,10 @@ class Progress:
             changes["receive_buffer"] = self.fitted_buffer
         return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 
+    def is_complete(self, config: Config) -> bool:
+        """Whether nothing is left to do: trained to the end, evaluated and saved."""
+        return self.step >= config.train.num_steps and self.summary["steps"] == self.step
+
     def announce(self, plan: Plan, cut_step: int) -> None:
         """A plan that is made now, to be carried out after `cut_step`."""
         self.pending_plan, self.plan_step, self.cut_step = plan.to_json(), self.step, cut_step
@@ -156,27 +161,55 @@ def _fresh_summary(experts: tuple[int, ...]) -> dict:
     summary = {f"{name}_{side}": None for name in ("parameters", "device_imbalance", "step_seconds") for side in sides}
     summary |= {f"heldout_loss_{side}_prune": None for side in sides} | {"heldout_loss_end": None}
     summary |= {"heldout_loss_by_domain": {}, "heldout_targets_by_domain": {}}
-    summary |= {"experts_before": list(experts), "experts_after": None, "prune_steps": [], "undone": []}
-    return summary | {"steps": 0, "tokens": 0, "skipped_steps": 0}
+    summary |= {"experts_before": list(experts), "experts_after": None, "prune_steps": []}
+    return summary | {
+        "rearrange_steps": [],
+        "undone": [],
+        "not_pruned": "",
+        "steps": 0,
+        "tokens": 0,
+        "skipped_steps": 0,
+    }
 
 
 def _is_like(value: object, fresh: object) -> bool:
     """Whether a value of the summary can stand where a fresh run has `fresh`; None is not known, or not finite."""
     sound = all(type(number) in (int, float) for number in jax.tree.leaves(value))
-    return sound and (fresh is None or type(value) is type(fresh))
+    return (sound or isinstance(fresh, str)) and (fresh is None or type(value) is type(fresh))
 
 
 def find_progress(
-    config: Config, fingerprint: str, checkpoints: Checkpoints, step: int | None
+    config: Config, fingerprint: str, where: Path, meta: dict | None, num_devices: int
 ) -> tuple[Progress, list[str]]:
-    """Where the run stands, by its newest checkpoint if there is one that `config` continues; what changed since."""
-    if step is None:
-        return Progress.fresh(config, fingerprint), []
-    where = checkpoints.directory / str(step)
-    progress = Progress.from_meta(checkpoints.read_meta(step), where)
-    changed = check_resumable(progress, config, fingerprint, where)
-    progress.config = config.to_dict()
+    """Where the run stands, and the settings that changed since, as text.
+
+    where, meta: the newest checkpoint and what it says of the run, None without one. `UserError` where `config` does
+    not continue it.
+    """
+    if meta is None:
+        return Progress.fresh(config.resolve(num_devices), fingerprint), []
+    progress = Progress.from_meta(meta, where)
+    resolved = resolve_resumed(config, progress, num_devices)
+    changed = check_resumable(progress, resolved, fingerprint, where)
+    for num_experts in (progress.num_experts, *([progress.guard.num_experts] if progress.guard else [])):
+        resolved.with_num_experts(num_experts).resolve(num_devices)
+    progress.config = resolved.to_dict()
     return progress, changed
+
+
+def resolve_resumed(config: Config, progress: Progress, num_devices: int) -> Config:
+    """`config` with the mesh that a resumed run has on so many devices; `UserError` where there is none.
+
+    The expert axis belongs to the run: resolved anew from the counts of a pruned model it could grow, and the experts
+    would no longer be where the plan placed them. Left open, it stays what it was, or becomes the largest divisor of
+    that which the devices allow. Every expert count of the run divides by it, those a rollback returns to as well.
+    """
+    mesh = config.mesh
+    if mesh.expert is None:
+        expert = Config.from_dict(progress.config).mesh.expert or 1
+        free = num_devices // (mesh.data * (mesh.fsdp or 1))
+        config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, expert=math.gcd(expert, free)))
+    return config.resolve(num_devices)
 
 
 def check_resumable(progress: Progress, config: Config, fingerprint: str, where: Path) -> list[str]:

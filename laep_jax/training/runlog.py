@@ -179,6 +179,11 @@ class RunLog:
 class NoLog:
     """The log of every process but the first: the same methods, and nothing comes of them."""
 
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *exception) -> None: ...
+
     def write(self, kind: str, step: int, **fields: Any) -> None: ...
 
     def write_file(self, name: str, text: str) -> None: ...

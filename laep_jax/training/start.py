@@ -1,10 +1,9 @@
-"""Starting a run, or going on with one: everything that the training loop needs, opened and checked."""
+"""Starting a run, or resuming one: everything that the training loop needs, opened and checked."""
 
 import contextlib
-import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -13,12 +12,20 @@ from laep_jax.chips import peak_flops
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
 from laep_jax.files import refuse_links
+from laep_jax.gin_config import operative_config
 from laep_jax.hosts import refused_together
 from laep_jax.sharding import make_mesh
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.console import RunConsole
 from laep_jax.training.controller import Controller
-from laep_jax.training.exclusive import exclusive, require_room
+from laep_jax.training.exclusive import (
+    CHECKPOINTS,
+    exclusive,
+    require_checkpoints,
+    require_room,
+    require_savable,
+    require_writable,
+)
 from laep_jax.training.executable import load_step
 from laep_jax.training.loop import train_to_end
 from laep_jax.training.manifest import DamagedError
@@ -29,88 +36,114 @@ from laep_jax.training.state import abstract_state
 from laep_jax.training.stops import Stops
 
 
-def train(
-    config: Config, run_dir: str | os.PathLike[str], *, settings: str = "", executable: Path | None = None
-) -> dict:
+def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path | None = None) -> dict:
     """Trains to `config.train.num_steps`, from the newest checkpoint in `run_dir` or from the start.
 
-    settings: text for `operative.gin`. executable: a file of `preflight --save`, for the model that the run began
-    with. Returns what summary.json holds. `UserError`, before anything
-    is compiled or written, where the config does not fit the devices, the corpus or the checkpoint.
-    `StoppedError` after SIGTERM or Ctrl-C, when the step in flight is done and saved.
+    executable: a file of `preflight --save`, for the model that the run began with. Returns what summary.json holds;
+    a complete run shows its table again and changes no file. `UserError`, before anything is compiled or written,
+    where the config does not fit the devices, the corpus or the checkpoint. `StoppedError` after SIGTERM or Ctrl-C,
+    when the step in flight is done and saved.
     With several processes (`laep_jax.hosts`) each calls it alike; `run_dir` is one that all see.
     """
     run_dir, first = Path(run_dir), jax.process_index() == 0
-    with refused_together():
-        refuse_links(run_dir)
-        resolved = config.resolve(jax.device_count())
-        mesh = make_mesh(resolved.mesh)
-        dataset = _open_dataset(config)
-    require_same_run(config, dataset.fingerprint)
-    peak = peak_flops(jax.devices()[0].device_kind)
+    dataset, state_bytes = open_inputs(config, run_dir)
     with contextlib.ExitStack() as stack:
         with refused_together():
             if first:
                 stack.enter_context(exclusive(run_dir))
-                leaves = jax.tree.leaves(abstract_state(resolved, mesh))
-                require_room(run_dir, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
-        console = stack.enter_context(
-            RunConsole(
-                config.train.num_steps,
-                log_every=config.train.log_every,
-                peak_gflops=peak and peak * jax.device_count() / 1e9,
-                show=first,
-            )
-        )
+                require_checkpoints(run_dir)
+                require_writable(run_dir)
+                require_room(run_dir, state_bytes)
+        console = stack.enter_context(_console(config, show=first))
         keep = config.train.keep_checkpoints
-        checkpoints = stack.enter_context(Checkpoints(run_dir / "checkpoints", keep=keep, report=console.event))
+        checkpoints = stack.enter_context(Checkpoints(run_dir / CHECKPOINTS, keep=keep, report=console.event))
         while True:
             try:
                 newest = checkpoints.newest_valid()
-                progress, changed = find_progress(resolved, dataset.fingerprint, checkpoints, newest)
+                saved = checkpoints.read_meta(newest) if newest else None
+                where = checkpoints.directory / str(newest)
+                progress, changed = find_progress(config, dataset.fingerprint, where, saved, jax.device_count())
+                if progress.is_complete(config):
+                    console.closing_table(progress.summary)
+                    return progress.summary
                 with contextlib.ExitStack() as attempt:
                     with refused_together():
-                        first_step = None
-                        if executable and progress.num_experts == config.model.experts_per_layer:
-                            first_step = load_step(executable, resolved, mesh)
-                        current = progress.current(config).resolve(jax.device_count())
-                        Controller(current, prunes=progress.prunes)  # refuses a plan that does not fit
-                        log = attempt.enter_context(_opened_log(run_dir, config, current, progress))
-                    log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
-                    log.write_file("operative.gin", settings)
-                    console.event(_opening_line(current, dataset))
-                    if changed:
-                        console.event(f"changed since the checkpoint: {', '.join(changed)}")
-                    base = dataclasses.replace(config, mesh=current.mesh)
+                        base = Config.from_dict(progress.config)
+                        first_step = _first_step(executable, config, base, progress)
+                        Controller(progress.current(base), prunes=progress.prunes)  # refuses a plan that does not fit
+                        log = attempt.enter_context(_open_log(run_dir, base, progress.step))
                     run = Run(base, dataset, checkpoints, log, console, progress, first_step)
+                    _announce(run, config, changed)
                     return train_to_end(run, attempt.enter_context(Stops(config.train.step_timeout)))
             except DamagedError as error:
                 checkpoints.put_aside(error)
 
 
-@contextlib.contextmanager
-def _opened_log(run_dir: Path, config: Config, current: Config, progress: Progress) -> Iterator[RunLog | NoLog]:
+def open_inputs(config: Config, run_dir: Path) -> tuple[Dataset, int]:
+    """The corpus, and the bytes of a training state, of a run whose settings fit this machine; else `UserError`."""
+    with refused_together():
+        require_savable(run_dir)
+        refuse_links(run_dir)
+        resolved = config.resolve(jax.device_count())
+        leaves = jax.tree.leaves(abstract_state(resolved, make_mesh(resolved.mesh)))
+        dataset = make_dataset(
+            config.data,
+            seed=config.train.seed,
+            vocab_size=config.model.vocab_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    require_same_run(config, dataset.fingerprint)
+    return dataset, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _console(config: Config, *, show: bool) -> RunConsole:
+    peak = peak_flops(jax.devices()[0].device_kind)
+    gflops = peak and peak * jax.device_count() / 1e9
+    return RunConsole(config.train.num_steps, log_every=config.train.log_every, peak_gflops=gflops, show=show)
+
+
+def _first_step(
+    executable: Path | None, config: Config, base: Config, progress: Progress
+) -> jax.stages.Compiled | None:
+    """The step from a file, for the model that the file is made for."""
+    if executable is None or progress.num_experts != config.model.experts_per_layer:
+        return None
+    return load_step(executable, base, make_mesh(base.mesh))
+
+
+def _open_log(run_dir: Path, base: Config, resume_step: int) -> RunLog | NoLog:
     if jax.process_index() > 0:
-        yield NoLog()
-        return
-    experts, expert_parallel = config.model.experts_per_layer, current.mesh.expert or 1
-    with RunLog(run_dir, num_experts=experts, expert_parallel=expert_parallel, resume_step=progress.step) as log:
-        yield log
+        return NoLog()
+    experts, expert_parallel = base.model.experts_per_layer, base.mesh.expert or 1
+    return RunLog(run_dir, num_experts=experts, expert_parallel=expert_parallel, resume_step=resume_step)
 
 
-def _open_dataset(config: Config) -> Dataset:
-    return make_dataset(
-        config.data,
-        seed=config.train.seed,
-        vocab_size=config.model.vocab_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+def _announce(run: Run, config: Config, changed: Sequence[str]) -> None:
+    """The settings beside the run, and what a person should know before the first step."""
+    run.log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
+    run.log.write_file("operative.gin", operative_config(config))
+    run.console.event(f"{run.dataset.description}; {mesh_text(run.config)}")
+    run.console.event(schedule_text(run.config))
+    if changed:
+        run.console.event(f"changed since the checkpoint: {', '.join(changed)}")
+        run.log.write("settings", run.progress.step, changed=changed)
+
+
+def mesh_text(config: Config) -> str:
+    """The devices of a resolved config, for people."""
+    hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    mesh = config.mesh
+    return (
+        f"{jax.device_count()} {jax.devices()[0].platform} devices{hosts}: "
+        f"data {mesh.data}, fsdp {mesh.fsdp}, expert {mesh.expert}"
     )
 
 
-def _opening_line(config: Config, dataset: Dataset) -> str:
-    hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+def schedule_text(config: Config) -> str:
+    """How often a run saves and measures, for people."""
+    settings, laep = config.train, config.laep
     return (
-        f"{dataset.description}; {jax.device_count()} {jax.devices()[0].platform} devices{hosts}: "
-        f"data {config.mesh.data}, fsdp {config.mesh.fsdp}, expert {config.mesh.expert}"
+        f"every {settings.checkpoint_every} steps a checkpoint, every {settings.eval_every} the validation loss, "
+        f"every {laep.window} the stability test"
     )

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from laep_jax.training.exclusive import HAS_CHECKPOINTS
 from laep_jax.training.manifest import DamagedError, bring_to_disk, check_files, sync, write_manifest
 
 SAVING = ".saving"  # a step that is not complete yet
@@ -37,6 +38,7 @@ class StepDirectory:
             os.replace(path, self.step(step, REPLACED))
         os.replace(part, path)
         sync(self.path)
+        (self.path.parent / HAS_CHECKPOINTS).touch()
 
     def found(self) -> list[int]:
         """Every step of which there is a directory, damaged or not."""

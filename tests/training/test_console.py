@@ -1,4 +1,5 @@
 import io
+import sys
 
 import pytest
 from rich.console import Console
@@ -18,7 +19,9 @@ PRUNED = {
     "steps": 400,
     "tokens": 1638400,
     "prune_steps": [220],
+    "rearrange_steps": [],
     "undone": [],
+    "not_pruned": "",
     "parameters_before": 2_000_000,
     "parameters_after": 1_500_000,
     "experts_before": [16] * 4,
@@ -42,6 +45,7 @@ NOT_PRUNED = (
     | {
         "prune_steps": [],
         "undone": [40, 80],
+        "not_pruned": "the loads are not stable: train longer",
         "heldout_loss_by_domain": {"end": {"json": 1.0}},
     }
 )
@@ -142,24 +146,55 @@ def test_closing_table_of_a_pruned_run():
     assert rows == {
         "parameters": ["2.000 M", "1.500 M", "-25.0 %"],
         "experts per layer": ["16x4", "8,12x2,4", "-43.8 %"],
-        "device load, largest / mean:": ["", "", ""],
+        "device imbalance, max / mean:": ["", "", ""],
         "mean over layers": ["2.000", "1.100", "-0.9000"],
         "worst layer": ["2.500", "1.200", "-1.3000"],
-        "held-out loss at the cut": ["2.5000", "2.5200", "+0.0200"],
+        "validation loss at the prune": ["2.5000", "2.5200", "+0.0200"],
         "most in xml (1,234 targets)": ["2.2500", "2.5000", "+0.2500"],
-        "held-out loss at the end": ["", "2.2500", "-0.2500"],
+        "validation loss at the end": ["", "2.2500", ""],
         "step time": ["0.500 s", "0.400 s", "x 0.800"],
     }
 
 
 def test_closing_table_of_a_run_without_prune():
     rows, text = cells(NOT_PRUNED)
-    assert text.startswith("400 steps, 1,638,400 tokens; nothing was pruned; undone after step 40, 80\n")
+    assert text.startswith(
+        "400 steps, 1,638,400 tokens; nothing was pruned; undone after step 40, 80\n"
+        "not pruned, since the loads are not stable: train longer\n"
+    )
     assert rows["parameters"] == ["2.000 M"]
     assert rows["experts per layer"] == ["16x4"]
-    assert rows["held-out loss at the end"] == ["2.2500"]
-    assert "held-out loss at the cut" not in rows
+    assert rows["validation loss at the end"] == ["2.2500"]
+    assert "at the prune" not in text
     assert "most in" not in text
+
+
+def test_what_only_moved_is_no_prune_and_several_prunes_are_told_apart():
+    rows, text = cells(PRUNED | {"prune_steps": [], "rearrange_steps": [7, 15], "not_pruned": "x"})
+    assert text.startswith("400 steps, 1,638,400 tokens; nothing was pruned; rearranged after step 7, 15\n")
+    assert rows["worst layer"] == ["2.500", "1.200", "-1.3000"]
+    assert "at the prune" not in text
+    rows, text = cells(PRUNED | {"prune_steps": [22, 30], "rearrange_steps": [25]})
+    assert text.startswith("400 steps, 1,638,400 tokens; pruned after step 22, 30; rearranged after step 25\n")
+    assert rows["validation loss at the prune of step 30"] == ["2.5000", "2.5200", "+0.0200"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), BrokenPipeError(), ValueError("closed file"), None])
+def test_an_output_that_fails_ends_nothing(monkeypatch, error):
+    class Stream(io.TextIOWrapper):
+        def write(self, text):
+            if error:
+                raise error
+            return super().write(text)
+
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", Stream(raw, encoding="ascii"))
+    with RunConsole(2, log_every=1) as progress:
+        progress.event("a domain: проза")
+        progress.train(1, TRAIN)
+        progress.closing_table(PRUNED)
+    sys.stdout.flush()
+    assert (b"\\u043f" in raw.getvalue()) == (error is None)
 
 
 def test_closing_table_of_the_1010b_model_fits_80_columns():
