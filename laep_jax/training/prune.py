@@ -8,6 +8,7 @@ some steps later (`laep_jax.training.guard`).
 """
 
 import dataclasses
+import math
 
 import jax
 
@@ -17,7 +18,7 @@ from laep_jax.laep.stability import StabilityReport
 from laep_jax.training.console import stability_text
 from laep_jax.training.cut import Cut, Pause
 from laep_jax.training.evaluate import heldout_loss, masked_loads, masked_loss
-from laep_jax.training.guard import SOFTER, Guard
+from laep_jax.training.guard import SOFTER, Guard, expected_change, rise
 from laep_jax.training.optimizer import without_moments
 from laep_jax.training.resume import Progress
 from laep_jax.training.run import Run
@@ -77,7 +78,7 @@ def _tried_plan(run: Run, step: int) -> Plan | None:
     while True:
         pruned = [layer.pruned for layer in plan.layers]
         loss = masked_loss(run.steps.evaluate, run.state, pruned, *measured).loss
-        stands = loss - before <= tolerance
+        stands = not rise(before, loss) > tolerance
         run.log.write("dry_run", step, stands=stands, heldout_loss_before=before, heldout_loss=loss)
         run.console.event(f"step {step}: held-out loss {loss:.4f} in a dry run, {loss - before:+.4f}")
         if stands:
@@ -152,8 +153,10 @@ def carry_out(run: Run, cut: Cut, state: TrainState | None) -> None:
     progress.drop_plan()
     guard_steps = run.config.laep.guard_steps
     if guard_steps and not cut.only_moves:
-        loss_before = progress.summary["heldout_loss_before_prune"]
-        progress.guard = Guard(progress.step, progress.step + guard_steps, loss_before, plan.num_experts)
+        before, after = (progress.summary[f"heldout_loss_{side}_prune"] for side in ("before", "after"))
+        expected = before + expected_change(progress.recent_losses, progress.step, guard_steps)
+        due = progress.step + guard_steps
+        progress.guard = Guard(progress.step, due, before, after, expected, plan.num_experts)
         run.checkpoints.pin(progress.step)
 
 
@@ -186,8 +189,12 @@ def judge(run: Run, step: int) -> bool:
     guard = run.progress.guard
     assert guard
     loss = run.evaluate(step, "guard")
+    harm = guard.harm(loss)
     record = {"cut_step": guard.cut_step, "heldout_loss_before": guard.loss_before, "heldout_loss": loss}
-    stands = loss - guard.loss_before <= run.config.laep.guard_tolerance
+    record |= {"heldout_loss_after": guard.loss_after, "heldout_loss_expected": guard.expected, "harm": harm}
+    stands = not harm > run.config.laep.guard_tolerance
+    if math.isnan(harm):
+        run.console.event(f"the prune of step {guard.cut_step} stands unchecked: the loss before it is not a number")
     if not stands and run.checkpoints.has(guard.cut_step):
         run.save(step, now=True)
         _undo(run, guard, record)

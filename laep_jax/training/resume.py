@@ -100,7 +100,7 @@ class Progress:
         if isinstance(progress.recent_losses, list):
             progress.recent_losses = tuple(progress.recent_losses)
         if isinstance(progress.guard, list) and len(progress.guard) == len(Guard._fields):
-            *numbers, num_experts = progress.guard
+            *numbers, num_experts = (math.nan if value is None else value for value in progress.guard)
             progress.guard = Guard(*numbers, tuple(num_experts) if isinstance(num_experts, list) else num_experts)
         for name, hint in typing.get_type_hints(cls).items():
             require_type(f"checkpoint {where}: {name}", getattr(progress, name), hint)

@@ -7,6 +7,7 @@ import numpy as np
 
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset
+from laep_jax.gin_config import operative_config
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.stability import history_capacity
 from laep_jax.model.accounting import model_size
@@ -61,6 +62,8 @@ class Run:
         self.size = model_size(config.model, sequence_length=config.data.sequence_length)
         self.step_seconds: list[float | None] = []
         self.console.state("")
+        lines = [line for line in operative_config(config).splitlines() if line.startswith("ModelConfig.")]
+        self.log.write_file("model.gin", "\n".join([f"# the model after step {self.progress.step}", *lines, ""]))
 
     @property
     def compiles(self) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from laep_jax.errors import UserError
-from laep_jax.training.exclusive import exclusive, require_room
+from laep_jax.training.exclusive import exclusive, require_checkpoints, require_room, require_savable, require_writable
+from laep_jax.training.step_directory import SAVING, StepDirectory
 
 HOLDER = """
 import pathlib, sys, time
@@ -51,4 +52,28 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", refuse)  # root may write anywhere
     with pytest.raises(UserError, match=r"cannot be written: Read-only file system$"):
-        require_room(tmp_path, 1)
+        require_writable(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["moe[e8]", "a*/x", "a?", "back\\slash"])
+def test_a_path_that_orbax_reads_as_a_pattern_is_refused(tmp_path, name):
+    require_savable(tmp_path / "x{1}^!$, ü")
+    with pytest.raises(UserError, match="which Orbax reads as a pattern; use another workdir"):
+        require_savable(tmp_path / name)
+
+
+def test_records_without_their_checkpoints_are_not_wiped(tmp_path):
+    """A run killed before its first checkpoint starts again; one whose checkpoints were moved away does not."""
+    require_checkpoints(tmp_path / "new")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    require_checkpoints(tmp_path)
+    steps = StepDirectory(tmp_path / "checkpoints", keep=1)
+    steps.step(3, SAVING).mkdir()
+    steps.complete(3)
+    require_checkpoints(tmp_path)
+    (tmp_path / "checkpoints").rename(tmp_path / "moved")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"its checkpoints are missing from .*/checkpoints: put them back"):
+            require_checkpoints(tmp_path)
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)

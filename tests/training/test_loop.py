@@ -17,6 +17,7 @@ from laep_jax.data.dataset import make_dataset
 from laep_jax.errors import StoppedError, UserError
 from laep_jax.faults.damage import change_stored, flip_bit
 from laep_jax.faults.tiny import change, differences, records, tiny_config
+from laep_jax.gin_config import load_config
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_mesh
 from laep_jax.training import loop
@@ -52,7 +53,7 @@ def config(cache_dir) -> Config:
 def run(config, tmp_path_factory) -> Path:
     """An uninterrupted run."""
     run_dir = tmp_path_factory.mktemp("run")
-    train(config, run_dir, settings="LaepConfig.alpha = 0.9\n")
+    train(config, run_dir)
     return run_dir
 
 
@@ -68,6 +69,7 @@ def test_a_run_goes_through_the_whole_cycle(run, config):
     assert summary["parameters_after"] < summary["parameters_before"]
     assert summary["steps"] == NUM_STEPS
     assert all(value is not None for value in summary.values())
+    assert summary["rearrange_steps"] == []
     losses = [record["loss"] for record in records(run, "train")]
     assert len(losses) == NUM_STEPS
     assert losses[-1] < losses[0] - 0.3
@@ -289,12 +291,20 @@ def test_the_held_out_loss_is_logged_by_domain(run):
     assert set(summary["heldout_loss_by_domain"]) == {"periodic", "before_prune", "after_prune", "end"}
 
 
-def test_a_finished_run_only_shows_its_table_again(run, config, tmp_path, capsys):
-    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.suffix in (".jsonl", ".npz", ".json")}
-    summary = train(config, run)
+def test_a_finished_run_only_shows_its_table_again(run, config, capsys):
+    """Also with other free settings, which are not those that made it."""
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    summary = train(change(config, train={"log_every": 3}, laep={"alpha": 0.1}), run)
     assert summary == json.loads((run / "summary.json").read_text())
-    assert "held-out loss" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in before} == before
+    assert "validation loss" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
+
+
+def test_a_run_keeps_its_settings_and_its_model_as_gin(run, config):
+    """Also one that was started from Python."""
+    assert load_config([str(run / "operative.gin")]) == config
+    [prune] = records(run, "prune")
+    assert load_config([str(run / "model.gin")]).model.num_experts == tuple(prune["experts_after"])
 
 
 def test_rearranging_alone_recurs_and_changes_no_loss(run, config, tmp_path):
@@ -303,6 +313,8 @@ def test_rearranging_alone_recurs_and_changes_no_loss(run, config, tmp_path):
     train(short, tmp_path / "still")
     train(change(short, laep={"rearrange_gain": 0.0}), tmp_path / "moved")
     moves = records(tmp_path / "moved", "prune")
+    summary = json.loads((tmp_path / "moved" / "summary.json").read_text())
+    assert (summary["prune_steps"], summary["rearrange_steps"]) == ([], [7, 15])
     assert [move["step"] for move in moves] == [7, 15]
     assert all(move["rearrange_only"] and move["experts_after"] == [8, 8, 8] for move in moves)
     losses = [[record["loss"] for record in records(tmp_path / name, "train")] for name in ("still", "moved")]

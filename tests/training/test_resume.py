@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from laep_jax.config import Config, LaepConfig, ModelConfig, TrainConfig
+from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, TrainConfig
 from laep_jax.errors import UserError
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.plan import identity_plan
 from laep_jax.laep.stability import assess, history_capacity
 from laep_jax.training.controller import Controller
-from laep_jax.training.resume import FIXED, FREE, Progress, check_resumable
+from laep_jax.training.guard import Guard
+from laep_jax.training.resume import FIXED, FREE, Progress, check_resumable, find_progress
 
 WHERE = Path("run/checkpoints/7")
 CONFIG = Config(model=ModelConfig(num_layers=2, num_experts=4)).resolve(4)
@@ -54,6 +55,30 @@ def test_a_changed_setting_is_refused_or_told(part, cls, field):
         assert str(error.value) == f"another run than that of checkpoint {WHERE}: {difference}; use another workdir"
     else:
         assert check_resumable(progress(), changed, "sha", WHERE) == [difference]
+
+
+@pytest.mark.parametrize(("devices", "expert"), [(8, 4), (16, 4), (2, 2), (6, 2)])
+def test_an_open_expert_axis_stays_what_the_run_had(devices, expert):
+    """Resolved from the pruned counts it would be 8 on 8 devices."""
+    open_mesh = Config(model=ModelConfig(num_layers=2, num_experts=12), data=DataConfig(batch_size=48))
+    pruned = progress(config=open_mesh.resolve(4).to_dict(), num_experts=(8, 8), lineage=(tuple(range(8)),) * 2)
+    meta = json.loads(json.dumps(pruned.to_meta()))
+    resumed, _ = find_progress(open_mesh, "sha", WHERE, meta, devices)
+    assert Config.from_dict(resumed.config).mesh == MeshConfig(fsdp=devices // expert, expert=expert)
+
+
+@pytest.mark.parametrize("guard", [None, Guard(5, 9, 2.0, (12, 12))], ids=["as it is", "after a rollback"])
+def test_another_expert_axis_must_divide_every_model_that_the_run_may_have(guard):
+    config = Config(model=ModelConfig(num_layers=2, num_experts=24), data=DataConfig(batch_size=48))
+    pruned = progress(config=config.resolve(4).to_dict(), num_experts=(8, 8), lineage=(tuple(range(8)),) * 2)
+    pruned.guard = guard
+    meta = json.loads(json.dumps(pruned.to_meta()))
+    wider = dataclasses.replace(config, mesh=MeshConfig(expert=8))
+    if guard:
+        with pytest.raises(UserError, match=r"num_experts\[0\]=12 is not divisible by MeshConfig.expert=8"):
+            find_progress(wider, "sha", WHERE, meta, 8)
+    else:
+        assert find_progress(wider, "sha", WHERE, meta, 8)[0].num_experts == (8, 8)
 
 
 def test_every_difference_that_is_refused_is_named_at_once():

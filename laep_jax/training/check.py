@@ -1,0 +1,42 @@
+"""`train.py --check`: everything that a run refuses, without the run."""
+
+from pathlib import Path
+
+import jax
+
+from laep_jax.config import Config
+from laep_jax.hosts import refused_together
+from laep_jax.training.checkpoint import META_FILE
+from laep_jax.training.controller import Controller
+from laep_jax.training.exclusive import CHECKPOINTS, require_checkpoints, require_room
+from laep_jax.training.manifest import read_sealed
+from laep_jax.training.resume import find_progress
+from laep_jax.training.start import mesh_text, open_inputs, schedule_text
+from laep_jax.training.step_directory import StepDirectory
+
+
+def check(config: Config, run_dir: Path) -> list[str]:
+    """Lines on the run that `train` would start or resume; nothing is compiled, or written to `run_dir`.
+
+    `UserError` where `train` would refuse the config, the devices, the corpus, the plan, the newest checkpoint or the
+    room. Whether the checkpoint's arrays are as they were saved, only restoring tells.
+    """
+    dataset, state_bytes = open_inputs(config, run_dir)
+    with refused_together():
+        require_checkpoints(run_dir)
+        require_room(
+            next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists()), state_bytes
+        )
+        steps = StepDirectory(run_dir / CHECKPOINTS, keep=1)
+        damaged: list[str] = []
+        newest = steps.latest(lambda step, damage: damaged.append(damage)) if steps.path.is_dir() else None
+        meta = read_sealed(steps.step(newest) / META_FILE)["meta"] if newest else None
+        progress, changed = find_progress(
+            config, dataset.fingerprint, steps.step(newest or 0), meta, jax.device_count()
+        )
+        current = progress.current(Config.from_dict(progress.config))
+        Controller(current, prunes=progress.prunes)
+    what = "is complete" if progress.is_complete(config) else f"resumes from step {newest}" if newest else "starts"
+    lines = [f"{dataset.description}; {mesh_text(current)}", schedule_text(current), *damaged]
+    lines += [f"changed since the checkpoint: {', '.join(changed)}"] if changed else []
+    return [*lines, f"{run_dir}: the run {what}; nothing was trained"]
