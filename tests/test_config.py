@@ -1,15 +1,24 @@
 import json
 import re
+import typing
 
 import pytest
 
 from laep_jax.config import AuxLossConfig, Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig
 from laep_jax.errors import UserError
+from laep_jax.fields import settings_of
 
 
 def test_dictionary_form_round_trips_through_json():
     config = Config(model=ModelConfig(num_experts=(16, 8, 12, 16)), laep=LaepConfig(alpha=(0.1, 0.2, 0.3, 0.4)))
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_every_field_states_its_meaning():
+    """A new field is made by `fixed` or `free`, which decides whether a run may change it."""
+    for part in typing.get_type_hints(Config).values():
+        for name, setting in settings_of(part).items():
+            assert len(setting.meaning.split()) > 1, name
 
 
 def test_one_number_of_experts_serves_every_layer():
@@ -25,15 +34,24 @@ def test_runs_join_equal_neighbours_only():
     ("make", "message"),
     [
         (lambda: LaepConfig(alpha="abc"), "LaepConfig.alpha='abc' must be one of inf, hybrid"),
-        (lambda: LaepConfig(alpha=-0.1), "LaepConfig.alpha=-0.1 must not be negative"),
+        (lambda: LaepConfig(alpha=-0.1), "LaepConfig.alpha=-0.1 must be at least 0"),
         (lambda: LaepConfig(beta=1.5), "LaepConfig.beta=1.5 must lie between 0 and 1"),
         (lambda: LaepConfig(beta=float("nan")), "LaepConfig.beta=nan must be a finite number"),
         (lambda: ModelConfig(num_experts="eight"), "ModelConfig.num_experts='eight' must be of type"),
+        (lambda: ModelConfig(rope_base=1), "ModelConfig.rope_base=1 must be above 1"),
+        (lambda: DataConfig(heldout_share=1), "DataConfig.heldout_share=1 must be above 0 and below 1"),
         (lambda: ModelConfig(num_layers=True), "ModelConfig.num_layers=True must be of type int"),
         (lambda: ModelConfig(num_layers=2, num_experts=(8,)), "needs one entry for each of num_layers=2"),
         (lambda: ModelConfig(num_experts=4, top_k=8), "ModelConfig.num_experts[0]=4 is below top_k=8"),
-        (lambda: DataConfig(source="text"), "DataConfig.path='' does not go with source='text'"),
+        (lambda: DataConfig(source="text"), "DataConfig.path='' is needed: source='text' reads files"),
+        (lambda: DataConfig(path="x"), "DataConfig.path='x' is unused by source='stdlib'"),
         (lambda: DataConfig(cache_dir="gs://b/c"), "DataConfig.cache_dir='gs://b/c' must be mounted"),
+        (lambda: DataConfig("text", "file:///a"), "DataConfig.path='file:///a' must be mounted"),
+        (lambda: DataConfig("text", "~/a"), "DataConfig.path='~/a' must not begin with ~"),
+        (lambda: DataConfig(tokenizer="$HOME/a"), "DataConfig.tokenizer='$HOME/a' must not hold variables"),
+        (lambda: DataConfig(cache_dir="a\n"), "DataConfig.cache_dir='a\\n' must not begin or end with white space"),
+        (lambda: DataConfig(cache_dir=""), "DataConfig.cache_dir='' must not be empty"),
+        (lambda: DataConfig("text", "a\udcff"), "DataConfig.path='a\\udcff' must be valid UTF-8"),
         (lambda: OptimizerConfig(learning_rate=0.0), "OptimizerConfig.learning_rate=0.0 must be positive"),
         (lambda: AuxLossConfig(mixtral=-1.0), "AuxLossConfig.mixtral=-1.0 must be at least 0"),
         (lambda: Config(laep=LaepConfig(alpha=(0.1,))), "needs one entry for each of num_layers=4"),

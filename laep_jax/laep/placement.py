@@ -11,9 +11,8 @@ Letters: E experts, G devices, K slots of a device; slot s lies on device s // K
 
 import numpy as np
 
+from laep_jax.config_parts import PLACEMENTS as METHODS
 from laep_jax.errors import require
-
-METHODS = ("greedy", "refined")
 
 
 def place(loads_E: np.ndarray, num_groups: int, method: str) -> np.ndarray:

@@ -25,11 +25,9 @@ from fractions import Fraction
 
 import numpy as np
 
+from laep_jax.config_parts import ESTIMATORS, INEQUALITIES, ROUNDINGS
 from laep_jax.errors import require
 
-ESTIMATORS = ("vote", "mean")
-INEQUALITIES = ("le", "lt")
-ROUNDINGS = ("restore", "prune")
 END_ALPHA, MIDDLE_ALPHA = 0.2, 0.4  # of alpha="hybrid", paper section 4.2
 
 

@@ -9,30 +9,11 @@ import jax
 
 from laep_jax.config import Config
 from laep_jax.errors import UserError, require, require_type, short
+from laep_jax.fields import settings_of
 from laep_jax.hosts import require_same
 from laep_jax.laep.plan import Lineage, Plan, initial_lineage
 from laep_jax.training.guard import Guard
 from laep_jax.training.runlog import plain
-
-FIXED = {  # fields of a config that make a run the one it is: shapes, batches, what every number depends on
-    "ModelConfig": "vocab_size num_layers hidden_size num_heads head_dim ffn_size num_experts top_k lfa lfa_bias"
-    " rope_base norm_eps router_init dtype",
-    "DataConfig": "source text_field tokenizer sequence_length batch_size heldout_share",
-    "OptimizerConfig": "b1 b2",  # the moments in the checkpoint are means over these times
-    "TrainConfig": "grad_accumulation seed",  # balancing losses are means over a micro-batch
-}
-FREE = {  # fields that say how to go on, where the run lies, or what is decided in steps to come
-    "ModelConfig": "layers remat dispatch receive_buffer grouped_matmul",
-    "MeshConfig": "data fsdp expert cpu_devices",
-    "AuxLossConfig": "mixtral mixtral_hf deepseek_v3 router_z loss_free_bias",
-    "LaepConfig": "alpha beta estimator inequality rounding placement placement_loads window rank_correlation overlap"
-    " stable_windows min_step prune_at_step plan max_prunes rearrange_gain max_runs cut_delay restore reset_moments"
-    " guard_steps guard_tolerance max_retries dry_run_tolerance",
-    "DataConfig": "path cache_dir",  # what lies there is compared by its hash
-    "OptimizerConfig": "learning_rate warmup_steps final_fraction eps weight_decay clip_norm",
-    "TrainConfig": "num_steps log_every eval_every eval_batches checkpoint_every keep_checkpoints max_skipped_steps"
-    " step_timeout",
-}
 
 
 @dataclasses.dataclass
@@ -219,12 +200,11 @@ def check_resumable(progress: Progress, config: Config, fingerprint: str, where:
     for name in typing.get_type_hints(Config):
         then, now = getattr(old, name), getattr(config, name)
         part = type(then).__name__
-        for field in dataclasses.fields(then):
-            values = getattr(then, field.name), getattr(now, field.name)
+        for field, setting in settings_of(then).items():
+            values = getattr(then, field), getattr(now, field)
             if values[0] != values[1]:
-                fixed = field.name in FIXED.get(part, "").split()
-                text = f"{part}.{field.name} {short(values[0])} -> {short(values[1])}"
-                (refused if fixed else changed).append(text)
+                text = f"{part}.{field} {short(values[0])} -> {short(values[1])}"
+                (refused if setting.fixed else changed).append(text)
     if progress.fingerprint != fingerprint:
         refused.append(f"the corpus {short(progress.fingerprint)} -> {short(fingerprint)}")
     if refused:
@@ -233,8 +213,12 @@ def check_resumable(progress: Progress, config: Config, fingerprint: str, where:
 
 
 def require_same_run(config: Config, fingerprint: str) -> None:
-    """Every process was started with the same settings and has the same corpus; the cache may lie elsewhere."""
+    """Every process was started with the same settings and has the same corpus; files may lie elsewhere."""
     parts = [getattr(config, field.name) for field in dataclasses.fields(config)]
-    settings = {f"{type(part).__name__}.{name}": value for part in parts for name, value in vars(part).items()}
-    del settings["DataConfig.cache_dir"]
+    settings = {
+        f"{type(part).__name__}.{name}": getattr(part, name)
+        for part in parts
+        for name, setting in settings_of(part).items()
+        if not setting.path  # what is in the files is compared by hash, a plan when it is made
+    }
     require_same(settings | {"the corpus": fingerprint})

@@ -1,0 +1,177 @@
+"""The settings of pruning, data, optimizer and training, each with its default, its meaning and its values.
+
+Import them from `laep_jax.config`, which adds the model and the mesh.
+"""
+
+import dataclasses
+import math
+
+from laep_jax.errors import require
+from laep_jax.fields import check_fields, fixed, free
+
+ESTIMATORS = ("vote", "mean")
+INEQUALITIES = ("le", "lt")
+ROUNDINGS = ("restore", "prune")
+PLACEMENTS = ("greedy", "refined")
+SOURCES_WITH_PATH = ("text", "jsonl", "array_record")
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxLossConfig:
+    """Coefficients of the balancing terms; 0 leaves a term out."""
+
+    mixtral: float = free(0.0, "balancing loss of Switch and Mixtral, 1 at equal loads", low=0)
+    mixtral_hf: float = free(0.0, "the same without the division by top_k, top_k at equal loads", low=0)
+    deepseek_v3: float = free(0.0, "DeepSeek-V3's balancing loss of each sequence", low=0)
+    router_z: float = free(0.0, "squared log-sum-exp of the router's logits", low=0)
+    loss_free_bias: float = free(0.0, "no loss, but the step by which DeepSeek's selection bias moves", low=0)
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class LaepConfig:
+    """When to prune, what, and where the remaining experts are placed (paper sections 3.2 and 3.3)."""
+
+    alpha: float | str | tuple[float | str, ...] = free(
+        "hybrid",
+        "individual bound: an expert with at most this many times the layer's mean load may go; hybrid: 0.2 in the"
+        " first and last sixth of the layers, 0.4 between; or one a layer; inf: no bound",
+        low=0,
+        choices=("inf", "hybrid"),
+    )
+    beta: float = free(
+        0.1,
+        "cumulative bound: the lightest experts may go that together have this fraction of a layer's tokens",
+        low=0,
+        high=1,
+    )
+    estimator: str = free(
+        "vote",
+        "decide in each iteration of the window and count votes, or decide on the mean loads",
+        choices=ESTIMATORS,
+    )
+    inequality: str = free("le", "of both bounds: at most, or less than", choices=INEQUALITIES)
+    rounding: str = free(
+        "restore", "where the survivors do not divide by the devices: keep more, or prune more", choices=ROUNDINGS
+    )
+    placement: str = free(
+        "refined", "of the survivors: the paper's greedy algorithm, or that and the best swaps", choices=PLACEMENTS
+    )
+    placement_loads: str = free(
+        "masked",
+        "place by the loads of the pruned model, measured with the pruned experts masked, or by the recorded ones",
+        choices=("masked", "recorded"),
+    )
+    window: int = free(25, "steps of a window of loads", low=1)
+    rank_correlation: float = free(
+        0.9, "stable: every layer's rank correlation of loads with the window before is at least this", low=-1, high=1
+    )
+    overlap: float = free(
+        0.8, "stable: the sets of experts to prune of neighbouring windows overlap at least this much", low=0, high=1
+    )
+    stable_windows: int = free(2, "stable: windows in a row that are", low=1)
+    min_step: int = free(100, "the first step after which loads may count as stable", low=0)
+    prune_at_step: int | None = free(None, "plan after this step, whether loads are stable or not; None: when", low=1)
+    plan: str = free("", "a plan.json to apply at prune_at_step, instead of one made from the loads", path=True)
+    max_prunes: int = free(1, "how often to prune; 0: never", low=0)
+    rearrange_gain: float | None = free(
+        None,
+        "also rearrange without pruning where that lowers the most loaded device by this fraction; None: never",
+        low=0,
+    )
+    max_runs: int | None = free(
+        None, "keep more experts until neighbouring layers form at most this many runs of equal count; None: any", low=1
+    )
+    cut_delay: int = free(20, "steps between plan and cut, while the smaller model's step compiles", low=0)
+    restore: str = free("orbax", "cut through the checkpoint, or in device memory", choices=("orbax", "memory"))
+    reset_moments: bool = free(False, "zero the optimizer's moments at a cut, instead of moving them with the experts")
+    guard_steps: int | None = free(
+        50,
+        "steps after a prune after which the validation loss is checked, and a harmful prune undone; None: never",
+        low=1,
+    )
+    guard_tolerance: float = free(
+        0.1, "nats that a prune may cost, at the cut and still guard_steps later, see docs/reliability.md", low=0
+    )
+    max_retries: int = free(2, "prunes after an undone one, each with alpha and beta halved", low=0)
+    dry_run_tolerance: float | None = free(
+        None, "nats that masking the experts may cost before anything is cut; None: not measured", low=0
+    )
+
+    def __post_init__(self):
+        by_layer = isinstance(self.alpha, (list, tuple))
+        alphas = tuple(self.alpha) if isinstance(self.alpha, (list, tuple)) else (self.alpha,)
+        alphas = tuple("inf" if alpha == math.inf else alpha for alpha in alphas)  # JSON has no infinity
+        object.__setattr__(self, "alpha", alphas if by_layer else alphas[0])
+        check_fields(self)
+        for alpha in alphas:
+            require(alpha != "hybrid" or not by_layer, "LaepConfig.alpha", alpha, "must be one of inf, or numbers")
+        require(not self.plan or self.prune_at_step is not None, "LaepConfig.plan", self.plan, "needs prune_at_step")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it is cut into batches."""
+
+    source: str = fixed(
+        "stdlib",
+        "the running Python's own sources, files of text, JSON lines, ArrayRecord, or random tokens",
+        choices=("stdlib", *SOURCES_WITH_PATH, "synthetic"),
+    )
+    path: str = free("", "a file, folder or glob, for text, jsonl and array_record; compared by hash", path=True)
+    text_field: str = fixed("text", "the field of a JSON line that holds the text")
+    tokenizer: str = free("bytes", "bytes, or the path of a Hugging Face tokenizer.json; compared by hash", path=True)
+    sequence_length: int = fixed(128, "tokens of a sequence", low=2)
+    batch_size: int = fixed(32, "sequences of an optimizer step, over all devices and processes", low=1)
+    heldout_share: float = fixed(0.05, "fraction of the documents kept for validation", above=0, below=1)
+    cache_dir: str = free(".cache/laep_jax", "the folder where token files are kept", path=True)
+
+    def __post_init__(self):
+        check_fields(self)
+        needs_path = self.source in SOURCES_WITH_PATH
+        rule = (
+            f"is needed: source={self.source!r} reads files" if needs_path else f"is unused by source={self.source!r}"
+        )
+        require(bool(self.path) == needs_path, "DataConfig.path", self.path, rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay to `final_fraction` of `learning_rate`."""
+
+    learning_rate: float = free(2e-3, "the peak, after warm-up", above=0)
+    warmup_steps: int = free(50, "steps of the linear warm-up", low=0)
+    final_fraction: float = free(0.1, "the rate at the last step, as a fraction of the peak", low=0, high=1)
+    b1: float = fixed(0.9, "decay of the first moment", low=0, high=1)
+    b2: float = fixed(0.95, "decay of the second moment", low=0, high=1)
+    eps: float = free(1e-8, "epsilon of Adam's denominator", above=0)
+    weight_decay: float = free(0.1, "decoupled weight decay", low=0)
+    clip_norm: float = free(1.0, "largest global norm of the gradient", above=0)
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length, rhythm and seed of a run. Counts are optimizer steps unless said otherwise."""
+
+    num_steps: int = free(400, "length of the run", low=1)
+    grad_accumulation: int = fixed(1, "micro-batches of a step; balancing losses are means over one", low=1)
+    seed: int = fixed(0, "of parameters and the order of the data", low=0, high=2**31 - 1)
+    log_every: int = free(10, "steps between lines of the log", low=1)
+    eval_every: int = free(100, "steps between validations", low=1)
+    eval_batches: int = free(8, "batches of a validation", low=1)
+    checkpoint_every: int = free(100, "steps between checkpoints; a kill loses at most as many", low=1)
+    keep_checkpoints: int = free(3, "newest checkpoints that are kept", low=1)
+    max_skipped_steps: int = free(
+        10, "a step whose loss or gradient is not finite is skipped; as many in a row stop the run", low=1
+    )
+    step_timeout: float | None = free(
+        600.0, "seconds until a step counts as hung and the process ends; None: never", low=1, high=7 * 24 * 3600
+    )
+
+    def __post_init__(self):
+        check_fields(self)
