@@ -32,6 +32,7 @@ TRAINING_ORDER = [
     {"prune"},
     {"loop"},
     {"start"},
+    {"check"},
     {"command"},
 ]
 LIMIT = 350  # lines

@@ -57,7 +57,7 @@ def test_an_open_expert_axis_stays_what_the_run_had(devices, expert):
     assert Config.from_dict(resumed.config).mesh == MeshConfig(fsdp=devices // expert, expert=expert)
 
 
-@pytest.mark.parametrize("guard", [None, Guard(5, 9, 2.0, (12, 12))], ids=["as it is", "after a rollback"])
+@pytest.mark.parametrize("guard", [None, Guard(5, 9, 2.0, 2.1, 1.9, (12, 12))], ids=["as it is", "after a rollback"])
 def test_another_expert_axis_must_divide_every_model_that_the_run_may_have(guard):
     config = Config(model=ModelConfig(num_layers=2, num_experts=24), data=DataConfig(batch_size=48))
     pruned = progress(config=config.resolve(4).to_dict(), num_experts=(8, 8), lineage=(tuple(range(8)),) * 2)
