@@ -87,18 +87,13 @@ class LaepConfig:
     cut_delay: int = free(20, "steps between plan and cut, while the smaller model's step compiles", low=0)
     restore: str = free("orbax", "cut through the checkpoint, or in device memory", choices=("orbax", "memory"))
     reset_moments: bool = free(False, "zero the optimizer's moments at a cut, instead of moving them with the experts")
-    guard_steps: int | None = free(
-        50,
-        "steps after a prune after which the validation loss is checked, and a harmful prune undone; None: never",
-        low=1,
+    guard_tolerance: float | None = free(
+        0.2,
+        "nats by which the validation loss may rise without the experts to prune; a plan that costs more is refused;"
+        " None: any",
+        low=0,
     )
-    guard_tolerance: float = free(
-        0.1, "nats that a prune may cost, at the cut and still guard_steps later, see docs/reliability.md", low=0
-    )
-    max_retries: int = free(2, "prunes after an undone one, each with alpha and beta halved", low=0)
-    dry_run_tolerance: float | None = free(
-        None, "nats that masking the experts may cost before anything is cut; None: not measured", low=0
-    )
+    max_retries: int = free(2, "plans made after a refused one, each with alpha and beta halved", low=0)
 
     def __post_init__(self):
         by_layer = isinstance(self.alpha, (list, tuple))

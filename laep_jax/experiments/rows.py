@@ -33,10 +33,19 @@ class Row:
 
     @property
     def digest(self) -> str:
-        """Of every setting that a result could depend on; eight hexadecimal digits."""
-        values = self.config.to_dict()
+        """Of every setting that a result could depend on and that is not the default; eight hexadecimal digits.
+
+        A setting that is added later, with a default that changes nothing, leaves the results that there are.
+        """
+        values, defaults = self.config.to_dict(), Config().to_dict()
         del values["data"]["cache_dir"], values["train"]["log_every"]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+        chosen = {
+            f"{part}.{name}": value
+            for part, fields in values.items()
+            for name, value in fields.items()
+            if value != defaults[part][name]
+        }
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def prunes(self) -> bool:

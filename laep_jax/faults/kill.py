@@ -1,7 +1,7 @@
 """`python -m laep_jax faults kill`: a tiny run with prunes is killed at random; its end must be the same bit for bit.
 
 Half of the kills fall anywhere in the run, half at a random moment of an event of a prune: its plan, its compilation,
-the save before the cut, the restoring, the first evaluation, the way back where it did harm. In every third trial the
+the save before the cut, the restoring, the first evaluation. In every third trial the
 run is killed again while it recovers. With two processes one of them is killed, or stopped as a machine that hangs;
 then all must be gone within the heartbeat. At the end parameters, moments, layout, load history, recorded loads and
 losses are hashed. A save that was complete on disk must not be lost.
@@ -149,7 +149,7 @@ def survive(trial: Trial, hits: Sequence[dict], whole: Uninterrupted) -> tuple[C
         code, events = trial.start(**hit)
         resumed = [event["step"] for event in events if event["name"] == "resumed"]
         counts["lost saves"] += bool(resumed and resumed[0] < saved)
-        saved = [saved, *(event["step"] for event in events if event["name"] == "saved")][-1]  # an undo goes back
+        saved = [saved, *(event["step"] for event in events if event["name"] == "saved")][-1]
         struck = [event["time"] for event in events if event["name"] == "struck"]
         if struck and code:
             gone = max(gone, time.time() - struck[0])

@@ -1,4 +1,4 @@
-"""The run that `faults` kills: tiny, with two prunes, the first of which the guard undoes.
+"""The run that `faults` kills: tiny, with two prunes.
 
     python -m laep_jax.faults.worker SPEC
 
@@ -35,13 +35,12 @@ EVENTS = {  # of a prune, in its order
     "save": (loop, "save_and_cut"),
     "restore": (Checkpoints, "restore_cut"),
     "first evaluation": (prune, "_report"),
-    "undo": (prune, "_undo"),
 }
 NUM_STEPS = 28
 
 
 def make_config(cache_dir: str) -> Config:
-    """A first prune after step 6, which is undone after step 8; softer ones after steps 10 and 22, which stand."""
+    """A prune after step 6, and a second one once enough steps of the pruned model are recorded."""
     return tiny_config(
         cache_dir,
         model={"num_experts": 16},
@@ -53,7 +52,6 @@ def make_config(cache_dir: str) -> Config:
             "max_prunes": 2,
             "prune_at_step": 4,
             "cut_delay": 2,
-            "guard_steps": 2,
         },
         train={"num_steps": NUM_STEPS, "eval_every": 9, "checkpoint_every": 5, "keep_checkpoints": 2},
     )
@@ -148,18 +146,7 @@ def hash_of_run(run_dir: Path) -> str:
     return sha.hexdigest()
 
 
-def first_prune_does_harm() -> None:
-    """What the guard measures after the first prune is made worse; a model this small would not mind."""
-    evaluate = Run.evaluate
-
-    def worse(self: Run, step: int, when: str) -> float:
-        return evaluate(self, step, when) + (when == "guard" and not self.progress.retries)
-
-    Run.evaluate = worse
-
-
 def main(spec: Spec) -> None:
-    first_prune_does_harm()
     processes = num_processes()
     make_cpu_devices(8 // processes, processes=processes)
     with leaving_at_once(is_compiling):

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-RECENT = 128  # losses that a run keeps, also for the trend that the guard needs
-COMPARED = 64  # of them to compare with
+RECENT = 64  # losses to compare with
 FEWEST = 16  # of them, to say anything
 FAR = 8.0  # standard deviations, of the noise and not of the outliers
 LEAST_SPREAD = 0.005  # of the median: where losses hardly waver
@@ -17,7 +16,6 @@ def is_spike(loss: float, recent: Sequence[float]) -> bool:
     >>> is_spike(2.1, [2.0, 1.9] * 10), is_spike(3.0, [2.0, 1.9] * 10)
     (False, True)
     """
-    recent = recent[-COMPARED:]
     if len(recent) < FEWEST:
         return False
     median = float(np.median(recent))

@@ -175,23 +175,7 @@ class Checkpoints:
 
     def _put_aside(self, step: int, damage: str) -> None:
         path = self._steps.put_aside(step)
-        other = "a newer" if self._steps.found()[-1:] > [step] else "an older"
-        self._report(f"{damage}; it is now {path.name}, and the run goes on from {other} one")
-
-    def has(self, step: int) -> bool:
-        """Whether the step is there and its files are as its manifest says, as process 0 finds it."""
-        return _of_first(lambda: self._steps.damage(step) is None)
-
-    def pin(self, step: int | None) -> None:
-        """This step stays however many are newer, until another one or None is named."""
-        self._steps.pinned = step
-
-    def remove_after(self, step: int) -> None:
-        """Removes every step after this one, newest first. Waits for the save in progress."""
-        self._wait_patiently()
-        if jax.process_index() == 0:
-            self._steps.remove_after(step)
-        multihost_utils.sync_global_devices(f"removed after step {step}")
+        self._report(f"{damage}; it is now {path.name}, and the run goes on from an older one")
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """What the run said of itself; `DamagedError` where the step is missing or does not read."""

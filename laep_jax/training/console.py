@@ -196,7 +196,7 @@ def run_lengths(counts: Sequence[int]) -> str:
 def closing_table(summary: dict) -> Group:
     """The table at the end of a run, as a `rich` renderable.
 
-    summary: what summary.json holds: `steps`, `tokens`, `prune_steps`, `rearrange_steps`, `undone`, `not_pruned`,
+    summary: what summary.json holds: `steps`, `tokens`, `prune_steps`, `rearrange_steps`, `not_pruned`,
     `heldout_loss_end`; and with `_before` and `_after` each: `parameters`, `experts` and `device_imbalance` (both [L]),
     `step_seconds` (before the first change of the experts, after the last) and `heldout_loss_*_prune` (of the last
     prune). All `_after` and both `_prune` are None where nothing was changed; so is any number that was not measured.
@@ -216,7 +216,7 @@ def closing_table(summary: dict) -> Group:
 def _history(summary: dict) -> str:
     """What the run did to its experts, and why where it pruned none."""
     parts = [f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"]
-    for name, what in (("prune_steps", "pruned"), ("rearrange_steps", "rearranged"), ("undone", "undone")):
+    for name, what in (("prune_steps", "pruned"), ("rearrange_steps", "rearranged")):
         if summary[name]:
             parts.append(f"{what} after step " + ", ".join(f"{step:,}" for step in summary[name]))
         elif name == "prune_steps":

@@ -15,7 +15,7 @@ from laep_jax.laep.plan import Plan
 from laep_jax.sharding import put_batch
 from laep_jax.training.anomalies import RECENT, is_spike
 from laep_jax.training.evaluate import by_layer
-from laep_jax.training.prune import begin, carry_out, decide, judge, save_and_cut
+from laep_jax.training.prune import begin, carry_out, decide, save_and_cut
 from laep_jax.training.record import train_record
 from laep_jax.training.run import Run
 from laep_jax.training.state import abstract_state, init_state
@@ -25,8 +25,6 @@ from laep_jax.training.stops import Stops
 def train_to_end(run: Run, stops: Stops) -> dict:
     """Runs to the end; returns the summary. `StoppedError` where it was told to stop, and has saved."""
     _begin(run)
-    if run.progress.step == run.judged_at:  # saved before an undo, which did not come to its end
-        _boundary(run, run.progress.step, stopping=False)
     pending = None
     run.clock = time.perf_counter()
     while (step := run.progress.step) < run.config.train.num_steps:
@@ -60,8 +58,6 @@ def _begin(run: Run) -> None:
         return
     run.console.event(f"resuming from step {step}" + (", with a plan to apply" if plan else ""))
     run.controller = run.read_controller(config, step)
-    if run.progress.guard:
-        run.checkpoints.pin(run.progress.guard.cut_step)
     if plan:
         begin(run, Plan.from_json(plan))
     if run.cut and step == run.progress.cut_step:
@@ -74,12 +70,12 @@ def _begin(run: Run) -> None:
 def _is_boundary(run: Run, step: int) -> bool:
     settings = run.config.train
     due = step % settings.eval_every == 0 or step % settings.checkpoint_every == 0
-    return due or step in (settings.num_steps, run.progress.cut_step, run.judged_at) or _decides(run, step)
+    return due or step in (settings.num_steps, run.progress.cut_step) or _decides(run, step)
 
 
 def _decides(run: Run, step: int) -> bool:
-    """Not while something is decided and not carried out, or not judged."""
-    return not run.cut and not run.progress.guard and run.controller.is_due(step)
+    """Not while something is decided and not applied."""
+    return not run.cut and run.controller.is_due(step)
 
 
 def record(run: Run, step: int, metrics: dict) -> None:
@@ -137,8 +133,6 @@ def _boundary(run: Run, step: int, stopping: bool) -> None:
     settings = run.config.train
     if step == settings.num_steps:  # the rest is for `_close`
         return
-    if step == run.judged_at and not judge(run, step):
-        return
     if step % settings.eval_every == 0:
         run.evaluate(step, "periodic")
     if _decides(run, step):
@@ -152,8 +146,6 @@ def _boundary(run: Run, step: int, stopping: bool) -> None:
 def _close(run: Run) -> dict:
     """The end of the run: last evaluation and checkpoint, summary.json, the closing table."""
     progress, summary = run.progress, run.progress.summary
-    if progress.guard:
-        run.console.event(f"the run ends before step {progress.guard.due}: the last prune is not judged")
     if summary["steps"] != progress.step:
         side = "after" if summary["prune_steps"] or summary["rearrange_steps"] else "before"
         summary["heldout_loss_end"] = run.evaluate(progress.step, "end")

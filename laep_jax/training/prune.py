@@ -1,16 +1,13 @@
-"""What a run does to its experts: decided, prepared, carried out, judged, undone (paper sections 3.2, 3.3).
+"""What a run does to its experts: decided, checked, prepared, applied (paper sections 3.2, 3.3).
 
-A plan is carried out `LaepConfig.cut_delay` steps after it was made, whether the smaller model's steps, which are
+A plan is applied `LaepConfig.cut_delay` steps after it was made, whether the smaller model's steps, which are
 compiled meanwhile, are ready or waited for: so every process cuts after the same step, and a resumed run too. The cut
 has two phases: the old model is saved together with the plan; then the survivors are restored into the smaller
-model. Whatever stops the run between the two, starting again carries out the plan. A prune that does harm is undone
-some steps later (`laep_jax.training.guard`).
+model. Whatever stops the run between the two, starting again applies the plan.
 """
 
 import dataclasses
 import math
-
-import jax
 
 from laep_jax.hosts import require_same
 from laep_jax.laep.plan import Plan, apply_plan_to_lineage
@@ -18,11 +15,10 @@ from laep_jax.laep.stability import StabilityReport
 from laep_jax.training.console import stability_text
 from laep_jax.training.cut import Cut, Pause
 from laep_jax.training.evaluate import heldout_loss, masked_loads, masked_loss
-from laep_jax.training.guard import SOFTER, Guard, expected_change, rise
+from laep_jax.training.guard import rise
 from laep_jax.training.optimizer import without_moments
-from laep_jax.training.resume import Progress
 from laep_jax.training.run import Run
-from laep_jax.training.state import TrainState, abstract_state
+from laep_jax.training.state import TrainState
 
 
 def decide(run: Run, step: int) -> None:
@@ -33,7 +29,7 @@ def decide(run: Run, step: int) -> None:
     prunes = run.controller.wants_prune(step, report)
     run.pause = Pause()
     with run.pause.part("plan"):
-        plan = _tried_plan(run, step) if prunes else None
+        plan = _checked_plan(run, step) if prunes else None
         if plan is None or not plan.prunes:  # moving alone must be worth a pause
             run.progress.summary["not_pruned"] = _why_not(run, report, plan)
             plan = run.controller.rearrangement()
@@ -58,8 +54,12 @@ def _why_not(run: Run, report: StabilityReport, plan: Plan | None) -> str:
             "(MeshConfig.expert): raise LaepConfig.alpha or LaepConfig.beta"
         )
     if run.controller.prunes >= laep.max_prunes:
-        given_up = run.progress.retries > run.config.laep.max_retries
-        return "every plan to prune did harm" if given_up else f"LaepConfig.max_prunes={laep.max_prunes}"
+        if not run.progress.retries:
+            return f"LaepConfig.max_prunes={laep.max_prunes}"
+        return (
+            "every plan cost more than LaepConfig.guard_tolerance: lower LaepConfig.alpha or LaepConfig.beta, "
+            "or raise the tolerance"
+        )
     if laep.prune_at_step is not None:
         return f"LaepConfig.prune_at_step={laep.prune_at_step} was not reached"
     return (
@@ -68,33 +68,43 @@ def _why_not(run: Run, report: StabilityReport, plan: Plan | None) -> str:
     )
 
 
-def _tried_plan(run: Run, step: int) -> Plan | None:
-    """A plan to prune, softened until the dry run finds that it does no harm; None where the retries are used up."""
-    plan, tolerance = _make_plan(run, step), run.config.laep.dry_run_tolerance
-    if tolerance is None:
+def _checked_plan(run: Run, step: int) -> Plan | None:
+    """A plan to prune that does no harm; None where none is left to try, see `laep_jax.training.guard`."""
+    plan, tolerance = _make_plan(run, step), run.config.laep.guard_tolerance
+    if tolerance is None or not plan.prunes:
         return plan
     measured = (run.heldout, run.mesh, run.dataset.domains)
     before = heldout_loss(run.steps.evaluate, run.state, *measured).loss
     while True:
         pruned = [layer.pruned for layer in plan.layers]
         loss = masked_loss(run.steps.evaluate, run.state, pruned, *measured).loss
-        stands = not rise(before, loss) > tolerance
+        harm = rise(before, loss)
+        stands = not harm > tolerance
         run.log.write("dry_run", step, stands=stands, heldout_loss_before=before, heldout_loss=loss)
-        run.console.event(f"step {step}: held-out loss {loss:.4f} in a dry run, {loss - before:+.4f}")
+        run.console.event(f"step {step}: {_verdict(harm, tolerance, stands)}")
         if stands:
             return plan
         run.progress.retries += 1
         run.controller = run.new_controller(run.config, run.controller.history)
-        if run.progress.retries > run.config.laep.max_retries:
+        if not run.controller.laep.max_prunes:
             return None
         plan = _make_plan(run, step)
 
 
+def _verdict(harm: float, tolerance: float, stands: bool) -> str:
+    """The guard's measurement for people."""
+    if math.isnan(harm):
+        return "the validation loss is not a number, so that the plan is not checked"
+    bound = f"LaepConfig.guard_tolerance={tolerance:g}"
+    cost = f"without the experts to prune the validation loss is {harm:+.4f} nats"
+    return f"{cost}, within {bound}" if stands else f"{cost}, above {bound}: the plan is refused"
+
+
 def _make_plan(run: Run, step: int) -> Plan:
     plan = run.controller.prune_plan()
+    _require_same_plan(step, plan)  # all must measure the same model
     if run.config.laep.placement_loads == "recorded":
         return plan
-    _require_same_plan(step, plan)  # all must measure the same model
     first = max(0, step - run.config.train.eval_batches)
     batches = [run.dataset.train_batch(i) for i in range(first, step)]
     pruned = [layer.pruned for layer in plan.layers]
@@ -151,13 +161,6 @@ def carry_out(run: Run, cut: Cut, state: TrainState | None) -> None:
     run.adopt(cut.config, state, run.new_controller(cut.config), steps)
     _report(run, cut)
     progress.drop_plan()
-    guard_steps = run.config.laep.guard_steps
-    if guard_steps and not cut.only_moves:
-        before, after = (progress.summary[f"heldout_loss_{side}_prune"] for side in ("before", "after"))
-        expected = before + expected_change(progress.recent_losses, progress.step, guard_steps)
-        due = progress.step + guard_steps
-        progress.guard = Guard(progress.step, due, before, after, expected, plan.num_experts)
-        run.checkpoints.pin(progress.step)
 
 
 def _report(run: Run, cut: Cut) -> None:
@@ -178,60 +181,3 @@ def _report(run: Run, cut: Cut) -> None:
         **cut.record(),
     )
     run.console.event(f"step {step}: {run.pause}")
-
-
-def judge(run: Run, step: int) -> bool:
-    """Whether the prune stands, as it does where what was before it is damaged; else it is undone.
-
-    To undo it, the pruned model is saved first. If what was before it turns out damaged only when it is read, the run
-    begins again from that save and comes here again.
-    """
-    guard = run.progress.guard
-    assert guard
-    loss = run.evaluate(step, "guard")
-    harm = guard.harm(loss)
-    record = {"cut_step": guard.cut_step, "heldout_loss_before": guard.loss_before, "heldout_loss": loss}
-    record |= {"heldout_loss_after": guard.loss_after, "heldout_loss_expected": guard.expected, "harm": harm}
-    stands = not harm > run.config.laep.guard_tolerance
-    if math.isnan(harm):
-        run.console.event(f"the prune of step {guard.cut_step} stands unchecked: the loss before it is not a number")
-    if not stands and run.checkpoints.has(guard.cut_step):
-        run.save(step, now=True)
-        _undo(run, guard, record)
-        return False
-    if not stands:
-        run.console.event(f"the prune of step {guard.cut_step} did harm, but what was before it is damaged: it stands")
-    run.log.write("guard", step, stands=True, **record)
-    run.progress.guard = None
-    run.checkpoints.pin(None)
-    return True
-
-
-def _undo(run: Run, guard: Guard, record: dict) -> None:
-    """The state before the cut again, saved as its step with a softer rule and no plan; later steps go.
-
-    record: for the log. Whatever stops the run on the way, starting again comes here again, where the step may be
-    saved like this already, or goes on from it.
-    """
-    step, path = guard.cut_step, run.checkpoints.directory / str(guard.cut_step)
-    before = Progress.from_meta(run.checkpoints.read_meta(step), path)
-    before.drop_plan()
-    before.retries = run.progress.retries + 1
-    before.summary["undone"] = sorted({*before.summary["undone"], step})
-    before.summary["heldout_loss_before_prune"] = None
-    if not (before.summary["prune_steps"] or before.summary["rearrange_steps"]):
-        before.summary["device_imbalance_before"] = before.summary["step_seconds_before"] = None
-    run.progress = before
-    config = before.current(run.base)
-    jax.tree.map(lambda leaf: leaf.delete(), run.state)
-    state = run.checkpoints.restore(step, abstract_state(config, run.mesh))
-    steps = run.new_steps(config)
-    run.adopt(config, state, run.read_controller(config, step), steps)
-    rule = f"with alpha and beta x {SOFTER**before.retries}"
-    rule = rule if before.retries <= config.laep.max_retries else "without a prune"
-    run.console.event(f"the prune of step {step} did harm and is undone: going on from there, {rule}")
-    run.log.rewind(step)
-    run.log.write("guard", step, stands=False, **record)
-    run.save(step, now=True)
-    run.checkpoints.remove_after(step)
-    run.checkpoints.pin(None)

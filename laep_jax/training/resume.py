@@ -12,7 +12,6 @@ from laep_jax.errors import UserError, require, require_type, short
 from laep_jax.fields import settings_of
 from laep_jax.hosts import require_same
 from laep_jax.laep.plan import Lineage, Plan, initial_lineage
-from laep_jax.training.guard import Guard
 from laep_jax.training.runlog import plain
 
 
@@ -24,9 +23,9 @@ class Progress:
     config: of the last start, with the experts that the run began with. num_experts: of the model in this
     checkpoint. fitted_buffer: the receive buffer that the last cut's loads need, None before a cut. lineage: per
     layer the original id of each slot. pending_plan: a plan (JSON text) that is made and not carried out.
-    plan_step, cut_step: after which step it was made, and is to be carried out. guard: of a prune that is not
-    judged yet. retries: prunes undone. skipped: steps in a row that were not finite. recent_losses: of the last
-    steps, see `anomalies`. summary: the rows of the closing table so far.
+    plan_step, cut_step: after which step it was made, and is to be carried out. retries: plans that the
+    guard refused. skipped: steps in a row that were not finite. recent_losses: of the last steps, see `anomalies`.
+    summary: the rows of the closing table so far.
     """
 
     step: int
@@ -39,7 +38,6 @@ class Progress:
     pending_plan: str | None
     plan_step: int | None
     cut_step: int | None
-    guard: Guard | None
     retries: int
     skipped: int
     recent_losses: tuple[float, ...]
@@ -60,7 +58,6 @@ class Progress:
             pending_plan=None,
             plan_step=None,
             cut_step=None,
-            guard=None,
             retries=0,
             skipped=0,
             recent_losses=(),
@@ -80,9 +77,6 @@ class Progress:
             progress.num_experts = tuple(progress.num_experts)
         if isinstance(progress.recent_losses, list):
             progress.recent_losses = tuple(progress.recent_losses)
-        if isinstance(progress.guard, list) and len(progress.guard) == len(Guard._fields):
-            *numbers, num_experts = (math.nan if value is None else value for value in progress.guard)
-            progress.guard = Guard(*numbers, tuple(num_experts) if isinstance(num_experts, list) else num_experts)
         for name, hint in typing.get_type_hints(cls).items():
             require_type(f"checkpoint {where}: {name}", getattr(progress, name), hint)
         for name, fits in progress._rules(where).items():
@@ -106,7 +100,6 @@ class Progress:
             "pending_plan": not planned or Plan.from_json(self.pending_plan or "").num_experts == self.num_experts,
             "plan_step": (made is not None) == planned and (not planned or 0 < (made or 0) <= self.step),
             "cut_step": (due is not None) == planned and (not planned or self.step <= (due or 0)),
-            "guard": self.guard is None or 0 < self.guard.cut_step <= self.step <= self.guard.due,
             "retries": self.retries >= 0,
             "skipped": self.skipped >= 0,
             "summary": self.summary.keys() == summary.keys()
@@ -145,7 +138,6 @@ def _fresh_summary(experts: tuple[int, ...]) -> dict:
     summary |= {"experts_before": list(experts), "experts_after": None, "prune_steps": []}
     return summary | {
         "rearrange_steps": [],
-        "undone": [],
         "not_pruned": "",
         "steps": 0,
         "tokens": 0,
@@ -172,8 +164,7 @@ def find_progress(
     progress = Progress.from_meta(meta, where)
     resolved = resolve_resumed(config, progress, num_devices)
     changed = check_resumable(progress, resolved, fingerprint, where)
-    for num_experts in (progress.num_experts, *([progress.guard.num_experts] if progress.guard else [])):
-        resolved.with_num_experts(num_experts).resolve(num_devices)
+    resolved.with_num_experts(progress.num_experts).resolve(num_devices)
     progress.config = resolved.to_dict()
     return progress, changed
 
@@ -183,7 +174,7 @@ def resolve_resumed(config: Config, progress: Progress, num_devices: int) -> Con
 
     The expert axis belongs to the run: resolved anew from the counts of a pruned model it could grow, and the experts
     would no longer be where the plan placed them. Left open, it stays what it was, or becomes the largest divisor of
-    that which the devices allow. Every expert count of the run divides by it, those a rollback returns to as well.
+    that which the devices allow, by which every expert count of the run divides.
     """
     mesh = config.mesh
     if mesh.expert is None:

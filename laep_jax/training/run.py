@@ -70,10 +70,6 @@ class Run:
         """Whether the first step of this model, with its compilation in it, is still to be recorded."""
         return not self.step_seconds and not isinstance(self.steps.train, jax.stages.Compiled)
 
-    @property
-    def judged_at(self) -> int | None:
-        return self.progress.guard.due if self.progress.guard else None
-
     def new_steps(self, config: Config, train_step: jax.stages.Compiled | None = None) -> Steps:
         evaluate = make_eval_step(config, self.mesh, len(self.dataset.domains))
         return Steps(train_step or make_train_step(config, self.mesh), evaluate)

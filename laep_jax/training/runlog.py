@@ -8,7 +8,6 @@ behind the step of the checkpoint is dropped, what its own step writes again rep
 Letters: N recorded steps, L layers, E experts of the original model (of its widest layer).
 """
 
-import bisect
 import json
 import math
 import os
@@ -134,17 +133,6 @@ class RunLog:
         }
         _replace(self._dir / LOADS_FILE, lambda file: np.savez(file, **arrays))
 
-    def rewind(self, step: int) -> None:
-        """Forgets what came after `step`, and the cut that followed it: the run goes on from there without."""
-        self.close()
-        records = [record for record in read_records(self._dir / METRICS_FILE) if _is_before_cut(record, step)]
-        self._metrics = self._start_metrics(records)
-        self._tensorboard = self._start_tensorboard(step + 1)
-        kept = bisect.bisect_right(self._steps, step)
-        del self._steps[kept:], self._tokens_LE[kept:]
-        self._pruned_at_LE[self._pruned_at_LE >= step] = ALIVE
-        self.save_loads()
-
     def close(self) -> None:
         """Flushes and closes every file; does not save the loads."""
         self._metrics.close()
@@ -194,16 +182,9 @@ class NoLog:
 
     def save_loads(self) -> None: ...
 
-    def rewind(self, step: int) -> None: ...
-
 
 def _identity(record: dict) -> tuple:
     return record["kind"], record["step"], record.get("when")
-
-
-def _is_before_cut(record: dict, step: int) -> bool:
-    of_cut = record["kind"] in ("prune", "guard") or record.get("when") == "after_prune"
-    return record["step"] < step or (record["step"] == step and not of_cut)
 
 
 def _line(record: dict) -> str:

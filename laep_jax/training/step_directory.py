@@ -19,11 +19,10 @@ DAMAGED = ".damaged"  # a step that does not validate, put aside
 
 
 class StepDirectory:
-    """A directory of complete steps, named by their numbers. keep: how many to keep. pinned: one that stays as well."""
+    """A directory of complete steps, named by their numbers. keep: how many to keep."""
 
     def __init__(self, path: Path, *, keep: int):
         self.path = path
-        self.pinned: int | None = None
         self._keep = keep
 
     def step(self, step: int, suffix: str = "") -> Path:
@@ -74,12 +73,6 @@ class StepDirectory:
         """Whether there were steps, and all are put aside."""
         return not self.found() and any(self.path.glob(f"*{DAMAGED}*"))
 
-    def remove_after(self, step: int) -> None:
-        """Removes every step after this one, newest first."""
-        for later in reversed(self.found()):
-            if later > step:
-                self._remove(self.step(later))
-
     def settle(self) -> None:
         """Ends every replacement, the right way round, and removes what failed."""
         for path in (*self.path.glob(f"*{TRASH}"), *self.path.glob(f"*{SAVING}")):
@@ -96,8 +89,7 @@ class StepDirectory:
         """Removes what is no longer kept."""
         complete = [step for step in self.found() if self.damage(step) is None]
         for step in complete[: -self._keep]:
-            if step != self.pinned:
-                self._remove(self.step(step))
+            self._remove(self.step(step))
 
     def _remove(self, path: Path) -> None:
         if path.exists():

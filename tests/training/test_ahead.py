@@ -133,7 +133,7 @@ def test_a_second_prune_measures_loads_with_the_step_compiled_ahead(config, tmp_
         "rank_correlation": -1.0,
         "overlap": 0.0,
         "stable_windows": 1,
-        "guard_steps": None,
+        "guard_tolerance": None,
         "min_step": 1,
         "window": 3,
         "prune_at_step": 3,

@@ -20,7 +20,6 @@ PRUNED = {
     "tokens": 1638400,
     "prune_steps": [220],
     "rearrange_steps": [],
-    "undone": [],
     "not_pruned": "",
     "parameters_before": 2_000_000,
     "parameters_after": 1_500_000,
@@ -44,7 +43,6 @@ NOT_PRUNED = (
     | {name: None for name in PRUNED if name.endswith(("_after", "_prune"))}
     | {
         "prune_steps": [],
-        "undone": [40, 80],
         "not_pruned": "the loads are not stable: train longer",
         "heldout_loss_by_domain": {"end": {"json": 1.0}},
     }
@@ -159,8 +157,7 @@ def test_closing_table_of_a_pruned_run():
 def test_closing_table_of_a_run_without_prune():
     rows, text = cells(NOT_PRUNED)
     assert text.startswith(
-        "400 steps, 1,638,400 tokens; nothing was pruned; undone after step 40, 80\n"
-        "not pruned, since the loads are not stable: train longer\n"
+        "400 steps, 1,638,400 tokens; nothing was pruned\nnot pruned, since the loads are not stable: train longer\n"
     )
     assert rows["parameters"] == ["2.000 M"]
     assert rows["experts per layer"] == ["16x4"]

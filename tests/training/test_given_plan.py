@@ -25,7 +25,7 @@ PRUNED = [[1, 2, 5, 7], []]
 def config(tmp_path_factory) -> Config:
     return tiny_config(
         str(tmp_path_factory.mktemp("tokens")),
-        laep={"prune_at_step": CUT_STEP, "cut_delay": 0, "guard_steps": None, "placement_loads": "recorded"},
+        laep={"prune_at_step": CUT_STEP, "cut_delay": 0, "guard_tolerance": None, "placement_loads": "recorded"},
         train={"num_steps": NUM_STEPS, "checkpoint_every": 50},
     )
 
@@ -45,7 +45,7 @@ def test_a_plan_from_a_file_is_carried_out_once(config, plan_file, tmp_path):
     assert [sorted(ids) for ids in cut["lineage"]] == [[0, 3, 4, 6], [*range(8)]]
 
 
-def test_a_plan_that_was_undone_is_not_tried_again(plan_file):
+def test_a_plan_that_was_refused_is_not_tried_again(plan_file):
     assert softened(LaepConfig(plan=str(plan_file), prune_at_step=1), 1, 2).max_prunes == 0
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -167,7 +166,6 @@ def test_a_run_goes_on_from_the_newest_step_that_validates(tmp_path):
         )
         checkpoints.save(3, small(3), {}, {})
         checkpoints.wait()
-        checkpoints.pin(1)
         for step in (3, 2, 1):
             (tmp_path / str(step) / "manifest.json").unlink()
         for _ in range(2):
@@ -185,49 +183,6 @@ def test_what_a_run_goes_on_from_is_validated_once(checkpoints, monkeypatch):
     monkeypatch.setattr(step_directory, "check_files", lambda path: (validated.append(path.name), check(path)))
     assert checkpoints.newest_valid() == 2
     assert validated == ["3", "2"]
-
-
-def test_a_damaged_step_that_was_gone_back_to_is_put_aside_and_later_ones_stay(tmp_path):
-    told = []
-    with Checkpoints(tmp_path, keep=4, report=told.append) as checkpoints:
-        for step in (1, 2, 3, 4):
-            checkpoints.save_now(step, small(step), {}, {})
-        (tmp_path / "3" / "meta.json").unlink()
-        shutil.rmtree(tmp_path / "2")
-        for step in (3, 2):
-            with pytest.raises(DamagedError) as error:
-                checkpoints.read_meta(step)
-            checkpoints.put_aside(error.value)
-            assert checkpoints.newest_valid() == 4
-        assert steps_in(checkpoints) == ["1", "3.damaged", "4"]
-        [line] = told
-        assert line.endswith("it is now 3.damaged, and the run goes on from a newer one")
-
-
-def test_a_pinned_step_stays_and_later_ones_can_be_removed(checkpoints):
-    checkpoints.pin(1)
-    for step in (1, 2, 3, 4):
-        checkpoints.save(step, small(step), {}, {})
-    checkpoints.wait()
-    assert steps_in(checkpoints) == ["1", "3", "4"]
-    checkpoints.save(5, small(5), {}, {})
-    checkpoints.remove_after(3)
-    assert steps_in(checkpoints) == ["1"]  # 3 had made way for 5
-    checkpoints.pin(None)
-    for step in (2, 3):
-        checkpoints.save(step, small(step), {}, {})
-    checkpoints.wait()
-    assert steps_in(checkpoints) == ["2", "3"]
-
-
-def test_later_steps_go_newest_first(checkpoints, monkeypatch):
-    for step in (1, 2, 3):
-        checkpoints.save(step, small(step), {}, {})
-    checkpoints.wait()
-    monkeypatch.setattr(step_directory.shutil, "rmtree", lambda path: removed.append(Path(path).name))
-    removed: list[str] = []
-    checkpoints.remove_after(1)
-    assert removed == ["3.trash", "2.trash"]
 
 
 def full_disk(failing: list[bool], monkeypatch) -> None:
