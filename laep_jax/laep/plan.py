@@ -17,7 +17,7 @@ import numpy as np
 from laep_jax.errors import require
 from laep_jax.laep import plan_json, plan_table
 from laep_jax.laep.layer_plan import LayerPlan, make_layer_plan
-from laep_jax.laep.load import as_counts
+from laep_jax.laep.load import as_counts, num_with_tokens
 from laep_jax.laep.placement import METHODS
 from laep_jax.laep.pruning import Pruning, PruningRule, alpha_per_layer, prune_layer
 from laep_jax.laep.runs import restore
@@ -116,9 +116,13 @@ def make_plan(
     max_runs: restore experts until neighbouring layers form at most so many runs of equal count.
     tokens: counts [N, L, E], or [N, E] of each layer. placement_loads: mean tokens an iteration, [E]
     of each layer, measured with the pruned experts masked; by default the recorded means, which leave
-    out that the tokens of pruned experts go elsewhere. `UserError` on bad counts or settings.
+    out that the tokens of pruned experts go elsewhere. Iterations in which a layer got no tokens are left out
+    for that layer. `UserError` on bad counts or settings, and on a layer without any tokens.
     """
     counts = as_counts(tokens)
+    idle = [layer for layer, tokens_NE in enumerate(counts) if not tokens_NE.any()]
+    hint = "cannot be pruned: leave dense layers out of the counts, and check what counts the others"
+    require(not idle, "layers without tokens", idle, hint)
     rule = PruningRule(
         alpha_per_layer(alpha, len(counts)), beta, estimator, inequality, rounding, top_k, expert_parallel
     )
@@ -127,9 +131,9 @@ def make_plan(
         require(max_runs >= 1, "max_runs", max_runs, "must be at least 1")
         choices = restore(choices, [tokens_NE.sum(axis=0) for tokens_NE in counts], max_runs)
     if placement_loads is None:  # whole sums instead of means: ties and order are then exact
-        loads, iterations = [tokens_NE.sum(axis=0) for tokens_NE in counts], len(counts[0])
+        loads, iterations = [tokens_NE.sum(axis=0) for tokens_NE in counts], [*map(num_with_tokens, counts)]
     else:
-        loads, iterations = [np.asarray(loads_E) for loads_E in placement_loads], 1
+        loads, iterations = [np.asarray(loads_E) for loads_E in placement_loads], [1] * len(counts)
     for loads_E, tokens_NE in zip(loads, counts, strict=True):
         assert loads_E.shape == tokens_NE.shape[1:], (loads_E.shape, tokens_NE.shape)
     return Plan(
@@ -143,8 +147,8 @@ def make_plan(
         rounding=rounding,
         placement=placement,
         layers=tuple(
-            make_layer_plan(loads_E, iterations, choice, expert_parallel, placement)
-            for loads_E, choice in zip(loads, choices, strict=True)
+            make_layer_plan(loads_E, number, choice, expert_parallel, placement)
+            for loads_E, number, choice in zip(loads, iterations, choices, strict=True)
         ),
     )
 

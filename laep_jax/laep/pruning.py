@@ -11,11 +11,13 @@ Expdis -> `num_chosen`, iter -> the axis N.
   used expert with a low index.
 * The number to prune is the mean number marked over the iterations, rounded down; the print never
   divides its sum.
+* An iteration in which the layer got no tokens says nothing about its experts: it marks none (0 <= 0 would
+  mark all) and does not count in that mean.
 * The survivors must split evenly over the expert-parallel devices, which the paper does not say.
 
 All comparisons are between integers, so multiplying every count by an integer changes nothing.
 
-Letters: N iterations, L layers, E experts.
+Axes: N iterations, L layers, E experts.
 """
 
 import dataclasses
@@ -26,6 +28,7 @@ from fractions import Fraction
 import numpy as np
 
 from laep_jax.errors import require
+from laep_jax.laep.load import num_with_tokens
 
 ESTIMATORS = ("vote", "mean")
 INEQUALITIES = ("le", "lt")
@@ -104,7 +107,8 @@ class Pruning:
 def eligible_experts(tokens: np.ndarray, alpha: float, beta: float, inequality: str) -> np.ndarray:
     """Which experts equations 2 and 3 allow to prune.
 
-    tokens: integers [..., E]; every row is judged by itself. Returns booleans of the same shape.
+    tokens: integers [..., E]; every row is judged by itself, and one without tokens allows none. Returns booleans of
+    the same shape.
 
     >>> eligible_experts(np.array([40, 1, 30, 2, 27]), alpha=0.4, beta=0.1, inequality="le").tolist()
     [False, True, False, True, False]
@@ -115,7 +119,7 @@ def eligible_experts(tokens: np.ndarray, alpha: float, beta: float, inequality: 
     ascending = np.sort(tokens.astype(np.int64) << bits | np.arange(tokens.shape[-1]), axis=-1)
     loads, order = ascending >> bits, ascending & (2**bits - 1)
     total = tokens.sum(axis=-1, keepdims=True)
-    fits = loads.cumsum(axis=-1) <= _most_allowed(total, _exact(beta), inequality)
+    fits = (total > 0) & (loads.cumsum(axis=-1) <= _most_allowed(total, _exact(beta), inequality))
     if not math.isinf(alpha):
         fits &= loads <= _most_allowed(total, _exact(alpha) / tokens.shape[-1], inequality)
     eligible = np.empty_like(fits)
@@ -142,15 +146,15 @@ def prune_layer(tokens_NE: np.ndarray, rule: PruningRule, layer: int) -> Pruning
     """Algorithm 1 on one layer.
 
     tokens_NE: non-negative int64 counts. Returns the ids chosen by the rule and those that go once
-    the kept count is made a multiple of `rule.expert_parallel`. `UserError` where the experts do
-    not divide by it or are fewer than `rule.top_k`.
+    the kept count is made a multiple of `rule.expert_parallel`; none of either where there are no tokens.
+    `UserError` where the experts do not divide by it or are fewer than `rule.top_k`.
     """
     rule.check_experts(tokens_NE.shape[1], layer)
     totals_E = tokens_NE.sum(axis=0)
     judged_NE = tokens_NE if rule.estimator == "vote" else totals_E[None]
     marks_NE = eligible_experts(judged_NE, rule.alpha[layer], rule.beta, rule.inequality)
     votes_E = marks_NE.sum(axis=0)
-    num_chosen = int(marks_NE.sum()) // len(marks_NE)
+    num_chosen = int(marks_NE.sum()) // max(num_with_tokens(judged_NE), 1)
     order = np.lexsort((totals_E, -votes_E))  # stable: ties go by index
     pruned = _round(order, num_chosen, int(np.count_nonzero(votes_E)), totals_E, rule)
     return Pruning(_ascending(order[:num_chosen]), _ascending(pruned))

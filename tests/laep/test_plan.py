@@ -35,7 +35,7 @@ def worked(**changes) -> Plan:
 
 def skewed(rng, iterations, count) -> np.ndarray:
     """Counts [N, E] under which some experts are light in every iteration."""
-    return rng.integers(0, 9, count) ** 3 + rng.integers(0, 9, (iterations, count))
+    return rng.integers(0, 9, count) ** 3 + rng.integers(1, 9, (iterations, count))
 
 
 @st.composite
@@ -103,6 +103,19 @@ def test_each_layer_is_pruned_by_the_rule(case):
     for index, (layer, tokens_NE) in enumerate(zip(plan.layers, tokens, strict=True)):
         choice = prune_layer(tokens_NE, plan.rule, index)
         assert (layer.pruned, layer.eligible) == (choice.pruned, choice.eligible)
+
+
+@pytest.mark.parametrize("estimator", ["vote", "mean"])
+def test_iterations_without_tokens_leave_the_plan_as_it_is(estimator):
+    tokens_NE = np.insert(WORKED_NE, [0, 1, 2], 0, axis=0)
+    assert planned([tokens_NE], estimator=estimator) == worked(estimator=estimator)  # device loads too
+
+
+def test_layers_without_tokens_are_refused_by_name():
+    tokens_NLE = np.tile(WORKED_NE, (1, 4, 1)).reshape(1, 8, 8)
+    tokens_NLE[:, [2, 5]] = 0
+    with pytest.raises(UserError, match=r"^layers without tokens=\[2, 5\] cannot be pruned: leave dense layers out"):
+        planned(tokens_NLE)
 
 
 def test_alpha_belongs_to_the_layer():
