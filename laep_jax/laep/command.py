@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     plan = make(max_runs=args.max_runs)
     print(plan.table())
     if args.max_runs:
-        print(cost_of_merging(make().num_experts_after, plan.num_experts_after))
+        print(cost_of_merging(make().num_experts_after, plan.num_experts_after, args.max_runs))
     if args.out:
         try:
             args.out.write_text(plan.to_json(), encoding="utf-8")

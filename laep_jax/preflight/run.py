@@ -119,13 +119,16 @@ def _with_loads(config: Config, counts_NLE: np.ndarray) -> tuple[Model, Kept, Mo
 def _with_max_runs(config: Config) -> tuple[Model, str]:
     if config.laep.max_runs is None:
         return Model(config), ""
-    merged = config.with_num_experts(merge_runs(config.model.experts_per_layer, config.laep.max_runs))
+    kept = config.model.experts_per_layer
+    sizes = [max(kept)] * len(kept)  # the config may be of a pruned model, whose layers had more
+    merged = config.with_num_experts(merge_runs(kept, sizes, config.laep.max_runs))
     return Model(merged), _cost_of_merging(config, merged)
 
 
 def _cost_of_merging(config: Config, merged: Config) -> str:
+    assert config.laep.max_runs is not None
     before, after = (model_size(c.model, sequence_length=1).total for c in (config, merged))
-    cost = cost_of_merging(config.model.experts_per_layer, merged.model.experts_per_layer)
+    cost = cost_of_merging(config.model.experts_per_layer, merged.model.experts_per_layer, config.laep.max_runs)
     return (
         f"LaepConfig.max_runs={config.laep.max_runs}: {cost}, "
         f"parameters {before / 1e9:,.3f} B to {after / 1e9:,.3f} B ({after / before - 1:+.1%})"
