@@ -11,8 +11,11 @@ def table(rule: PruningRule, placement: str, layers: Sequence[LayerPlan]) -> str
     lines = [
         f"beta {rule.beta:g}, estimator {rule.estimator}, inequality {rule.inequality}, rounding {rule.rounding}; "
         f"placement {placement} on {rule.expert_parallel} devices, top {rule.top_k}",
-        "load: largest over mean device load; bound: the least it can be in equal groups; gap: after over bound",
-        "layer     alpha   experts    kept  eligible  pruned  load before    after    bound     gap",
+        "eligible: by alpha and beta; kept: rounded to a multiple of "
+        f"{rule.expert_parallel}, at least {rule.min_kept}, more with max_runs; pruned: the others",
+        "imbalance: max / mean load of the devices, before with the kept experts in their old order, after as placed",
+        "bound: no placement has a lower imbalance; gap: after over bound",
+        "layer     alpha   experts    kept  eligible  pruned  imbalance before    after    bound     gap",
     ]
     for index, (alpha, layer) in enumerate(zip(rule.alpha, layers, strict=True)):
         lines.append(_line(str(index), f"{alpha:g}", [layer]))
@@ -31,5 +34,5 @@ def _line(name: str, alpha: str, layers: Sequence[LayerPlan]) -> str:
     gap = max(largest / bound - 1, 0.0) if bound else 0.0  # below 0 only by rounding
     return (
         f"{name:>5}  {alpha:>8}  {kept + pruned:>8}  {kept:>6}  {eligible:>8}  {pruned:>6}"
-        f"  {ratios[0]:>11.4f}  {ratios[1]:>7.4f}  {ratios[2]:>7.4f}  {gap:>6.2%}"
+        f"  {ratios[0]:>16.4f}  {ratios[1]:>7.4f}  {ratios[2]:>7.4f}  {gap:>6.2%}"
     )

@@ -84,6 +84,11 @@ class PruningRule:
             value = getattr(self, field)
             require(value in allowed, field, value, f"must be one of {', '.join(allowed)}")
 
+    @property
+    def min_kept(self) -> int:
+        """Experts that stay at least: max(top_k, expert_parallel), rounded up to a multiple of the latter."""
+        return _round_up(max(self.top_k, self.expert_parallel), self.expert_parallel)
+
     def check_experts(self, num_experts: int, layer: int) -> None:
         """Raises `UserError` where a layer of `num_experts` cannot be split or routed."""
         field = f"num_experts[{layer}]"
@@ -167,12 +172,11 @@ def _round(order: np.ndarray, num_chosen: int, num_marked: int, totals_E: np.nda
     on among these; where they are too few it does as `restore`, which puts back the heaviest.
     """
     num_experts, devices = len(order), rule.expert_parallel
-    fewest = _round_up(max(rule.top_k, devices), devices)
     if rule.rounding == "prune":
         num_pruned = _round_up(num_chosen, devices)
-        if num_pruned <= min(num_marked, num_experts - fewest):
+        if num_pruned <= min(num_marked, num_experts - rule.min_kept):
             return order[:num_pruned]
-    num_kept = max(_round_up(num_experts - num_chosen, devices), fewest)
+    num_kept = max(_round_up(num_experts - num_chosen, devices), rule.min_kept)
     chosen = np.sort(order[:num_chosen])
     lightest_first = chosen[np.argsort(totals_E[chosen], kind="stable")]
     return lightest_first[: num_experts - num_kept]
