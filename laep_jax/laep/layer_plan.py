@@ -20,7 +20,7 @@ class LayerPlan:
     kept: old slots in new device order. pruned, eligible: ascending; eligible are those the rule
     chose before rounding. device_load: mean tokens an iteration, [G]. imbalance_*: largest over mean
     device load, `before` with the survivors in their old order. lower_bound: of the largest
-    device load.
+    device load, in tokens an iteration; see `placement.lower_bound`.
     """
 
     kept: tuple[int, ...]

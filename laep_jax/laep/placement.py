@@ -3,8 +3,8 @@
 `greedy` is the printed algorithm: heaviest expert first, each to the lightest device that has room.
 Two things in the print are mended: it marks a full device by an infinite sum, which loses the sum,
 and it never ends when the experts do not divide by the devices. The result is the permutation, not
-the reordered loads, because all that belongs to an expert has to follow it. `refined` goes on from
-there with the best pairwise swaps.
+the reordered loads, because all that belongs to an expert has to follow it. `refined` then makes
+the best pairwise swaps.
 
 Axes: E experts, G devices, K slots of a device; slot s lies on device s // K.
 """

@@ -1,8 +1,8 @@
 """The plan: which experts stay in each layer and where they go, as data (paper sections 3.2, 3.3).
 
 One plan carries both algorithms. `kept` lists, per layer, the old slots in new device order:
-new[e] = old[kept[e]] for everything that belongs to an expert. A rearrangement is a plan that keeps
-everyone. Ids are slots of the model the plan is made for; the lineage translates these into the
+new[e] = old[kept[e]] for everything that belongs to an expert. A rearrangement is a plan that prunes
+no experts. Ids are slots of the model the plan is made for; the lineage translates these into the
 experts of the model a run began with.
 
 Axes: N iterations, L layers, E experts of a layer.
@@ -30,7 +30,7 @@ class Plan:
     """What to keep and where, with the settings that led there. Checked when it is made: `UserError`.
 
     num_experts: per layer, before. alpha: per layer. A plan that the pruning rule did not
-    make has alpha 0, beta 0 and inequality `lt`, under which the rule chooses no one.
+    make has alpha 0, beta 0 and inequality `lt`, under which the rule chooses no experts.
     """
 
     num_experts: tuple[int, ...]
@@ -113,7 +113,8 @@ def make_plan(
 ) -> Plan:
     """Both algorithms: prune by the recorded counts, then place the survivors.
 
-    max_runs: restore experts until neighbouring layers form at most so many runs of equal count.
+    max_runs: keep more experts, so that neighbouring layers form at most so many runs of equal count, or as few as
+    their own numbers of experts allow.
     tokens: counts [N, L, E], or [N, E] of each layer. placement_loads: mean tokens an iteration, [E]
     of each layer, measured with the pruned experts masked; by default the recorded means, which leave
     out that the tokens of pruned experts go elsewhere. Iterations in which a layer got no tokens are left out
@@ -200,7 +201,7 @@ def _without_rule(layers: Sequence[LayerPlan], expert_parallel: int, top_k: int,
 def predicted_gain(plan: Plan) -> float:
     """The share by which placing the survivors lowers the largest device load, layers added up.
 
-    The layers run one after another and each waits for its fullest device. Negative if it rises;
+    The layers run one after another and each waits for its most loaded device. Negative if it rises;
     rounded, so that sums of the same loads in another order are no gain.
     """
     before = sum(layer.largest_before for layer in plan.layers)
