@@ -103,6 +103,20 @@ def _is_record(record: Any) -> bool:
     return isinstance(kind, str) and type(step) is int and step >= 0 and isinstance(when, str | None)
 
 
+def array_names(path: Path, name: str) -> list[str]:
+    """The arrays of an .npz file, none of any other: reading that says what is wrong with it."""
+    with open_regular(path, name) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return _array_names(archive)
+        except Exception:  # zipfile has many for a damaged file
+            return []
+
+
+def _array_names(archive: zipfile.ZipFile) -> list[str]:
+    return [file.removesuffix(".npy") for file in archive.namelist() if file.endswith(".npy")]
+
+
 def read_array(path: Path, name: str, key: str) -> np.ndarray:
     """The array of a .npy file, or the one called `key` of an .npz file, as `parse_arrays` reads it."""
     with open_regular(path, name) as file:
@@ -123,13 +137,15 @@ def read_arrays(path: Path, name: str, keys: Iterable[str]) -> dict[str, np.ndar
 
 
 def parse_arrays(file: IO[bytes], name: str, keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """These arrays of an .npz file, or all, read-only: integers, floats or booleans of at most MOST_ARRAY bytes."""
+    """These arrays of an .npz file, or all, read-only: integers, floats or booleans, MOST_ARRAY bytes in all."""
     try:
         with zipfile.ZipFile(file) as archive:
-            found = [file.removesuffix(".npy") for file in archive.namelist() if file.endswith(".npy")]
-            keys = found if keys is None else keys
+            found = _array_names(archive)
+            keys = found if keys is None else list(keys)
             missing = [key for key in keys if key not in found]
             require(not missing, f"arrays in {name}", found, f"lack {missing}")
+            size = sum(archive.getinfo(f"{key}.npy").file_size for key in keys)
+            require(size <= MOST_ARRAY, f"size of the arrays in {name}", size, f"is above {MOST_ARRAY} bytes")
             return {key: _parse_member(archive, archive.getinfo(f"{key}.npy")) for key in keys}
     except UserError:
         raise

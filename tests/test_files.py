@@ -142,7 +142,7 @@ def test_what_unpacks_to_more_than_an_array_may_have_is_refused_unread(tmp_path,
     assert (tmp_path / "x").stat().st_size < 2000
     assert read_array(tmp_path / "x", "x", "a").size == 10**6
     monkeypatch.setattr(files, "MOST_ARRAY", 10**6)
-    with pytest.raises(UserError, match="an array of 1000128 bytes"):
+    with pytest.raises(UserError, match="size of the arrays in x=1000128 is above 1000000 bytes"):
         read_array(tmp_path / "x", "x", "a")
 
 

@@ -29,8 +29,7 @@ import numpy as np
 from laep_jax.bench import replay
 from laep_jax.bench.replay import Replay, to_base
 from laep_jax.errors import require
-from laep_jax.laep.command import read_counts
-from laep_jax.laep.load import as_counts
+from laep_jax.laep.counts import read_counts
 from laep_jax.launch import launch
 
 EXPERT_PARALLEL = (8, 16, 32, 64)  # rank by rank
@@ -70,7 +69,10 @@ def run(arguments: Sequence[str]) -> dict:
 
 def _recorded(path: Path) -> np.ndarray:
     """Loads [L, E] of a file of counts."""
-    loads_LE = np.stack(as_counts(read_counts(path))).sum(axis=1)
+    counts = read_counts(path)
+    widths = sorted({tokens_NE.shape[1] for tokens_NE in counts})
+    require(len(widths) == 1, "num_experts", widths, "must be the same in every layer")
+    loads_LE = np.stack(counts).sum(axis=1)
     layers, num_experts = loads_LE.shape
     require(num_experts % EXPERT_PARALLEL[0] == 0, "num_experts", num_experts, f"must divide by {EXPERT_PARALLEL[0]}")
     require(bool(loads_LE.any(axis=1).all()), "--counts", str(path), f"has a layer without tokens among its {layers}")

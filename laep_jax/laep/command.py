@@ -7,12 +7,9 @@ import argparse
 import functools
 from pathlib import Path
 
-import numpy as np
-
 from laep_jax.config import LaepConfig
-from laep_jax.errors import UserError, require
-from laep_jax.files import read_array
-from laep_jax.laep.load import FIELD
+from laep_jax.errors import UserError
+from laep_jax.laep.counts import FORMS, describe, read_counts
 from laep_jax.laep.placement import METHODS
 from laep_jax.laep.plan import make_plan
 from laep_jax.laep.pruning import ESTIMATORS, INEQUALITIES, ROUNDINGS
@@ -20,11 +17,13 @@ from laep_jax.laep.runs import cost_of_merging
 
 
 def main(argv: list[str]) -> int:
-    """Reads counts, prints the plan as a table, writes it as JSON. `UserError` on bad counts or settings."""
+    """Reads counts, prints what they are and the plan as a table, writes it as JSON. `UserError` on bad input."""
     args = _parser().parse_args(argv)
+    counts = read_counts(args.counts)
+    print("\n".join(describe(counts, args.top_k)))
     make = functools.partial(
         make_plan,
-        read_counts(args.counts),
+        counts,
         expert_parallel=args.expert_parallel,
         top_k=args.top_k,
         alpha=_alpha(args.alpha),
@@ -37,12 +36,13 @@ def main(argv: list[str]) -> int:
     plan = make(max_runs=args.max_runs)
     print(plan.table())
     if args.max_runs:
-        print(cost_of_merging(make().num_experts_after, plan.num_experts_after))
+        print(cost_of_merging(make().num_experts_after, plan.num_experts_after, args.max_runs))
     if args.out:
         try:
             args.out.write_text(plan.to_json(), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out={args.out} cannot be written: {error.strerror}") from error
+        print(f"wrote {args.out}")
     return 0
 
 
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FILE",
-        help=f".npy, or .npz with the array {FIELD}: integers [iterations, layers, experts] or [layers, experts]",
+        help=FORMS,
     )
     required.add_argument("--expert-parallel", type=int, required=True, metavar="G", help="devices to spread over")
     required.add_argument("--top-k", type=int, required=True, metavar="K", help="experts chosen for each token")
@@ -75,7 +75,12 @@ def _parser() -> argparse.ArgumentParser:
         ("placement", METHODS, "of the survivors on the devices"),
     ):
         add(f"--{name}", choices=allowed, default=getattr(LaepConfig, name), help=f"{text} (%(default)s)")
-    add("--max-runs", type=int, metavar="R", help="restore experts until neighbouring layers form at most R equal runs")
+    add(
+        "--max-runs",
+        type=int,
+        metavar="R",
+        help="keep more experts, so that neighbouring layers form at most R equal runs",
+    )
     add(
         "--out", type=Path, metavar="FILE", help="where to write the plan as JSON; without it only the table is printed"
     )
@@ -90,15 +95,3 @@ def _alpha(text: str) -> float | str | tuple[float, ...]:
     except ValueError as error:
         raise UserError(f"--alpha={text!r} must be a number, inf, hybrid or numbers with commas between") from error
     return numbers if len(numbers) > 1 else numbers[0]
-
-
-def read_counts(path: Path) -> np.ndarray:
-    """Token counts [N, L, E] from a .npy or .npz file. `UserError` where there are none."""
-    tokens = read_array(path, f"--counts={str(path)!r}", FIELD)
-    require(
-        tokens.ndim in (2, 3),
-        f"{FIELD}.shape",
-        tokens.shape,
-        "must be [iterations, layers, experts] or without the first",
-    )
-    return tokens if tokens.ndim == 3 else tokens[None]

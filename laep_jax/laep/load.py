@@ -3,7 +3,7 @@
 `as_counts` checks counts from anywhere; `LoadHistory` keeps the last steps of a run. After a prune
 the layers differ in their number of experts, so counts are handed out as one array a layer.
 
-Letters: N steps or iterations, L layers, E experts, of one layer where the layers differ.
+Axes: N steps or iterations, L layers, E experts, of one layer where the layers differ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,6 +57,11 @@ def _require_all(good_NE: np.ndarray, tokens_NE: np.ndarray, layer: int, rule: s
     if not good_NE.all():
         iteration, expert = np.argwhere(~good_NE)[0].tolist()
         require(False, f"{FIELD}[{iteration}, {layer}, {expert}]", tokens_NE[iteration, expert].item(), rule)
+
+
+def num_with_tokens(tokens_NE: np.ndarray) -> int:
+    """Iterations in which the layer got any token."""
+    return int(np.count_nonzero(tokens_NE.any(axis=1)))
 
 
 def check_loads(name: str, steps: np.ndarray, tokens_per_expert: np.ndarray, pruned_at: np.ndarray) -> None:

@@ -1,24 +1,24 @@
 """The plan: which experts stay in each layer and where they go, as data (paper sections 3.2, 3.3).
 
 One plan carries both algorithms. `kept` lists, per layer, the old slots in new device order:
-new[e] = old[kept[e]] for everything that belongs to an expert. A rearrangement is a plan that keeps
-everyone. Ids are slots of the model the plan is made for; the lineage translates these into the
+new[e] = old[kept[e]] for everything that belongs to an expert. A rearrangement is a plan that prunes
+no experts. Ids are slots of the model the plan is made for; the lineage translates these into the
 experts of the model a run began with.
 
-Letters: N iterations, L layers, E experts of a layer, G devices.
+Axes: N iterations, L layers, E experts of a layer.
 """
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from laep_jax.errors import require
-from laep_jax.laep import plan_json
-from laep_jax.laep.load import as_counts
-from laep_jax.laep.placement import METHODS, device_loads, lower_bound, place
+from laep_jax.laep import plan_json, plan_table
+from laep_jax.laep.layer_plan import LayerPlan, make_layer_plan
+from laep_jax.laep.load import as_counts, num_with_tokens
+from laep_jax.laep.placement import METHODS
 from laep_jax.laep.pruning import Pruning, PruningRule, alpha_per_layer, prune_layer
 from laep_jax.laep.runs import restore
 
@@ -26,58 +26,11 @@ Lineage = tuple[tuple[int, ...], ...]  # per layer: the original id of each slot
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerPlan:
-    """One layer. Device g holds the g-th of the equal parts of `kept`.
-
-    kept: old slots in new device order. pruned, eligible: ascending; eligible are those the rule
-    chose before rounding. device_load: mean tokens an iteration, [G]. imbalance_*: largest over mean
-    device load, `before` with the survivors in their old order. lower_bound: of the largest
-    device load.
-    """
-
-    kept: tuple[int, ...]
-    pruned: tuple[int, ...]
-    eligible: tuple[int, ...]
-    device_load: tuple[float, ...]
-    imbalance_before: float
-    imbalance_after: float
-    lower_bound: float
-
-    @property
-    def mean_load(self) -> float:
-        """Mean device load."""
-        return sum(self.device_load) / len(self.device_load)
-
-    @property
-    def largest_before(self) -> float:
-        """The largest device load with the survivors in their old order."""
-        return self.imbalance_before * self.mean_load
-
-    def check(self, field: str, num_experts: int, expert_parallel: int, top_k: int) -> None:
-        """Raises `UserError` where this is no plan for a layer of `num_experts`."""
-        every = self.kept + self.pruned
-        once = len(every) == num_experts and sorted(every) == list(range(num_experts))
-        require(once, f"{field} kept and pruned", every, f"must be 0 to {num_experts - 1}, each once")
-        for name in ("pruned", "eligible"):
-            slots = getattr(self, name)
-            ascending = all(a < b for a, b in zip((-1, *slots), (*slots, num_experts), strict=True))
-            require(ascending, f"{field}.{name}", slots, f"must be ascending ids below {num_experts}")
-        kept = len(self.kept)
-        require(kept % expert_parallel == 0, f"{field} kept count", kept, f"must divide by {expert_parallel=}")
-        require(kept >= max(top_k, 1), f"{field} kept count", kept, f"must be at least {top_k=}")
-        devices = len(self.device_load)
-        require(devices == expert_parallel, f"{field} devices", devices, f"must be {expert_parallel=}")
-        numbers = (*self.device_load, self.imbalance_before, self.imbalance_after, self.lower_bound)
-        finite = all(math.isfinite(number) and number >= 0 for number in numbers)
-        require(finite, f"{field} loads", numbers, "must be finite and not negative")
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """What to keep and where, with the settings that led there. Checked when it is made: `UserError`.
 
     num_experts: per layer, before. alpha: per layer. A plan that the pruning rule did not
-    make has alpha 0, beta 0 and inequality `lt`, under which the rule chooses no one.
+    make has alpha 0, beta 0 and inequality `lt`, under which the rule chooses no experts.
     """
 
     num_experts: tuple[int, ...]
@@ -141,31 +94,7 @@ class Plan:
 
     def table(self) -> str:
         """The plan for people: a line a layer and a total, which adds up the layers' loads."""
-        lines = [
-            f"beta {self.beta:g}, estimator {self.estimator}, inequality {self.inequality}, rounding "
-            f"{self.rounding}; placement {self.placement} on {self.expert_parallel} devices, top {self.top_k}",
-            "load: largest over mean device load; bound: the least it can be in equal groups; gap: after over bound",
-            "layer     alpha   experts    kept  eligible  pruned  load before    after    bound     gap",
-        ]
-        for index, (alpha, layer) in enumerate(zip(self.alpha, self.layers, strict=True)):
-            lines.append(_table_line(str(index), f"{alpha:g}", [layer]))
-        return "\n".join([*lines, _table_line("total", "", self.layers)])
-
-
-def _table_line(name: str, alpha: str, layers: Sequence[LayerPlan]) -> str:
-    kept, pruned, eligible = (
-        sum(len(getattr(layer, ids)) for layer in layers) for ids in ("kept", "pruned", "eligible")
-    )
-    mean = sum(layer.mean_load for layer in layers)
-    largest = sum(max(layer.device_load) for layer in layers)
-    bound = sum(layer.lower_bound for layer in layers)
-    before = sum(layer.largest_before for layer in layers)
-    ratios = [load / mean if mean else 1.0 for load in (before, largest, bound)]
-    gap = max(largest / bound - 1, 0.0) if bound else 0.0  # below 0 only by rounding
-    return (
-        f"{name:>5}  {alpha:>8}  {kept + pruned:>8}  {kept:>6}  {eligible:>8}  {pruned:>6}"
-        f"  {ratios[0]:>11.4f}  {ratios[1]:>7.4f}  {ratios[2]:>7.4f}  {gap:>6.2%}"
-    )
+        return plan_table.table(self.rule, self.placement, self.layers)
 
 
 def make_plan(
@@ -184,12 +113,17 @@ def make_plan(
 ) -> Plan:
     """Both algorithms: prune by the recorded counts, then place the survivors.
 
-    max_runs: restore experts until neighbouring layers form at most so many runs of equal count.
+    max_runs: keep more experts, so that neighbouring layers form at most so many runs of equal count, or as few as
+    their own numbers of experts allow.
     tokens: counts [N, L, E], or [N, E] of each layer. placement_loads: mean tokens an iteration, [E]
     of each layer, measured with the pruned experts masked; by default the recorded means, which leave
-    out that the tokens of pruned experts go elsewhere. `UserError` on bad counts or settings.
+    out that the tokens of pruned experts go elsewhere. Iterations in which a layer got no tokens are left out
+    for that layer. `UserError` on bad counts or settings, and on a layer without any tokens.
     """
     counts = as_counts(tokens)
+    idle = [layer for layer, tokens_NE in enumerate(counts) if not tokens_NE.any()]
+    hint = "cannot be pruned: leave dense layers out of the counts, and check what counts the others"
+    require(not idle, "layers without tokens", idle, hint)
     rule = PruningRule(
         alpha_per_layer(alpha, len(counts)), beta, estimator, inequality, rounding, top_k, expert_parallel
     )
@@ -198,9 +132,9 @@ def make_plan(
         require(max_runs >= 1, "max_runs", max_runs, "must be at least 1")
         choices = restore(choices, [tokens_NE.sum(axis=0) for tokens_NE in counts], max_runs)
     if placement_loads is None:  # whole sums instead of means: ties and order are then exact
-        loads, iterations = [tokens_NE.sum(axis=0) for tokens_NE in counts], len(counts[0])
+        loads, iterations = [tokens_NE.sum(axis=0) for tokens_NE in counts], [*map(num_with_tokens, counts)]
     else:
-        loads, iterations = [np.asarray(loads_E) for loads_E in placement_loads], 1
+        loads, iterations = [np.asarray(loads_E) for loads_E in placement_loads], [1] * len(counts)
     for loads_E, tokens_NE in zip(loads, counts, strict=True):
         assert loads_E.shape == tokens_NE.shape[1:], (loads_E.shape, tokens_NE.shape)
     return Plan(
@@ -214,32 +148,10 @@ def make_plan(
         rounding=rounding,
         placement=placement,
         layers=tuple(
-            _layer_plan(loads_E, iterations, choice, expert_parallel, placement)
-            for loads_E, choice in zip(loads, choices, strict=True)
+            make_layer_plan(loads_E, number, choice, expert_parallel, placement)
+            for loads_E, number, choice in zip(loads, iterations, choices, strict=True)
         ),
     )
-
-
-def _layer_plan(loads_E: np.ndarray, iterations: int, choice: Pruning, expert_parallel: int, method: str) -> LayerPlan:
-    survivors = np.setdiff1d(np.arange(len(loads_E)), choice.pruned)
-    loads_E = loads_E[survivors]
-    order = place(loads_E, expert_parallel, method)
-    before_G = device_loads(loads_E, np.arange(len(survivors)), expert_parallel)
-    after_G = device_loads(loads_E, order, expert_parallel)
-    return LayerPlan(
-        kept=tuple(survivors[order].tolist()),
-        pruned=choice.pruned,
-        eligible=choice.eligible,
-        device_load=tuple((after_G / iterations).tolist()),
-        imbalance_before=_imbalance(before_G),
-        imbalance_after=_imbalance(after_G),
-        lower_bound=lower_bound(loads_E, expert_parallel) / iterations,
-    )
-
-
-def _imbalance(loads_G: np.ndarray) -> float:
-    """Largest over mean device load; 1.0 where there is no load."""
-    return float(loads_G.max() / loads_G.mean()) if loads_G.any() else 1.0
 
 
 def chosen_plan(
@@ -253,7 +165,7 @@ def chosen_plan(
     """Prunes these slots of each layer and places the others by `loads`: mean tokens a step, [E] of each layer."""
     choices = [Pruning(eligible=(), pruned=tuple(sorted(slots))) for slots in pruned]
     layers = [
-        _layer_plan(np.asarray(loads_E), 1, choice, expert_parallel, placement)
+        make_layer_plan(np.asarray(loads_E), 1, choice, expert_parallel, placement)
         for loads_E, choice in zip(loads, choices, strict=True)
     ]
     return _without_rule(layers, expert_parallel, top_k, placement)
@@ -289,7 +201,7 @@ def _without_rule(layers: Sequence[LayerPlan], expert_parallel: int, top_k: int,
 def predicted_gain(plan: Plan) -> float:
     """The share by which placing the survivors lowers the largest device load, layers added up.
 
-    The layers run one after another and each waits for its fullest device. Negative if it rises;
+    The layers run one after another and each waits for its most loaded device. Negative if it rises;
     rounded, so that sums of the same loads in another order are no gain.
     """
     before = sum(layer.largest_before for layer in plan.layers)

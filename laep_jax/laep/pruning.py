@@ -11,11 +11,13 @@ Expdis -> `num_chosen`, iter -> the axis N.
   used expert with a low index.
 * The number to prune is the mean number marked over the iterations, rounded down; the print never
   divides its sum.
+* An iteration in which the layer got no tokens says nothing about its experts: it marks none (0 <= 0 would
+  mark all) and does not count in that mean.
 * The survivors must split evenly over the expert-parallel devices, which the paper does not say.
 
 All comparisons are between integers, so multiplying every count by an integer changes nothing.
 
-Letters: N iterations, L layers, E experts.
+Axes: N iterations, L layers, E experts.
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ import numpy as np
 
 from laep_jax.config_parts import ESTIMATORS, INEQUALITIES, ROUNDINGS
 from laep_jax.errors import require
+from laep_jax.laep.load import num_with_tokens
 
 END_ALPHA, MIDDLE_ALPHA = 0.2, 0.4  # of alpha="hybrid", paper section 4.2
 
@@ -79,6 +82,11 @@ class PruningRule:
             value = getattr(self, field)
             require(value in allowed, field, value, f"must be one of {', '.join(allowed)}")
 
+    @property
+    def min_kept(self) -> int:
+        """Experts that stay at least: max(top_k, expert_parallel), rounded up to a multiple of the latter."""
+        return _round_up(max(self.top_k, self.expert_parallel), self.expert_parallel)
+
     def check_experts(self, num_experts: int, layer: int) -> None:
         """Raises `UserError` where a layer of `num_experts` cannot be split or routed."""
         field = f"num_experts[{layer}]"
@@ -102,7 +110,8 @@ class Pruning:
 def eligible_experts(tokens: np.ndarray, alpha: float, beta: float, inequality: str) -> np.ndarray:
     """Which experts equations 2 and 3 allow to prune.
 
-    tokens: integers [..., E]; every row is judged by itself. Returns booleans of the same shape.
+    tokens: integers [..., E]; every row is judged by itself, and one without tokens allows none. Returns booleans of
+    the same shape.
 
     >>> eligible_experts(np.array([40, 1, 30, 2, 27]), alpha=0.4, beta=0.1, inequality="le").tolist()
     [False, True, False, True, False]
@@ -113,7 +122,7 @@ def eligible_experts(tokens: np.ndarray, alpha: float, beta: float, inequality: 
     ascending = np.sort(tokens.astype(np.int64) << bits | np.arange(tokens.shape[-1]), axis=-1)
     loads, order = ascending >> bits, ascending & (2**bits - 1)
     total = tokens.sum(axis=-1, keepdims=True)
-    fits = loads.cumsum(axis=-1) <= _most_allowed(total, _exact(beta), inequality)
+    fits = (total > 0) & (loads.cumsum(axis=-1) <= _most_allowed(total, _exact(beta), inequality))
     if not math.isinf(alpha):
         fits &= loads <= _most_allowed(total, _exact(alpha) / tokens.shape[-1], inequality)
     eligible = np.empty_like(fits)
@@ -140,15 +149,15 @@ def prune_layer(tokens_NE: np.ndarray, rule: PruningRule, layer: int) -> Pruning
     """Algorithm 1 on one layer.
 
     tokens_NE: non-negative int64 counts. Returns the ids chosen by the rule and those that go once
-    the kept count is made a multiple of `rule.expert_parallel`. `UserError` where the experts do
-    not divide by it or are fewer than `rule.top_k`.
+    the kept count is made a multiple of `rule.expert_parallel`; none of either where there are no tokens.
+    `UserError` where the experts do not divide by it or are fewer than `rule.top_k`.
     """
     rule.check_experts(tokens_NE.shape[1], layer)
     totals_E = tokens_NE.sum(axis=0)
     judged_NE = tokens_NE if rule.estimator == "vote" else totals_E[None]
     marks_NE = eligible_experts(judged_NE, rule.alpha[layer], rule.beta, rule.inequality)
     votes_E = marks_NE.sum(axis=0)
-    num_chosen = int(marks_NE.sum()) // len(marks_NE)
+    num_chosen = int(marks_NE.sum()) // max(num_with_tokens(judged_NE), 1)
     order = np.lexsort((totals_E, -votes_E))  # stable: ties go by index
     pruned = _round(order, num_chosen, int(np.count_nonzero(votes_E)), totals_E, rule)
     return Pruning(_ascending(order[:num_chosen]), _ascending(pruned))
@@ -161,12 +170,11 @@ def _round(order: np.ndarray, num_chosen: int, num_marked: int, totals_E: np.nda
     on among these; where they are too few it does as `restore`, which puts back the heaviest.
     """
     num_experts, devices = len(order), rule.expert_parallel
-    fewest = _round_up(max(rule.top_k, devices), devices)
     if rule.rounding == "prune":
         num_pruned = _round_up(num_chosen, devices)
-        if num_pruned <= min(num_marked, num_experts - fewest):
+        if num_pruned <= min(num_marked, num_experts - rule.min_kept):
             return order[:num_pruned]
-    num_kept = max(_round_up(num_experts - num_chosen, devices), fewest)
+    num_kept = max(_round_up(num_experts - num_chosen, devices), rule.min_kept)
     chosen = np.sort(order[:num_chosen])
     lightest_first = chosen[np.argsort(totals_E[chosen], kind="stable")]
     return lightest_first[: num_experts - num_kept]

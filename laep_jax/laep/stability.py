@@ -5,7 +5,7 @@ loads and (b) the overlap of the sets that Algorithm 1 chooses both reach their 
 windows in a row and not before a minimum step. The sets are taken before rounding to the devices: where
 a layer's number wavers around a multiple of these, rounding would make it jump by all of them.
 
-Letters: N steps of a window, L layers, E experts.
+Axes: N steps of a window, L layers, E experts.
 """
 
 import dataclasses
@@ -86,7 +86,9 @@ def _shortfall(ranks: Sequence[float], overlaps: Sequence[float], laep: LaepConf
 
 
 def _load_correlation(new_NE: np.ndarray, old_NE: np.ndarray) -> float:
-    return rank_correlation(new_NE.sum(axis=0), old_NE.sum(axis=0))
+    """0.0 where a window has no tokens: that loads stay at zero does not make them stable."""
+    new_E, old_E = new_NE.sum(axis=0), old_NE.sum(axis=0)
+    return rank_correlation(new_E, old_E) if new_E.any() and old_E.any() else 0.0
 
 
 def rank_correlation(a_E: np.ndarray, b_E: np.ndarray) -> float:

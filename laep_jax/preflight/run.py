@@ -8,7 +8,7 @@ import numpy as np
 from laep_jax.chips import GIB, Chip
 from laep_jax.config import Config
 from laep_jax.errors import require
-from laep_jax.laep.command import read_counts
+from laep_jax.laep.counts import read_counts
 from laep_jax.laep.runs import cost_of_merging, merge_runs
 from laep_jax.model.accounting import model_size
 from laep_jax.preflight.compiling import Program, compile_cut, compile_step, topology_devices
@@ -92,19 +92,22 @@ def preflight(
     )
 
 
-def _with_loads(config: Config, counts_NLE: np.ndarray) -> tuple[Model, Kept, Model, str]:
-    """The model, the cut that these loads ask for, the model after it, and what `max_runs` costs there."""
-    experts = config.model.experts_per_layer
-    fits = counts_NLE.shape[1] == len(experts) and set(experts) == {counts_NLE.shape[2]}
-    require(fits, "--loads shape", counts_NLE.shape, f"does not fit layers of {experts} experts")
+def _with_loads(config: Config, counts: list[np.ndarray]) -> tuple[Model, Kept, Model, str]:
+    """The model, the cut that these loads ask for, the model after it, and what `max_runs` costs there.
+
+    counts: [N, E] of each layer.
+    """
+    experts = tuple(tokens_NE.shape[1] for tokens_NE in counts)
+    ours = config.model.experts_per_layer
+    require(experts == ours, "--loads experts by layer", experts, f"are not the model's {ours}")
     expert_parallel = config.mesh.expert or 1
 
     def plan_with(max_runs: int | None):
         laep = dataclasses.replace(config.laep, max_runs=max_runs)
-        return configured_plan(counts_NLE, laep, config.model.top_k, expert_parallel)
+        return configured_plan(counts, laep, config.model.top_k, expert_parallel)
 
     plan = plan_with(config.laep.max_runs)
-    old = tuple(imbalance(tokens_E, expert_parallel) for tokens_E in counts_NLE.mean(0))
+    old = tuple(imbalance(tokens_NE.mean(axis=0), expert_parallel) for tokens_NE in counts)
     new = tuple(layer.imbalance_after for layer in plan.layers)
     cut = cut_config(config, plan.kept)
     merging = _cost_of_merging(cut_config(config, plan_with(None).kept), cut) if config.laep.max_runs else ""
@@ -119,13 +122,16 @@ def _with_loads(config: Config, counts_NLE: np.ndarray) -> tuple[Model, Kept, Mo
 def _with_max_runs(config: Config) -> tuple[Model, str]:
     if config.laep.max_runs is None:
         return Model(config), ""
-    merged = config.with_num_experts(merge_runs(config.model.experts_per_layer, config.laep.max_runs))
+    kept = config.model.experts_per_layer
+    sizes = [max(kept)] * len(kept)  # the config may be of a pruned model, whose layers had more
+    merged = config.with_num_experts(merge_runs(kept, sizes, config.laep.max_runs))
     return Model(merged), _cost_of_merging(config, merged)
 
 
 def _cost_of_merging(config: Config, merged: Config) -> str:
+    assert config.laep.max_runs is not None
     before, after = (model_size(c.model, sequence_length=1).total for c in (config, merged))
-    cost = cost_of_merging(config.model.experts_per_layer, merged.model.experts_per_layer)
+    cost = cost_of_merging(config.model.experts_per_layer, merged.model.experts_per_layer, config.laep.max_runs)
     return (
         f"LaepConfig.max_runs={config.laep.max_runs}: {cost}, "
         f"parameters {before / 1e9:,.3f} B to {after / 1e9:,.3f} B ({after / before - 1:+.1%})"

@@ -46,7 +46,7 @@ class Controller:
         require(
             theirs == ours, f"LaepConfig.plan {path}: (num_experts, expert_parallel, top_k)", theirs, f"is not {ours}"
         )
-        require(plan.prunes, "LaepConfig.plan", str(path), "prunes no one")
+        require(plan.prunes, "LaepConfig.plan", str(path), "prunes no experts")
         return plan
 
     def record(self, step: int, tokens_per_expert: Sequence[np.ndarray]) -> None:

@@ -142,6 +142,9 @@ def test_bad_names_and_numbers_are_refused(tmp_path):
     np.save(tmp_path / "counts.npy", np.ones((2, 3, 12), int))
     with pytest.raises(UserError, match="num_experts=12 must divide by 8"):
         straggler.run(["--counts", str(tmp_path / "counts.npy")])
+    np.savez(tmp_path / "counts.npz", layer_0=np.ones(8, int), layer_1=np.ones(16, int))
+    with pytest.raises(UserError, match=r"num_experts=\[8, 16\] must be the same in every layer"):
+        straggler.run(["--counts", str(tmp_path / "counts.npz")])
 
 
 def test_recorded_counts_are_sampled_by_layer(tmp_path):

@@ -72,10 +72,10 @@ def test_every_expert_has_one_slot(case, method):
 
 @settings(max_examples=60, deadline=None)
 @given(cases(most_slots=2))
-def test_bound_optimum_refined_greedy_in_this_order(case):
+def test_bound_is_the_optimum_of_few_experts_then_refined_then_greedy(case):
     loads_E, num_groups = case
     greedy, refined = (largest(loads_E, num_groups, method) for method in METHODS)
-    assert lower_bound(loads_E, num_groups) <= optimum(loads_E.tolist(), num_groups) <= refined <= greedy
+    assert lower_bound(loads_E, num_groups) == optimum(loads_E.tolist(), num_groups) <= refined <= greedy
 
 
 @settings(max_examples=30, deadline=None)
@@ -132,12 +132,16 @@ def test_float_loads_end_and_stay_finite():
     assert place(np.zeros(8), 4, "refined").tolist() == place(np.zeros(8, int), 4, "refined").tolist()
 
 
-def test_one_expert_above_the_fair_share_sets_the_bound():
+def test_the_bound_by_hand():
     loads_E = np.array([100, 3, 2, 1])
     assert lower_bound(loads_E, 2) == 101.0
     assert largest(loads_E, 2, "greedy") == 101
     assert lower_bound(np.array([3, 3, 3, 3]), 2) == 6.0
     assert lower_bound(np.array([5, 1, 1]), 1) == 7.0
+    assert lower_bound(np.array([8, 7, 6, 5, 4, 0]), 2) == 15.0
+    assert lower_bound(np.array([9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0, 0]), 4) == 12.0  # 9 2 1, 8 3 0, 7 4 0, 6 5 0
+    assert lower_bound(np.array([10] * 8 + [9] * 6), 7) == 20.0  # pairs: the mean of 19.14 is out of reach
+    assert lower_bound(np.array([10] * 9 + [0] * 9), 6) == 15.0  # three a device: 20 at best, the bound is the mean
 
 
 def test_bad_input_is_refused():

@@ -23,11 +23,13 @@ SETTINGS = {
 def test_table_is_a_line_a_layer_in_columns():
     tokens = [np.array(WORKED_NE), np.array([[1000] + [0] * 15] * 2)]
     plan = make_plan(tokens, alpha=(0.4, 0.123456), beta=0.1, **SETTINGS)
-    about, legend, header, first, second, total = plan.table().splitlines()
+    about, counts, imbalance, bound, header, first, second, total = plan.table().splitlines()
     assert about.startswith("beta 0.1, ")
-    assert "largest over mean device load" in legend
+    assert "kept: rounded to a multiple of 2, at least 2, " in counts
+    assert imbalance.startswith("imbalance: max / mean load of the devices, ")
+    assert bound.startswith("bound: no placement ")
     ends = [[match.end() for match in re.finditer(r"\S+", line)] for line in (first, second)]
-    names = ["layer", "alpha", "experts", "kept", "eligible", "pruned", "load before", "after", "bound", "gap"]
+    names = ["layer", "alpha", "experts", "kept", "eligible", "pruned", "imbalance before", "after", "bound", "gap"]
     assert ends[0] == ends[1] == [header.index(name) + len(name) for name in names]
     assert len(total) == len(header) <= 120
     assert first.split() == ["0", "0.4", "8", "6", "3", "2", "1.4043", "1.1027", "1.1027", "0.00%"]
@@ -39,7 +41,7 @@ def test_table_is_a_line_a_layer_in_columns():
 
 def test_table_of_a_plan_without_loads_is_finite():
     plan = dataclasses.replace(identity_plan((4,), expert_parallel=2, top_k=1), alpha=(math.inf,))
-    assert plan.table().splitlines()[3].split()[-4:] == ["1.0000", "1.0000", "1.0000", "0.00%"]
+    assert plan.table().splitlines()[5].split()[-4:] == ["1.0000", "1.0000", "1.0000", "0.00%"]
     assert " inf " in plan.table()
 
 

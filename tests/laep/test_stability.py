@@ -187,3 +187,11 @@ def test_layers_may_differ_in_their_experts():
 def test_the_history_holds_the_windows_that_are_compared():
     assert history_capacity(CONFIG) == 12
     assert history_capacity(LaepConfig(window=25, stable_windows=3)) == 100
+
+
+def test_steps_without_tokens_have_no_say():
+    idle = [np.zeros_like(LOADS_E)]
+    verdict = report([[LOADS_E]] * 3 + [idle] + [[LOADS_E]] * 6 + [idle] * 2)
+    assert verdict.stable
+    assert verdict.overlap == verdict.rank_correlation == (1.0,)
+    assert not report([idle] * 12).stable

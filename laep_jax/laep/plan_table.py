@@ -1,0 +1,38 @@
+"""A plan as text for people, a line a layer."""
+
+from collections.abc import Sequence
+
+from laep_jax.laep.layer_plan import LayerPlan
+from laep_jax.laep.pruning import PruningRule
+
+
+def table(rule: PruningRule, placement: str, layers: Sequence[LayerPlan]) -> str:
+    """The settings, what the columns mean, a line a layer and a total, which adds up the layers' loads."""
+    lines = [
+        f"beta {rule.beta:g}, estimator {rule.estimator}, inequality {rule.inequality}, rounding {rule.rounding}; "
+        f"placement {placement} on {rule.expert_parallel} devices, top {rule.top_k}",
+        "eligible: by alpha and beta; kept: rounded to a multiple of "
+        f"{rule.expert_parallel}, at least {rule.min_kept}, more with max_runs; pruned: the others",
+        "imbalance: max / mean load of the devices, before with the kept experts in their old order, after as placed",
+        "bound: no placement has a lower imbalance; gap: after over bound",
+        "layer     alpha   experts    kept  eligible  pruned  imbalance before    after    bound     gap",
+    ]
+    for index, (alpha, layer) in enumerate(zip(rule.alpha, layers, strict=True)):
+        lines.append(_line(str(index), f"{alpha:g}", [layer]))
+    return "\n".join([*lines, _line("total", "", layers)])
+
+
+def _line(name: str, alpha: str, layers: Sequence[LayerPlan]) -> str:
+    kept, pruned, eligible = (
+        sum(len(getattr(layer, ids)) for layer in layers) for ids in ("kept", "pruned", "eligible")
+    )
+    mean = sum(layer.mean_load for layer in layers)
+    largest = sum(max(layer.device_load) for layer in layers)
+    bound = sum(layer.lower_bound for layer in layers)
+    before = sum(layer.largest_before for layer in layers)
+    ratios = [load / mean if mean else 1.0 for load in (before, largest, bound)]
+    gap = max(largest / bound - 1, 0.0) if bound else 0.0  # below 0 only by rounding
+    return (
+        f"{name:>5}  {alpha:>8}  {kept + pruned:>8}  {kept:>6}  {eligible:>8}  {pruned:>6}"
+        f"  {ratios[0]:>16.4f}  {ratios[1]:>7.4f}  {ratios[2]:>7.4f}  {gap:>6.2%}"
+    )
