@@ -75,7 +75,7 @@ def train(
                             first_step = load_step(executable, resolved, mesh)
                         current = progress.current(config).resolve(jax.device_count())
                         Controller(current, prunes=progress.prunes)  # refuses a plan that does not fit
-                        log = attempt.enter_context(_opened_log(run_dir, config, current, progress))
+                        log = attempt.enter_context(_opened_log(run_dir, config, current, progress, console))
                     log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
                     log.write_file("operative.gin", settings)
                     console.event(_opening_line(current, dataset))
@@ -89,12 +89,19 @@ def train(
 
 
 @contextlib.contextmanager
-def _opened_log(run_dir: Path, config: Config, current: Config, progress: Progress) -> Iterator[RunLog | NoLog]:
+def _opened_log(
+    run_dir: Path, config: Config, current: Config, progress: Progress, console: RunConsole
+) -> Iterator[RunLog | NoLog]:
     if jax.process_index() > 0:
         yield NoLog()
         return
-    experts, expert_parallel = config.model.experts_per_layer, current.mesh.expert or 1
-    with RunLog(run_dir, num_experts=experts, expert_parallel=expert_parallel, resume_step=progress.step) as log:
+    with RunLog(
+        run_dir,
+        num_experts=config.model.experts_per_layer,
+        expert_parallel=current.mesh.expert or 1,
+        resume_step=progress.step,
+        report=console.event,
+    ) as log:
         yield log
 
 

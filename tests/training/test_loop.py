@@ -17,7 +17,9 @@ from laep_jax.data.dataset import make_dataset
 from laep_jax.errors import StoppedError, UserError
 from laep_jax.faults.damage import change_stored, flip_bit
 from laep_jax.faults.tiny import change, differences, records, tiny_config
+from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.plan import Plan
+from laep_jax.laep.recorded_loads import read_current_counts, read_loads
 from laep_jax.sharding import make_mesh
 from laep_jax.training import loop
 from laep_jax.training.checkpoint import Checkpoints
@@ -83,15 +85,23 @@ def test_a_run_goes_through_the_whole_cycle(run, config):
 
 def test_recorded_loads_are_every_token_and_none_of_the_pruned(run, config):
     [prune] = records(run, "prune")
-    with np.load(run / "loads.npz") as loads:
-        tokens_NLE, pruned_at_LE = loads["tokens_per_expert"], loads["pruned_at"]
+    tokens_NLE = read_loads(run).tokens_NLE
     assert tokens_NLE.shape == (NUM_STEPS, 3, 8)
-    np.testing.assert_array_equal(tokens_NLE.sum(2), 2 * 16 * 32)
-    np.testing.assert_array_equal((pruned_at_LE == -1).sum(1), prune["experts_after"])
-    gone_NLE = tokens_NLE[CUT_STEP:] * (pruned_at_LE == CUT_STEP)
-    assert gone_NLE.sum() == 0
+    np.testing.assert_array_equal(np.maximum(tokens_NLE, 0).sum(2), 2 * 16 * 32)
+    assert (tokens_NLE[:CUT_STEP] >= 0).all()
     for layer, ids in enumerate(prune["lineage"]):
-        assert sorted(ids) == np.flatnonzero(pruned_at_LE[layer] == -1).tolist()
+        for row_E in tokens_NLE[CUT_STEP:, layer]:
+            assert sorted(ids) == np.flatnonzero(row_E >= 0).tolist()
+
+
+def test_counts_of_the_run_directory_are_what_the_run_itself_would_plan_by(run, config):
+    counts, told = read_current_counts(run)
+    assert told == f"steps {CUT_STEP + 1} to {NUM_STEPS} of {run}, after the prune of step {CUT_STEP}"
+    with Checkpoints(run / "checkpoints", keep=9) as checkpoints:
+        history = LoadHistory.from_arrays(checkpoints.read_history(NUM_STEPS), NUM_STEPS)
+    assert len({*history.num_experts}) > 1, "layers of unequal width"
+    for counts_NE, window_NE in zip(counts, history.window(len(history)), strict=True):
+        np.testing.assert_array_equal(counts_NE[-len(history) :], window_NE)
 
 
 class InterruptError(Exception):
@@ -290,7 +300,7 @@ def test_the_held_out_loss_is_logged_by_domain(run):
 
 
 def test_a_finished_run_only_shows_its_table_again(run, config, tmp_path, capsys):
-    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.suffix in (".jsonl", ".npz", ".json")}
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.name != "run.lock"}
     summary = train(config, run)
     assert summary == json.loads((run / "summary.json").read_text())
     assert "held-out loss" in capsys.readouterr().out
