@@ -16,15 +16,21 @@ from laep_jax.laep.load import FIELD
 from laep_jax.laep.placement import METHODS
 from laep_jax.laep.plan import make_plan
 from laep_jax.laep.pruning import ESTIMATORS, INEQUALITIES, ROUNDINGS
+from laep_jax.laep.recorded_loads import read_current_counts
 from laep_jax.laep.runs import cost_of_merging
 
 
 def main(argv: list[str]) -> int:
     """Reads counts, prints the plan as a table, writes it as JSON. `UserError` on bad counts or settings."""
     args = _parser().parse_args(argv)
+    if args.counts.is_dir():
+        counts, source = read_current_counts(args.counts)
+        print(source)
+    else:
+        counts = read_counts(args.counts)
     make = functools.partial(
         make_plan,
-        read_counts(args.counts),
+        counts,
         expert_parallel=args.expert_parallel,
         top_k=args.top_k,
         alpha=_alpha(args.alpha),
@@ -57,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FILE",
-        help=f".npy, or .npz with the array {FIELD}: integers [iterations, layers, experts] or [layers, experts]",
+        help=f".npy, or .npz with the array {FIELD}: integers [iterations, layers, experts] or [layers, experts]; "
+        "or the directory of a run, for a plan that fits its model as it now is",
     )
     required.add_argument("--expert-parallel", type=int, required=True, metavar="G", help="devices to spread over")
     required.add_argument("--top-k", type=int, required=True, metavar="K", help="experts chosen for each token")

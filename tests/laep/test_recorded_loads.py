@@ -7,8 +7,12 @@ from laep_jax.errors import UserError
 from laep_jax.laep import recorded_loads
 from laep_jax.laep.recorded_loads import NOT_THERE, LoadsWriter, read_current_counts, read_loads
 
-WIDTHS = (4, 2)
-ORDERS = {0: [[0, 1, 2, 3], [0, 1]], 3: [[3, 0], [0, 1]], 5: [[0, 3], [1, 0]]}  # a prune after step 3, a move after 5
+WIDTHS = (4, 3)
+ORDERS = {
+    0: [[0, 1, 2, 3], [0, 1, 2]],
+    3: [[3, 0], [0, 1, 2]],
+    5: [[0, 3], [1, 2, 0]],
+}  # a prune after step 3, a move after 5
 
 
 def order_in(step):
@@ -31,7 +35,7 @@ def record(writer, first, last):
 def run_dir(request, tmp_path, monkeypatch):
     """Seven recorded steps."""
     monkeypatch.setattr(recorded_loads, "CHUNK", request.param)
-    record(LoadsWriter(tmp_path, WIDTHS, 2, 0), 1, 7)
+    record(LoadsWriter(tmp_path, WIDTHS, 1, 0), 1, 7)
     lines = [{"kind": "train", "step": 1}]
     lines += [{"kind": "prune", "step": cut, "lineage": ORDERS[cut]} for cut in (3, 5)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -41,7 +45,7 @@ def run_dir(request, tmp_path, monkeypatch):
 def test_loads_stand_under_the_original_id_also_after_a_prune(run_dir):
     loads = read_loads(run_dir)
     assert loads.steps.tolist() == list(range(1, 8))
-    assert (loads.num_experts, loads.expert_parallel) == (WIDTHS, 2)
+    assert (loads.num_experts, loads.expert_parallel) == (WIDTHS, 1)
     assert loads.tokens_NLE.dtype == np.int32
     for step, row_LE in zip(loads.steps.tolist(), loads.tokens_NLE, strict=True):
         want_LE = np.full((2, 4), NOT_THERE)
@@ -54,7 +58,7 @@ def test_loads_stand_under_the_original_id_also_after_a_prune(run_dir):
 @pytest.mark.parametrize("step", [0, 1, 2, 4, 6, 7])
 def test_resumed_or_rewound_at_any_step_the_loads_are_the_same(run_dir, step):
     whole = read_loads(run_dir).tokens_NLE
-    writer = LoadsWriter(run_dir, WIDTHS, 2, step)
+    writer = LoadsWriter(run_dir, WIDTHS, 1, step)
     assert read_loads(run_dir).steps.tolist() == list(range(1, step + 1))
     record(writer, step + 1, 7)
     np.testing.assert_array_equal(read_loads(run_dir).tokens_NLE, whole)
@@ -65,7 +69,7 @@ def test_resumed_or_rewound_at_any_step_the_loads_are_the_same(run_dir, step):
 
 def test_a_save_writes_the_last_file_only_and_keeps_no_more_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(recorded_loads, "CHUNK", 2)
-    writer = LoadsWriter(tmp_path, WIDTHS, 2, 0)
+    writer = LoadsWriter(tmp_path, WIDTHS, 1, 0)
     record(writer, 1, 3)
     full = tmp_path / "loads" / "000000001.npy"
     written = full.stat().st_mtime_ns, full.stat().st_ino
@@ -85,10 +89,10 @@ def test_counts_of_the_model_as_it_now_is_are_by_slot_and_since_the_last_prune(r
 
 def test_counts_of_a_run_without_a_prune_are_all_steps(run_dir):
     (run_dir / "metrics.jsonl").write_text("")
-    record(LoadsWriter(run_dir, WIDTHS, 2, 0), 1, 3)
+    record(LoadsWriter(run_dir, WIDTHS, 1, 0), 1, 3)
     counts, told = read_current_counts(run_dir)
     assert told == f"steps 1 to 3 of {run_dir}, nothing is pruned yet"
-    assert [counts_NE.shape for counts_NE in counts] == [(3, 4), (3, 2)]
+    assert [counts_NE.shape for counts_NE in counts] == [(3, 4), (3, 3)]
 
 
 def edit(path, **fields):
@@ -102,7 +106,7 @@ def edit(path, **fields):
         (lambda run: edit(run / "loads" / "experts.json", num_experts=[]), r"num_experts=\[\] must be the number"),
         (lambda run: edit(run / "loads" / "experts.json", expert_parallel=3), "expert_parallel=3 must divide"),
         (lambda run: edit(run / "loads" / "experts.json", num_experts=[6, 2]), r"is not int32\[steps, 2, 6\]"),
-        (lambda run: LoadsWriter(run, WIDTHS, 2, 3), r"recorded steps=0 \(after the prune of step 3\): there are no"),
+        (lambda run: LoadsWriter(run, WIDTHS, 1, 3), r"recorded steps=0 \(after the prune of step 3\): there are no"),
         (lambda run: (run / "metrics.jsonl").write_text(""), "loads of layer 0='' lack experts that the run has"),
         (
             lambda run: (run / "metrics.jsonl").write_text('{"kind": "prune", "step": 3, "lineage": [[4], [0]]}\n'),
