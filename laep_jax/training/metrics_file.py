@@ -28,6 +28,7 @@ class MetricsFile:
             path.unlink(missing_ok=True)
         elif path.exists():
             self._old = _cut(path, resume_step, lambda record: record["step"] > resume_step)
+        self.is_complete = not resume_step or bool(self._old)  # there is a record of every step
         self._file.write(b"")
 
     def write(self, record: dict) -> None:

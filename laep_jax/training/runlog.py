@@ -47,6 +47,8 @@ class RunLog:
         if (last := self._loads.last_saved) < resume_step:
             report(f"{self._dir / FOLDER}: the loads of steps {last + 1} to {resume_step} are missing")
         self._metrics = MetricsFile(self._dir / METRICS_FILE, resume_step, self._attempt)
+        if not self._metrics.is_complete:
+            report(f"{self._dir / METRICS_FILE}: the records of step {resume_step} are missing, perhaps of others too")
         self._events = self._event_file(resume_step + 1 if resume_step else 0)
 
     def __enter__(self) -> "RunLog":

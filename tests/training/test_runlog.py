@@ -270,11 +270,14 @@ def test_a_damaged_line_is_refused(tmp_path):
     assert path.read_text() == before
 
 
-def test_loads_that_are_lost_are_named_and_the_run_resumes(tmp_path, capsys):
+def test_what_is_lost_is_named_and_the_run_resumes(tmp_path, capsys):
     run(open_log(tmp_path), 1, 2)
     shutil.rmtree(tmp_path / "loads")
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
     run(open_log(tmp_path, 2), 3, 4)
-    assert "loads: the loads of steps 1 to 2 are missing" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "loads: the loads of steps 1 to 2 are missing" in told
+    assert "metrics.jsonl: the records of step 2 are missing" in told
     assert read_loads(tmp_path).steps.tolist() == [3, 4]
 
 
