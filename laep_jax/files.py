@@ -1,6 +1,7 @@
 """Files that nobody vouches for: opened without waiting, read up to a limit, parsed without running anything.
 
-What is wrong with a file is told as one `UserError`; `name` is how its message calls the file.
+What is wrong with a file is told as one `UserError`; `name` is how its message calls the file. A run's own records have
+no limit but that of a line, which is above what a run can write.
 """
 
 import itertools
@@ -9,7 +10,7 @@ import math
 import os
 import stat
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -18,9 +19,8 @@ import numpy as np
 from laep_jax.errors import UserError, require, short
 
 MOST_JSON = 2**26  # bytes of a file; a plan for 1,000 layers of 512 experts has 6 MB
-MOST_LINE = 2**24  # bytes of a record of a run
-MOST_RECORDS = 2**31  # bytes of all of them
-MOST_ARRAY = 2**33  # bytes of an array; 150,000 steps of 103 layers of 64 experts
+MAX_LINE = 2**28  # bytes of a record of a run; a prune of 10,000 layers of 4,096 experts has 200 MB
+MOST_ARRAY = 2**33  # bytes of an array
 
 
 def open_regular(path: Path, name: str) -> BinaryIO:
@@ -77,23 +77,27 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     return values
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, each an object with `kind` and `step`; a last one that is torn is left out."""
-    records, number = [], 0
+def read_records(path: Path, holding: str = "") -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl, one at a time; a last line that is torn is left out.
+
+    holding: only lines with this text in them are parsed, the others skipped.
+    """
     with open_regular(path, str(path)) as file:
-        size = os.fstat(file.fileno()).st_size
-        require(size <= MOST_RECORDS, f"size of {path}", size, f"is above {MOST_RECORDS} bytes")
-        while True:
-            number += 1
-            line, name = file.readline(MOST_LINE + 1), f"{path} line {number}"
-            if len(line) > MOST_LINE:
-                raise UserError(f"{name} is not a record of a run: it has more than {MOST_LINE} bytes")
-            if not line.endswith(b"\n"):
-                return records
-            record = parse_json(line, name)
-            if not _is_record(record):
-                raise UserError(f"{name} is not a record of a run; remove it to go on")
-            records.append(record)
+        for number in itertools.count(1):
+            line = file.readline(MAX_LINE + 1)
+            if len(line) <= MAX_LINE and not line.endswith(b"\n"):
+                return
+            if holding.encode() in line:
+                yield parse_record(line, f"{path} line {number}")
+
+
+def parse_record(line: bytes, name: str) -> dict[str, Any]:
+    """A line of a metrics.jsonl: an object with `kind` and `step`."""
+    require(len(line) <= MAX_LINE, f"length of {name}", len(line), f"is above {MAX_LINE} bytes, so this is no record")
+    record = parse_json(line, name)
+    if not _is_record(record):
+        raise UserError(f"{name} is not a record of a run; remove it to go on")
+    return record
 
 
 def _is_record(record: Any) -> bool:
@@ -169,6 +173,17 @@ def _parse_array(file: IO[bytes], size: int) -> np.ndarray:
     if dtype.kind not in "biuf" or math.prod(shape) * dtype.itemsize != length:
         raise ValueError(f"{dtype}{list(shape)} in {length} bytes")
     return np.frombuffer(file.read(length), dtype).reshape(shape, order="F" if fortran_order else "C")
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file beside `path`, brings it to disk and puts it in its place: whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    with part.open("xb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 
 def refuse_links(run_dir: Path) -> None:

@@ -23,7 +23,8 @@ ORDER = [
     {"__main__"},
 ]
 TRAINING_ORDER = [
-    {"optimizer", "surgery", "runlog", "console", "controller", "anomalies", "guard", "manifest", "exclusive", "stops"},
+    {"growing_file", "metrics_file", "tensorboard", "runlog"},
+    {"optimizer", "surgery", "console", "controller", "anomalies", "guard", "manifest", "exclusive", "stops"},
     {"state", "cut_restore", "record", "fingerprint", "step_directory"},
     {"step", "checkpoint", "evaluate", "resume"},
     {"executable", "ahead"},

@@ -15,11 +15,11 @@ from laep_jax.errors import UserError
 from laep_jax.experiments.derived import DERIVED
 from laep_jax.experiments.results import Result, append, find, read_results, result_of
 from laep_jax.experiments.rows import Row, base_of, has_branches
+from laep_jax.laep.recorded_loads import FOLDER, METRICS_FILE
 from laep_jax.launch import FINAL
 from laep_jax.sharding import HUGE_PAGES
 
 RESTARTS = 3  # of a row after a crash
-COPIED = ("metrics.jsonl", "loads.npz")  # what a branch takes along beside its checkpoint
 
 
 class RunFailedError(Exception):
@@ -115,8 +115,8 @@ def branch(base_dir: Path, run_dir: Path, step: int) -> None:
         if not (base_dir / "checkpoints" / str(step)).is_dir():
             raise UserError(f"{base_dir} has no checkpoint of step {step} to branch from")
         shutil.copytree(base_dir / "checkpoints" / str(step), part / "checkpoints" / str(step))
-        for name in COPIED:
-            shutil.copy2(base_dir / name, part / name)
+        shutil.copy2(base_dir / METRICS_FILE, part / METRICS_FILE)
+        shutil.copytree(base_dir / FOLDER, part / FOLDER)
     os.replace(part, run_dir)
 
 

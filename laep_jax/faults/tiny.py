@@ -10,6 +10,7 @@ import numpy as np
 
 from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.files import read_records
+from laep_jax.laep.recorded_loads import read_loads
 from laep_jax.sharding import make_mesh
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.state import abstract_state
@@ -58,8 +59,7 @@ def end_of_run(run_dir: Path) -> dict[str, bytes]:
         leaves = jax.tree_util.tree_flatten_with_path(state)[0]
         arrays = {f"state {jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
         arrays |= {f"history {name}": array for name, array in checkpoints.read_history(step).items()}
-    with np.load(run_dir / "loads.npz") as loads:
-        arrays |= {f"loads {name}": loads[name] for name in loads.files}
+    arrays |= {f"loads {name}": value for name, value in vars(read_loads(run_dir)).items()}
     told: dict[str, Any] = {
         "summary": timeless(meta["summary"]),
         "lineage": meta["lineage"],

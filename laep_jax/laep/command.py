@@ -13,13 +13,18 @@ from laep_jax.laep.counts import FORMS, describe, read_counts
 from laep_jax.laep.placement import METHODS
 from laep_jax.laep.plan import make_plan
 from laep_jax.laep.pruning import ESTIMATORS, INEQUALITIES, ROUNDINGS
+from laep_jax.laep.recorded_loads import read_current_counts
 from laep_jax.laep.runs import cost_of_merging
 
 
 def main(argv: list[str]) -> int:
     """Reads counts, prints what they are and the plan as a table, writes it as JSON. `UserError` on bad input."""
     args = _parser().parse_args(argv)
-    counts = read_counts(args.counts)
+    if args.counts.is_dir():
+        counts, source = read_current_counts(args.counts)
+        print(source)
+    else:
+        counts = read_counts(args.counts)
     print("\n".join(describe(counts, args.top_k)))
     make = functools.partial(
         make_plan,
@@ -57,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FILE",
-        help=FORMS,
+        help=f"{FORMS}; or the directory of a run, for a plan that fits its model as it now is",
     )
     required.add_argument("--expert-parallel", type=int, required=True, metavar="G", help="devices to spread over")
     required.add_argument("--top-k", type=int, required=True, metavar="K", help="experts chosen for each token")

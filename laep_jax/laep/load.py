@@ -14,7 +14,6 @@ from laep_jax.errors import require
 
 FIELD = "tokens_per_expert"
 MOST_TOKENS = 2**48  # of a layer's counts in all, so that sums and products of ranks fit int64
-ALIVE, ABSENT = -1, -2  # in a run's `pruned_at`: the expert is there; the layer never had so many
 
 
 def as_counts(tokens: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -62,19 +61,6 @@ def _require_all(good_NE: np.ndarray, tokens_NE: np.ndarray, layer: int, rule: s
 def num_with_tokens(tokens_NE: np.ndarray) -> int:
     """Iterations in which the layer got any token."""
     return int(np.count_nonzero(tokens_NE.any(axis=1)))
-
-
-def check_loads(name: str, steps: np.ndarray, tokens_per_expert: np.ndarray, pruned_at: np.ndarray) -> None:
-    """`UserError` unless these are loads as a run records them: see `laep_jax.training.runlog`."""
-    shape = tokens_per_expert.shape
-    require(len(shape) == 3 and 0 not in shape[1:], f"{name} {FIELD} shape", shape, "must be [steps, layers, experts]")
-    shapes = steps.shape, pruned_at.shape
-    require(shapes == (shape[:1], shape[1:]), f"{name} steps, pruned_at", shapes, f"do not fit {shape}")
-    for field, values, least in (("steps", steps, 1), (FIELD, tokens_per_expert, 0), ("pruned_at", pruned_at, ABSENT)):
-        sound = values.dtype.kind in "iu" and bool(((values >= least) & (values < MOST_TOKENS)).all())
-        require(sound, f"{name} {field}", str(values.dtype), f"must be integers from {least} on, below 2**48")
-    require(bool((np.diff(steps.astype(np.int64)) > 0).all()), f"{name} steps", steps.tolist(), "must ascend")
-    require(bool((pruned_at == ALIVE).any(1).all()), f"{name} pruned_at", pruned_at.tolist(), "leaves a layer empty")
 
 
 class LoadHistory:

@@ -1,6 +1,8 @@
 """Everything that `preflight` finds out about a config on a slice, and how it tells it."""
 
 import dataclasses
+import operator
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from laep_jax.chips import GIB, Chip
 from laep_jax.config import Config
 from laep_jax.errors import require
 from laep_jax.laep.counts import read_counts
+from laep_jax.laep.recorded_loads import read_current_counts
 from laep_jax.laep.runs import cost_of_merging, merge_runs
 from laep_jax.model.accounting import model_size
 from laep_jax.preflight.compiling import Program, compile_cut, compile_step, topology_devices
@@ -40,6 +43,7 @@ class Preflight:
 
     cut_bytes: what the cut needs at most on one chip, the old state included. state: (name, sharding, bytes) of
     the old state's leaves, the largest first. merging: what `LaepConfig.max_runs` costs, empty where it is not set.
+    source: which steps of a run the loads are from, empty where they are from a file.
     """
 
     topology: str
@@ -51,6 +55,7 @@ class Preflight:
     cut: Program
     state: list[tuple[str, str, int]]
     merging: str
+    source: str
 
     @property
     def fits(self) -> bool:
@@ -64,12 +69,14 @@ def preflight(
 ) -> Preflight:
     """Compiles the step and the cut of `config` for slices of one kind. `UserError` where they do not fit together.
 
-    loads: recorded counts. save: file for the executable of the step.
+    loads: a file of counts, or the directory of a run, whose model as it now is takes the place of the one in `config`.
+    save: file for the executable of the step.
     """
     devices = topology_devices(topology, slices)
+    config, counts, source = _read_counts(config, loads) if loads else (config, [], "")
     config = config.resolve(len(devices))
-    if loads:
-        before, kept, after, merging = _with_loads(config, read_counts(loads))
+    if counts:
+        before, kept, after, merging = _with_loads(config, counts)
     else:
         before, merging = _with_max_runs(config)
         kept = [list(reversed(range(count))) for count in before.config.model.experts_per_layer]  # at worst all move
@@ -89,17 +96,25 @@ def preflight(
         cut=cut,
         state=state,
         merging=merging,
+        source=source,
     )
 
 
-def _with_loads(config: Config, counts: list[np.ndarray]) -> tuple[Model, Kept, Model, str]:
-    """The model, the cut that these loads ask for, the model after it, and what `max_runs` costs there.
-
-    counts: [N, E] of each layer.
-    """
+def _read_counts(config: Config, loads: Path) -> tuple[Config, list[np.ndarray], str]:
+    """Config and counts [N, E] of each layer of the same model, and which steps of a run they are from, if of one."""
+    had, source = config.model.experts_per_layer, ""
+    if loads.is_dir():
+        counts, source = read_current_counts(loads)
+    else:
+        counts = read_counts(loads)
     experts = tuple(tokens_NE.shape[1] for tokens_NE in counts)
-    ours = config.model.experts_per_layer
-    require(experts == ours, "--loads experts by layer", experts, f"are not the model's {ours}")
+    pruned = bool(source) and len(experts) == len(had) and all(map(operator.le, experts, had))
+    require(pruned or experts == had, "experts of --loads by layer", experts, f"do not fit layers of {had} experts")
+    return config.with_num_experts(experts), counts, source
+
+
+def _with_loads(config: Config, counts: Sequence[np.ndarray]) -> tuple[Model, Kept, Model, str]:
+    """The model, the cut that these loads ask for, the model after it, and what `max_runs` costs there."""
     expert_parallel = config.mesh.expert or 1
 
     def plan_with(max_runs: int | None):
@@ -146,6 +161,7 @@ def as_json(flight: Preflight) -> dict:
         "fits": flight.fits,
         "receive_buffer": flight.config.model.receive_buffer,
         "max_runs": flight.merging,
+        "loads": flight.source,
         "cut_bytes": flight.cut_bytes,
         "cut_compile_seconds": flight.cut.compile_seconds,
         "after": dataclasses.asdict(flight.after) if flight.after else None,
@@ -160,6 +176,7 @@ def table(flight: Preflight) -> str:
         f"{flight.topology}: {flight.step.chips:,} chips {flight.chip.kind}; "
         f"mesh data {mesh.data} x fsdp {mesh.fsdp} x expert {mesh.expert}; "
         f"{data.batch_size:,} sequences of {data.sequence_length:,} tokens",
+        *([f"loads of {flight.source}"] if flight.source else []),
         *([flight.merging] if flight.merging else []),
         "",
         "the state on one chip      GB  sharding",

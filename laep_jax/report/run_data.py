@@ -1,6 +1,6 @@
 """Reads a run directory back: recorded loads, metrics and cuts, checked once.
 
-The files are those that `laep_jax/training/runlog.py` describes. Experts are named by the ids they
+The files are those that docs/run_directory.md describes. Experts are named by the ids they
 had when the run began, so that one column of the loads is one expert from start to end.
 
 Letters: N recorded steps, L layers, E experts of the original model (of its widest layer).
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from laep_jax.errors import UserError, require, require_type
-from laep_jax.files import read_arrays, read_json, read_records
-from laep_jax.laep.load import ABSENT, check_loads
+from laep_jax.files import read_json, read_records
+from laep_jax.laep.plan import Lineage, initial_lineage
 from laep_jax.laep.pruning import alpha_per_layer
+from laep_jax.laep.recorded_loads import METRICS_FILE, RecordedLoads, check_lineage, read_loads
 
 MOST = 1e30  # of a loss or an alpha, so that products are finite
 
@@ -31,8 +32,8 @@ class Cut:
     step: int
     plan_step: int
     rearrange_only: bool
-    before: tuple[tuple[int, ...], ...]
-    after: tuple[tuple[int, ...], ...]
+    before: Lineage
+    after: Lineage
     alpha: tuple[float, ...]
     beta: float
 
@@ -41,15 +42,14 @@ class Cut:
 class RunData:
     """A run as its figures need it.
 
-    steps: [N], ascending. tokens_NLE: by original id. pruned_at_LE: the last step before the expert
-    went, -1 if it is there, -2 if it never was. window: steps that a mean load is taken over.
-    alpha, beta: of the config. train, evals: records in the order they were written. targets: how many
-    held-out targets each domain has, empty before the first evaluation.
+    steps: [N], ascending. tokens_NLE: by original id, 0 where an expert is not there. num_experts: of each layer before
+    any prune. window: steps that a mean load is taken over. alpha, beta: of the config. train, evals: records in the
+    order they were written. targets: how many held-out targets each domain has, empty before the first evaluation.
     """
 
     steps: np.ndarray
     tokens_NLE: np.ndarray
-    pruned_at_LE: np.ndarray
+    num_experts: tuple[int, ...]
     expert_parallel: int
     window: int
     alpha: tuple[float, ...]
@@ -68,17 +68,23 @@ class RunData:
         """The cuts that took experts away."""
         return tuple(cut for cut in self.cuts if not cut.rearrange_only)
 
+    @property
+    def pruned_at_LE(self) -> np.ndarray:
+        """The last step before an expert was pruned; -1 where it was not."""
+        pruned_at_LE = np.full(self.tokens_NLE.shape[1:], -1)
+        for cut in self.cuts:
+            for layer, (before, after) in enumerate(zip(cut.before, cut.after, strict=True)):
+                pruned_at_LE[layer, list({*before} - {*after})] = cut.step
+        return pruned_at_LE
+
     def present(self, layer: int, step: int) -> np.ndarray:
         """Ids, ascending, of the experts that `layer` had in `step`."""
-        pruned_at_E = self.pruned_at_LE[layer]
-        return np.flatnonzero((pruned_at_E == -1) | (pruned_at_E >= step))
+        return np.sort(self.order(step)[layer])
 
-    def order(self, step: int) -> tuple[tuple[int, ...], ...]:
+    def order(self, step: int) -> Lineage:
         """Per layer the original ids in slot order, as they were in `step`."""
         past = [cut.after for cut in self.cuts if cut.step < step]
-        if past:
-            return past[-1]
-        return tuple(tuple(np.flatnonzero(pruned_at_E != -2).tolist()) for pruned_at_E in self.pruned_at_LE)
+        return past[-1] if past else initial_lineage(self.num_experts)
 
     def mean_loads(self, last: int, first: int | None = None) -> np.ndarray:
         """[L, E]: mean tokens a step over the recorded steps first..last.
@@ -97,20 +103,22 @@ def read_run(run_dir: Path) -> RunData:
     """Everything the figures show; `UserError` naming the file that is missing or does not fit."""
     if not run_dir.is_dir():
         raise UserError(f"run directory {run_dir} does not exist")
-    records = read_records(run_dir / "metrics.jsonl")
-    loads, devices = _read_loads(run_dir / "loads.npz")
-    num_layers = loads["tokens_per_expert"].shape[1]
+    records = list(read_records(run_dir / METRICS_FILE))
+    loads = read_loads(run_dir)
+    require(len(loads.steps) > 0, f"{run_dir} recorded steps", 0, "are saved: the first checkpoint brings them")
+    num_layers = len(loads.num_experts)
+    prunes = [record for record in records if record["kind"] == "prune"]
     try:
         laep = read_json(run_dir / "config.json", str(run_dir / "config.json"))["laep"]
         return RunData(
-            steps=loads["steps"],
-            tokens_NLE=loads["tokens_per_expert"],
-            pruned_at_LE=loads["pruned_at"],
-            expert_parallel=devices,
+            steps=loads.steps,
+            tokens_NLE=np.maximum(loads.tokens_NLE, 0),
+            num_experts=loads.num_experts,
+            expert_parallel=loads.expert_parallel,
             window=_step(laep["window"], f"{run_dir} window"),
             alpha=_alphas(laep["alpha"], num_layers),
             beta=_beta(laep["beta"]),
-            cuts=_read_cuts(run_dir, [record for record in records if record["kind"] == "prune"], loads, devices),
+            cuts=_read_cuts(run_dir, prunes, loads),
             train=_losses(records, "train", "loss"),
             evals=_losses(records, "eval", "heldout_loss"),
             targets=next((r["targets_by_domain"] for r in reversed(records) if r["kind"] == "heldout"), {}),
@@ -134,38 +142,15 @@ def _losses(records: list[dict], kind: str, field: str) -> tuple[dict, ...]:
     return chosen
 
 
-def _read_loads(path: Path) -> tuple[dict[str, np.ndarray], int]:
-    """The recorded loads and the size of the expert axis."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: a run writes it with its first checkpoint")
-    loads = read_arrays(path, str(path), ("steps", "tokens_per_expert", "pruned_at", "expert_parallel"))
-    devices = loads.pop("expert_parallel")
-    check_loads(str(path), **loads)
-    require(len(loads["steps"]) > 0, f"{path} steps", 0, "are recorded")
-    require(devices.ndim == 0 and devices.dtype.kind == "i", f"{path} expert_parallel", devices, "must be an integer")
-    _require_divisible(_first_order(loads["pruned_at"]), int(devices), str(path))
-    return loads, int(devices)
-
-
-def _first_order(pruned_at_LE: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(np.flatnonzero(row != ABSENT).tolist()) for row in pruned_at_LE)
-
-
-def _require_divisible(order: tuple[tuple[int, ...], ...], devices: int, name: str) -> None:
-    counts = [len(ids) for ids in order]
-    fits = devices > 0 and all(count and count % devices == 0 for count in counts)
-    require(fits, f"{name} experts", counts, f"must divide by expert_parallel={devices}")
-
-
-def _read_cuts(run_dir: Path, prunes: list[dict], loads: dict[str, np.ndarray], devices: int) -> tuple[Cut, ...]:
-    """The cuts whose effect the saved loads know of, oldest first."""
-    pruned_at_LE, recorded = loads["pruned_at"], set(loads["steps"].tolist())
-    order = _first_order(pruned_at_LE)
+def _read_cuts(run_dir: Path, prunes: list[dict], loads: RecordedLoads) -> tuple[Cut, ...]:
+    """The cuts that come after recorded steps, oldest first."""
+    recorded, devices = set(loads.steps.tolist()), loads.expert_parallel
+    order = initial_lineage(loads.num_experts)
     cuts: list[Cut] = []
     for record in prunes:
         step, plan_step, moves = record["step"], record["plan_step"], record["rearrange_only"]
-        if step > max(recorded) or (not moves and step not in pruned_at_LE):
-            break  # the run goes on and has not saved its loads since
+        if step > max(recorded):
+            break  # the run is going on and has not saved its loads since
         name = f"{run_dir} cut of step {step}"
         known = {step, _step(plan_step, f"{name}: plan_step")} <= recorded and plan_step <= step
         require(known and step > (cuts[-1].step if cuts else 0), name, plan_step, "must follow recorded steps")
@@ -174,27 +159,15 @@ def _read_cuts(run_dir: Path, prunes: list[dict], loads: dict[str, np.ndarray], 
             re.fullmatch(r"plans/\d{1,10}\.json", file) is not None, f"{name}: plan", file, "must be plans/STEP.json"
         )
         plan = read_json(run_dir / file, str(run_dir / file))
-        after = _lineage(record["lineage"], order, name)
-        _require_divisible(after, devices, name)
+        after = check_lineage(record["lineage"], order, f"{name}: lineage")
+        counts = [len(ids) for ids in after]
+        require(
+            not any(count % devices for count in counts), f"{name} experts", counts, f"must divide by {devices} devices"
+        )
         alphas = _alphas(plan["alpha"], len(order))
         cuts.append(Cut(step, plan_step, bool(moves), order, after, alphas, _beta(plan["beta"])))
         order = after
     return tuple(cuts)
-
-
-def _lineage(value: Any, order: tuple[tuple[int, ...], ...], name: str) -> tuple[tuple[int, ...], ...]:
-    """Per layer the ids that a cut left, each of them there before."""
-    lists = isinstance(value, list) and all(isinstance(ids, list) for ids in value)
-    require(
-        lists and len(value) == len(order),
-        f"{name}: lineage",
-        value,
-        f"must be one list for each of {len(order)} layers",
-    )
-    for ids, before in zip(value, order, strict=True):
-        integers = all(type(expert) is int for expert in ids)
-        require(integers and len(ids) == len({*ids} & {*before}), f"{name}: lineage", ids, "must be experts, each once")
-    return tuple(tuple(ids) for ids in value)
 
 
 def _alphas(value: Any, num_layers: int) -> tuple[float, ...]:

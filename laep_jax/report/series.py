@@ -98,9 +98,10 @@ def expert_lines(run: RunData, layer: int) -> list[ExpertLine]:
     bins = step_bins(run)
     last_steps = np.array([run.steps[rows.stop - 1] for rows in bins])
     tokens_E = [run.tokens_NLE[rows, layer].mean(0) for rows in bins]
+    pruned_at_E = run.pruned_at_LE[layer]
     lines = []
     for expert in run.present(layer, 0):
-        pruned_at = run.pruned_at_LE[layer, expert]
+        pruned_at = pruned_at_E[expert]
         alive = last_steps <= pruned_at if pruned_at >= 0 else last_steps >= 0
         tokens = np.array([mean_E[expert] for mean_E in tokens_E])
         lines.append(ExpertLine(int(expert), last_steps[alive], tokens[alive], bool(pruned_at >= 0)))

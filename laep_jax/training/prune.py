@@ -152,8 +152,6 @@ def carry_out(run: Run, cut: Cut, state: TrainState | None) -> None:
     state, steps = cut.carry_out(state, run.checkpoints, progress.step, run.pause)
     if run.config.laep.reset_moments:
         state = dataclasses.replace(state, opt_state=without_moments(state.opt_state))
-    for layer, (part, ids) in enumerate(zip(plan.layers, progress.lineage, strict=True)):
-        run.log.mark_pruned(progress.step, layer, [ids[slot] for slot in part.pruned])
     progress.lineage = apply_plan_to_lineage(progress.lineage, plan)
     progress.num_experts = plan.num_experts_after
     progress.fitted_buffer = cut.config.model.receive_buffer

@@ -97,7 +97,7 @@ class Run:
 
     def save(self, step: int, *, now: bool = False) -> None:
         """Saves everything, or begins to. now: returns when it is on disk."""
-        self.log.save_loads()
+        self.log.save()
         save = self.checkpoints.save_now if now else self.checkpoints.save
         save(step, self.state, self.controller.history.to_arrays(), self.progress.to_meta())
 

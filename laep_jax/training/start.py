@@ -71,7 +71,7 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path |
                         base = Config.from_dict(progress.config)
                         first_step = _first_step(executable, config, base, progress)
                         Controller(progress.current(base), prunes=progress.prunes)  # refuses a plan that does not fit
-                        log = attempt.enter_context(_open_log(run_dir, base, progress.step))
+                        log = attempt.enter_context(_open_log(run_dir, base, progress.step, console))
                     run = Run(base, dataset, checkpoints, log, console, progress, first_step)
                     _announce(run, config, changed)
                     return train_to_end(run, attempt.enter_context(Stops(config.train.step_timeout)))
@@ -112,11 +112,16 @@ def _first_step(
     return load_step(executable, base, make_mesh(base.mesh))
 
 
-def _open_log(run_dir: Path, base: Config, resume_step: int) -> RunLog | NoLog:
+def _open_log(run_dir: Path, base: Config, resume_step: int, console: RunConsole) -> RunLog | NoLog:
     if jax.process_index() > 0:
         return NoLog()
-    experts, expert_parallel = base.model.experts_per_layer, base.mesh.expert or 1
-    return RunLog(run_dir, num_experts=experts, expert_parallel=expert_parallel, resume_step=resume_step)
+    return RunLog(
+        run_dir,
+        num_experts=base.model.experts_per_layer,
+        expert_parallel=base.mesh.expert or 1,
+        resume_step=resume_step,
+        report=console.event,
+    )
 
 
 def _announce(run: Run, config: Config, changed: Sequence[str]) -> None:

@@ -39,13 +39,12 @@ def evaluation(step, when, loss, worse=0.0):
 
 
 def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=180, devices=DEVICES, seed=0):
-    """Writes config.json, metrics.jsonl, loads.npz and plans/; cut_step None makes a run without prune."""
+    """Writes config.json, metrics.jsonl, loads/ and plans/; cut_step None makes a run without prune."""
     rng = np.random.default_rng(seed)
     final_LE = popularity(rng, num_layers, num_experts)
     drift_LE = rng.normal(scale=0.4, size=final_LE.shape)
     alive_LE = np.ones(final_LE.shape, bool)
-    pruned_at_LE = np.full(final_LE.shape, -1)
-    tokens_NLE = np.zeros((num_steps, *final_LE.shape), np.int64)
+    tokens_NLE = np.zeros((num_steps, *final_LE.shape), np.int32)
     records = [{"kind": "heldout", "step": 50, "targets_by_domain": DOMAINS}]
     lineage = [list(range(num_experts))] * num_layers
     (run_dir / "plans").mkdir(parents=True)
@@ -58,6 +57,7 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
         for layer in range(num_layers):
             share_E = weights_LE[layer] / weights_LE[layer].sum()
             tokens_NLE[step - 1, layer] = rng.multinomial(TOP_K * TOKENS, share_E)
+            tokens_NLE[step - 1, layer, ~alive_LE[layer]] = -1
         loss = 2.0 + 3.5 * np.exp(-step / 30) + 0.8 * np.exp(-step / 200) + rng.normal(scale=0.06)
         records.append({"kind": "train", "step": step, "loss": loss})
         if step % 50 == 0:
@@ -68,7 +68,6 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
             for layer in range(num_layers):
                 pruned = weakest(mean_LE[layer], devices)
                 alive_LE[layer, pruned] = False
-                pruned_at_LE[layer, pruned] = step
                 lineage.append(placed(mean_LE[layer], np.flatnonzero(alive_LE[layer]), devices))
             records.append(evaluation(step, "before_prune", loss + 0.1))
             records.append(
@@ -90,8 +89,11 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     laep = {"window": WINDOW, "alpha": ALPHA, "beta": BETA}
     (run_dir / "config.json").write_text(json.dumps({"laep": laep, "model": {"top_k": TOP_K}}))
-    arrays = {"steps": np.arange(1, num_steps + 1), "tokens_per_expert": tokens_NLE, "pruned_at": pruned_at_LE}
-    np.savez(run_dir / "loads.npz", **arrays, expert_parallel=devices)
+    (run_dir / "loads").mkdir()
+    for first in range(0, num_steps, 256):
+        np.save(run_dir / "loads" / f"{first + 1:09}.npy", tokens_NLE[first : first + 256])
+    experts = {"num_experts": [num_experts] * num_layers, "expert_parallel": devices}
+    (run_dir / "loads" / "experts.json").write_text(json.dumps(experts))
     return run_dir
 
 

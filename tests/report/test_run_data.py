@@ -15,10 +15,9 @@ def copied(run_dir, tmp_path):
     return shutil.copytree(run_dir, tmp_path / "run")
 
 
-def edit_loads(run_dir, **arrays):
-    with np.load(run_dir / "loads.npz") as loads:
-        arrays = dict(loads) | arrays
-    np.savez(run_dir / "loads.npz", **{name: array for name, array in arrays.items() if array is not None})
+def save_loads(run_dir, tokens_NLE):
+    """In place of the first 256 steps."""
+    np.save(run_dir / "loads" / "000000001.npy", tokens_NLE)
 
 
 def test_a_run_reads_back(run_dir):
@@ -54,9 +53,8 @@ def test_mean_loads_take_the_window_and_never_two_models(run_dir):
 
 def test_layers_that_began_narrower(make, tmp_path):
     run_dir = make(tmp_path / "run", num_steps=40, cut_step=None)
-    pruned_at = np.load(run_dir / "loads.npz")["pruned_at"]
-    pruned_at[0] = [-1] * 12 + [-2] * 4
-    edit_loads(run_dir, pruned_at=pruned_at)
+    path = run_dir / "loads" / "experts.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_experts": [12, 16, 16, 16]}))
     run = read_run(run_dir)
     assert run.present(0, 1).tolist() == list(range(12))
     assert run.order(1)[0] == tuple(range(12))
@@ -65,7 +63,8 @@ def test_layers_that_began_narrower(make, tmp_path):
 def test_a_run_in_progress_reads_up_to_what_it_saved(copied):
     with (copied / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 301, "lo')
-    edit_loads(copied, pruned_at=np.full((4, 16), -1))  # saved before the cut
+    (copied / "loads" / "000000257.npy").unlink()
+    save_loads(copied, np.ones((100, 4, 16), np.int32))  # saved before the cut
     run = read_run(copied)
     assert len(run.train) == 300
     assert run.cuts == ()
@@ -88,21 +87,13 @@ def test_an_unbounded_alpha_of_a_plan(copied):
         (lambda run: (run / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda run: (run / "config.json").write_text("{}"), "'laep' is missing"),
         (lambda run: (run / "config.json").write_text('{"laep": {}}'), "'window' is missing"),
-        (lambda run: (run / "loads.npz").unlink(), "loads.npz does not exist"),
-        (lambda run: (run / "loads.npz").write_bytes(b"PK\x03\x04"), "loads.npz does not read"),
-        (lambda run: edit_loads(run, pruned_at=None), r"loads.npz=.* lack \['pruned_at'\]"),
-        (lambda run: edit_loads(run, steps=np.arange(3)), "do not fit"),
-        (
-            lambda run: edit_loads(run, tokens_per_expert=np.zeros((0, 4, 16), int)),
-            "do not fit",
-        ),
-        (
-            lambda run: edit_loads(run, tokens_per_expert=np.zeros((300, 64), int)),
-            r"must be \[steps, layers, experts\]",
-        ),
-        (lambda run: edit_loads(run, tokens_per_expert=np.full((300, 4, 16), -1)), "must be integers from 0 on"),
-        (lambda run: edit_loads(run, pruned_at=np.full((4, 16), 9)), "leaves a layer empty"),
-        (lambda run: edit_loads(run, expert_parallel=3), "must divide by expert_parallel=3"),
+        (lambda run: shutil.rmtree(run / "loads"), "experts.json does not exist"),
+        (lambda run: [path.unlink() for path in (run / "loads").glob("*.npy")], "recorded steps=0 are saved"),
+        (lambda run: (run / "loads" / "000000001.npy").write_bytes(b"PK\x03\x04"), "000000001.npy .* does not read"),
+        (lambda run: save_loads(run, np.zeros((300, 4, 16), np.int32)), "steps=300 reach beyond step 257"),
+        (lambda run: save_loads(run, np.zeros((9, 64), np.int32)), r"is not int32\[steps, 4, 16\]"),
+        (lambda run: save_loads(run, np.full((9, 4, 16), -2, np.int32)), "=-2 is no number of tokens"),
+        (lambda run: save_loads(run, np.ones((9, 4, 16), np.int32)), "cut of step 180=180 must follow recorded steps"),
         (lambda run: (run / "plans" / "180.json").unlink(), "180.json cannot be read"),
     ],
 )
@@ -121,7 +112,7 @@ def test_any_damage_is_a_run_or_refused_and_what_is_read_draws(fuzz, make, tmp_p
         for path, valid in files.items():
             path.write_bytes(valid)
         path = data.draw(st.sampled_from(sorted(files)))
-        if path.suffix == ".npz" or not data.draw(st.integers(0, 3)):
+        if path.suffix == ".npy" or not data.draw(st.integers(0, 3)):
             path.write_bytes(data.draw(fuzz.bytes(files[path])))
         else:
             lines = files[path].decode().splitlines()

@@ -16,7 +16,7 @@ def small_run(**changes):
     run = RunData(
         steps=np.arange(1, 6),
         tokens_NLE=np.array(TOKENS)[:, None],
-        pruned_at_LE=np.array([[-1, 3, 3, -1]]),
+        num_experts=(4,),
         expert_parallel=2,
         window=2,
         alpha=(0.5,),
@@ -87,7 +87,7 @@ def test_either_bound_limits_what_is_eligible():
 
 
 def test_without_a_prune_the_last_window_and_the_settings_bounds():
-    run = small_run(cuts=(), pruned_at_LE=np.full((1, 4), -1), alpha=(math.inf,), beta=0.4)
+    run = small_run(cuts=(), alpha=(math.inf,), beta=0.4)
     load = series.cumulative_load(run, 0)  # means of steps 4 and 5: 65, 0, 0, 35
     assert load.experts.tolist() == [1, 2, 3, 0]
     np.testing.assert_allclose(load.share, [0, 0, 0, 0.35, 1])
@@ -109,7 +109,7 @@ def test_device_loads_of_a_run_that_ends_with_its_cut():
 
 
 def test_device_loads_without_a_cut():
-    loads = series.device_loads(small_run(cuts=(), pruned_at_LE=np.full((1, 4), -1)))
+    loads = series.device_loads(small_run(cuts=()))
     assert loads.before.tolist() == [[65, 35]]
     assert loads.in_order is loads.placed is None
 

@@ -59,7 +59,7 @@ def test_a_plan_that_does_not_fit(config, plan_file, tmp_path):
     with pytest.raises(UserError, match=r"LaepConfig\.plan .*plan\.json: \(num_experts, .* is not \(\(8, 8\), 4, 2\)"):
         train(change(config, laep={"plan": str(plan_file)}), tmp_path / "run")
     plan_file.write_text(identity_plan((8, 8), expert_parallel=4, top_k=2).to_json())
-    with pytest.raises(UserError, match="prunes no one"):
+    with pytest.raises(UserError, match="prunes no experts"):
         train(change(config, laep={"plan": str(plan_file)}), tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

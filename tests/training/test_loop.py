@@ -1,8 +1,10 @@
 """Whole runs of a tiny model, with a prune in the middle: resuming, both ways to cut, what is refused."""
 
+import ast
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import weakref
@@ -18,11 +20,16 @@ from laep_jax.errors import StoppedError, UserError
 from laep_jax.faults.damage import change_stored, flip_bit
 from laep_jax.faults.tiny import change, differences, records, tiny_config
 from laep_jax.gin_config import load_config
+from laep_jax.laep import command as plan_command
+from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.plan import Plan
+from laep_jax.laep.recorded_loads import read_current_counts, read_loads
+from laep_jax.preflight import run as preflight_run
 from laep_jax.sharding import make_mesh
 from laep_jax.training import loop
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.console import RunConsole
+from laep_jax.training.controller import Controller
 from laep_jax.training.evaluate import masked_loss
 from laep_jax.training.exclusive import exclusive
 from laep_jax.training.manifest import write_manifest
@@ -85,15 +92,36 @@ def test_a_run_goes_through_the_whole_cycle(run, config):
 
 def test_recorded_loads_are_every_token_and_none_of_the_pruned(run, config):
     [prune] = records(run, "prune")
-    with np.load(run / "loads.npz") as loads:
-        tokens_NLE, pruned_at_LE = loads["tokens_per_expert"], loads["pruned_at"]
+    tokens_NLE = read_loads(run).tokens_NLE
     assert tokens_NLE.shape == (NUM_STEPS, 3, 8)
-    np.testing.assert_array_equal(tokens_NLE.sum(2), 2 * 16 * 32)
-    np.testing.assert_array_equal((pruned_at_LE == -1).sum(1), prune["experts_after"])
-    gone_NLE = tokens_NLE[CUT_STEP:] * (pruned_at_LE == CUT_STEP)
-    assert gone_NLE.sum() == 0
+    np.testing.assert_array_equal(np.maximum(tokens_NLE, 0).sum(2), 2 * 16 * 32)
+    assert (tokens_NLE[:CUT_STEP] >= 0).all()
     for layer, ids in enumerate(prune["lineage"]):
-        assert sorted(ids) == np.flatnonzero(pruned_at_LE[layer] == -1).tolist()
+        for row_E in tokens_NLE[CUT_STEP:, layer]:
+            assert sorted(ids) == np.flatnonzero(row_E >= 0).tolist()
+
+
+def test_counts_of_the_run_directory_are_what_the_run_itself_would_plan_by(run, config):
+    counts, told = read_current_counts(run)
+    assert told == f"steps {CUT_STEP + 1} to {NUM_STEPS} of {run}, after the prune of step {CUT_STEP}"
+    with Checkpoints(run / "checkpoints", keep=9) as checkpoints:
+        history = LoadHistory.from_arrays(checkpoints.read_history(NUM_STEPS), NUM_STEPS)
+    for counts_NE, window_NE in zip(counts, history.window(len(history)), strict=True):
+        np.testing.assert_array_equal(counts_NE[-len(history) :], window_NE)
+
+
+def test_a_plan_from_the_run_directory_is_one_for_the_model_as_it_now_is(run, config, tmp_path, capsys):
+    options = ["--expert-parallel=4", "--top-k=2", "--alpha=inf", "--beta=0.6", f"--out={tmp_path / 'plan.json'}"]
+    plan_command.main([f"--counts={run}", *options])
+    assert (
+        f"steps {CUT_STEP + 1} to {NUM_STEPS} of {run}, after the prune of step {CUT_STEP}" in capsys.readouterr().out
+    )
+    [prune] = records(run, "prune")
+    current, _, source = preflight_run._read_counts(config, run)
+    assert list(current.model.experts_per_layer) == prune["experts_after"]
+    assert source.startswith(f"steps {CUT_STEP + 1} to {NUM_STEPS}")
+    controller = Controller(change(current, laep={"plan": str(tmp_path / "plan.json")}).resolve(8))
+    assert controller.prune_plan().num_experts == current.model.experts_per_layer
 
 
 class InterruptError(Exception):
@@ -405,3 +433,24 @@ def test_the_receive_buffer_follows_the_loads_at_a_cut_and_stays_so_on_resuming(
     train(change(bounded, train={"num_steps": 16}), tmp_path)
     assert buffers[2:] == buffers[1:2]
     assert "changed since the checkpoint: TrainConfig.num_steps 14 -> 16" in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_field_that_a_run_records_is_documented(run):
+    text = (Path(__file__).parents[2] / "docs" / "run_directory.md").read_text()
+    sections = dict(part.split("\n", 1) for part in text.replace("\n### ", "\n## ").split("\n## ")[1:])
+
+    def documented(section: str) -> set[str]:
+        return set(re.findall(r"`(\w+)`", sections[section]))
+
+    written = {record["kind"]: record.keys() - {"kind", "step"} for record in records(run)}
+    for path in Path(loop.__file__).parent.glob("*.py"):  # kinds that this run has not
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("log.write"):
+                kind = ast.literal_eval(call.args[0]) if isinstance(call.args[0], ast.Constant) else "skipped"
+                written.setdefault(kind, set()).update({keyword.arg for keyword in call.keywords} - {None})
+    assert {"train", "prune", "guard", "dry_run", "skipped"} <= written.keys()
+    for kind, fields in written.items():
+        assert fields <= documented(kind), kind
+    assert json.loads((run / "summary.json").read_text()).keys() <= documented("summary.json")
+    for path in run.iterdir():
+        assert f"`{path.name}" in text, path

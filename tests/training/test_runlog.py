@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import shutil
 import struct
 
 import numpy as np
@@ -6,6 +9,10 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from laep_jax.errors import UserError
+from laep_jax.files import parse_record, read_records, replace_file
+from laep_jax.laep import recorded_loads
+from laep_jax.laep.recorded_loads import read_loads
+from laep_jax.training import metrics_file, runlog
 from laep_jax.training.runlog import RunLog
 
 LAYERS = 2
@@ -35,20 +42,17 @@ def run(log, first, last, *, cut_first=False):
                 step, tokens_of(step, LINEAGE if step <= CUT else CUT_LINEAGE), LINEAGE if step <= CUT else CUT_LINEAGE
             )
             log.write("train", step, loss=np.float32(3 / step), device_imbalance=np.array([1.5, 2.0]) / step)
-            log.save_loads()
+            log.save()
         if step == CUT:
             log.write("eval", step, heldout_loss=2.0, when="before_prune")
             log.write("prune", step, plan=f"plans/{step}.json", lineage=CUT_LINEAGE)
-            for layer, kept in enumerate(CUT_LINEAGE):
-                log.mark_pruned(step, layer, sorted(set(range(EXPERTS)) - set(kept)))
             log.write("eval", step, heldout_loss=2.1, when="after_prune")
-    log.save_loads()
+    log.save()
     log.close()
 
 
 def contents(run_dir):
-    with np.load(run_dir / "loads.npz") as loads:
-        return (run_dir / "metrics.jsonl").read_text(), {name: loads[name].tolist() for name in loads.files}
+    return (run_dir / "metrics.jsonl").read_text(), read_loads(run_dir)
 
 
 def events(run_dir):
@@ -91,28 +95,6 @@ def test_a_record_is_on_disk_at_once(tmp_path):
         assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
 
 
-def test_loads_stand_under_the_original_id_also_after_a_prune(tmp_path):
-    run(open_log(tmp_path), 1, CUT + 2)
-    _, loads = contents(tmp_path)
-    assert loads["steps"] == list(range(1, CUT + 3))
-    assert loads["expert_parallel"] == 2
-    tokens = np.array(loads["tokens_per_expert"])
-    assert tokens.shape == (CUT + 2, LAYERS, EXPERTS)
-    np.testing.assert_array_equal(tokens[CUT - 1, 1], 1000 * CUT + 100 + np.arange(4))
-    np.testing.assert_array_equal(tokens[CUT, 0], [1000 * (CUT + 1), 0, 0, 1000 * (CUT + 1) + 3])
-    np.testing.assert_array_equal(tokens[CUT, 1], [0, 1000 * (CUT + 1) + 101, 1000 * (CUT + 1) + 102, 0])
-    assert loads["pruned_at"] == [[-1, CUT, CUT, -1], [CUT, -1, -1, CUT]]
-
-
-def test_layers_may_begin_with_different_widths(tmp_path):
-    with RunLog(tmp_path, num_experts=(2, 4), expert_parallel=1) as log:
-        log.record_counts(1, [np.array([5, 6]), np.array([1, 2, 3, 4])], [[0, 1], [0, 1, 2, 3]])
-        log.save_loads()
-    _, loads = contents(tmp_path)
-    assert loads["tokens_per_expert"] == [[[5, 6, 0, 0], [1, 2, 3, 4]]]
-    assert loads["pruned_at"] == [[-1, -1, -2, -2], [-1, -1, -1, -1]]
-
-
 @pytest.mark.parametrize(
     ("reached", "resume_step", "cut_again"),
     [
@@ -133,36 +115,124 @@ def test_an_interrupted_run_leaves_the_files_of_an_uninterrupted_one(tmp_path, r
         file.write('{"kind": "train", "step": 7, "lo')
     first = resume_step if cut_again else resume_step + 1
     run(open_log(tmp_path / "halves", resume_step), first, CUT + 3, cut_first=cut_again)
-    assert contents(tmp_path / "halves") == contents(tmp_path / "whole")
+    (metrics, loads), (whole_metrics, whole_loads) = (contents(tmp_path / name) for name in ("halves", "whole"))
+    assert metrics == whole_metrics
+    np.testing.assert_array_equal(loads.tokens_NLE, whole_loads.tokens_NLE)
+    assert loads.steps.tolist() == whole_loads.steps.tolist() == list(range(1, CUT + 4))
     left = {path.name for path in (tmp_path / "halves").iterdir()}
-    assert left == {"metrics.jsonl", "loads.npz", "tensorboard"}
-
-
-def test_a_prune_behind_the_resumed_step_is_forgotten(tmp_path):
-    run(open_log(tmp_path), 1, CUT + 2)
-    with open_log(tmp_path, CUT - 1) as log:
-        log.save_loads()
-    metrics, loads = contents(tmp_path)
-    assert "prune" not in metrics
-    assert loads["steps"] == list(range(1, CUT))
-    assert loads["pruned_at"] == [[-1] * EXPERTS] * LAYERS
-
-
-def test_a_prune_made_once_more_replaces_its_marks(tmp_path):
-    run(open_log(tmp_path), 1, CUT)
-    with open_log(tmp_path, CUT) as log:  # resumed before the cut, with other settings
-        log.mark_pruned(CUT, 0, [3])
-        log.mark_pruned(CUT, 1, [])
-        log.save_loads()
-    assert contents(tmp_path)[1]["pruned_at"] == [[-1, -1, -1, CUT], [-1] * EXPERTS]
+    assert left == {"metrics.jsonl", "loads", "tensorboard"}
 
 
 def test_a_new_run_drops_what_an_earlier_one_left(tmp_path):
     run(open_log(tmp_path), 1, 3)
-    open_log(tmp_path).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
-    assert not (tmp_path / "loads.npz").exists()
+    with open_log(tmp_path) as log:
+        log.write("train", 1, loss=1.0)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    assert list((tmp_path / "loads").glob("*.npy")) == []
     assert events(tmp_path)[1][0] == 0
+
+
+def test_records_of_the_resumed_step_that_are_new_stay_when_others_are_replaced(tmp_path):
+    run(open_log(tmp_path), 1, CUT)
+    with open_log(tmp_path, CUT) as log:  # resumed before the cut, with more validation batches
+        log.write("heldout", CUT, targets_by_domain={"a": 1})
+        log.write("eval", CUT, heldout_loss=3.0, when="after_prune")
+        log.write("prune", CUT, plan="new", lineage=CUT_LINEAGE)
+    at_cut = [record for record in read_records(tmp_path / "metrics.jsonl") if record["step"] == CUT]
+    assert [record["kind"] for record in at_cut] == ["train", "eval", "heldout", "eval", "prune"]
+    assert [record["when"] for record in at_cut if record["kind"] == "eval"] == ["before_prune", "after_prune"]
+    assert (at_cut[3]["heldout_loss"], at_cut[4]["plan"]) == (3.0, "new")
+
+
+def test_resuming_reads_the_end_of_the_metrics_only(tmp_path, monkeypatch):
+    run(open_log(tmp_path), 1, 9)
+    parsed = []
+    monkeypatch.setattr(metrics_file, "parse_record", lambda *line: parsed.append(line) or parse_record(*line))
+    open_log(tmp_path, 8).close()
+    assert len(parsed) == 3  # steps 9, 8 and 7
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A disk that takes half of the first write and then nothing, as long as the list has something in it."""
+    full, write = [], os.write
+
+    def write_half(descriptor, data):
+        if not full:
+            return write(descriptor, data)
+        if full.pop() == "half":
+            full.append("nothing")
+            return write(descriptor, data[: len(data) // 2])
+        full.append("nothing")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def no_file(*args):
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace_file(*args)
+
+    monkeypatch.setattr(os, "write", write_half)
+    monkeypatch.setattr(recorded_loads, "replace_file", no_file)
+    monkeypatch.setattr(runlog, "replace_file", no_file)
+    return full
+
+
+def test_on_a_full_disk_logs_wait_and_are_complete_when_there_is_room(tmp_path, full):
+    run(open_log(tmp_path / "whole"), 1, 4)
+    told = []
+    log = RunLog(tmp_path / "x", num_experts=(EXPERTS,) * LAYERS, expert_parallel=2, report=told.append)
+    for step in range(1, 5):
+        if step == 2:
+            full.append("half")
+        log.record_counts(step, tokens_of(step, LINEAGE), LINEAGE)
+        log.write("train", step, loss=np.float32(3 / step), device_imbalance=np.array([1.5, 2.0]) / step)
+        log.write_file(f"plans/{step}.json", "plan")
+        log.save()
+    assert [text.split(str(tmp_path))[-1] for text in told] == [
+        "/x/metrics.jsonl cannot be written: No space left on device; logs wait in memory and are tried again"
+    ]
+    assert read_loads(tmp_path / "x").steps.tolist() == [1]
+    full.clear()
+    log.save()
+    log.close()
+    assert told[1:] == ["the logs that waited are written"]
+    (metrics, loads), (whole_metrics, whole_loads) = (contents(tmp_path / name) for name in ("x", "whole"))
+    assert metrics == whole_metrics
+    np.testing.assert_array_equal(loads.tokens_NLE, whole_loads.tokens_NLE)
+    assert [step for step, _ in events(tmp_path / "x")[0][1]["train/loss"]] == [1, 2, 3, 4]
+    assert sorted(path.name for path in (tmp_path / "x" / "plans").iterdir()) == [f"{i}.json" for i in range(1, 5)]
+
+
+def test_a_run_that_ends_on_a_full_disk_names_what_is_not_complete(tmp_path, full):
+    told = []
+    with RunLog(tmp_path, num_experts=(2,), expert_parallel=1, report=told.append) as log:
+        full.append("nothing")
+        log.write("train", 1, loss=1.0)
+        log.write_file("summary.json", "{}")
+    assert len(told) == 2
+    assert told[1].startswith("not complete, since it could not be written: ")
+    assert all(name in told[1] for name in ("metrics.jsonl", "tensorboard", "summary.json"))
+
+
+def test_a_run_that_is_only_looked_at_leaves_no_tensorboard_file(tmp_path):
+    run(open_log(tmp_path), 1, 2)
+    before = list((tmp_path / "tensorboard").iterdir())
+    with open_log(tmp_path, 2) as log:
+        log.write_file("summary.json", "{}")
+    assert list((tmp_path / "tensorboard").iterdir()) == before
+
+
+def test_tensorboard_gets_a_few_domains_of_any_name(tmp_path):
+    told = []
+    losses = {f"domain \udce9 {i}": float(i) for i in range(1024)}
+    with RunLog(tmp_path, num_experts=(2,), expert_parallel=1, report=told.append) as log:
+        for step in (1, 2):
+            log.write("eval", step, heldout_loss=1.0, heldout_loss_by_domain=losses)
+    [(_, scalars)] = events(tmp_path)
+    assert len(scalars) == 21
+    assert "eval/heldout_loss_by_domain/domain \\udce9 19" in scalars
+    assert told == ["TensorBoard gets 20 of 1,024 heldout_loss_by_domain; metrics.jsonl has them all"]
+    assert len(list(read_records(tmp_path / "metrics.jsonl"))[1]["heldout_loss_by_domain"]) == 1024
 
 
 def test_tensorboard_gets_every_number_and_a_purge_on_resume(tmp_path):
@@ -181,21 +251,26 @@ def test_a_damaged_line_is_refused(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("not json\n" + path.read_text())
     before = path.read_text()
-    with pytest.raises(UserError, match=r"metrics.jsonl line 1 is not JSON"):
+    with pytest.raises(UserError, match=r"metrics.jsonl at byte 0 is not JSON"):
         open_log(tmp_path, 1)
     assert path.read_text() == before
 
 
-def test_loads_of_another_model_are_refused(tmp_path):
+def test_what_is_lost_is_named_and_the_run_resumes(tmp_path, capsys):
     run(open_log(tmp_path), 1, 2)
-    with pytest.raises(UserError, match=r"loads.npz \[layers, experts\]=\(2, 4\) does not fit"):
+    shutil.rmtree(tmp_path / "loads")
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    run(open_log(tmp_path, 2), 3, 4)
+    told = capsys.readouterr().out
+    assert "loads: the loads of steps 1 to 2 are missing" in told
+    assert "metrics.jsonl: the records of step 2 are missing" in told
+    assert read_loads(tmp_path).steps.tolist() == [3, 4]
+
+
+def test_unreadable_loads_are_refused(tmp_path):
+    run(open_log(tmp_path), 1, 2)
+    with pytest.raises(UserError, match=r"experts.json num_experts=\[4, 4\] is not \[8, 8\]"):
         RunLog(tmp_path, num_experts=(8,) * LAYERS, expert_parallel=2, resume_step=1)
-
-
-@pytest.mark.parametrize("kept_bytes", [0, 100])
-def test_unreadable_loads_are_refused(tmp_path, kept_bytes):
-    run(open_log(tmp_path), 1, 2)
-    path = tmp_path / "loads.npz"
-    path.write_bytes(path.read_bytes()[:kept_bytes])
-    with pytest.raises(UserError, match=r"loads.npz \(move it away .*\) does not read"):
+    os.truncate(tmp_path / "loads" / "000000001.npy", 100)
+    with pytest.raises(UserError, match=r"000000001.npy \(move it away .*\) does not read"):
         open_log(tmp_path, 1)
