@@ -111,7 +111,7 @@ def test_counts_of_the_run_directory_are_what_the_run_itself_would_plan_by(run, 
 
 
 def test_a_plan_from_the_run_directory_is_one_for_the_model_as_it_now_is(run, config, tmp_path, capsys):
-    options = ["--expert-parallel=4", "--top-k=2", "--alpha=inf", "--beta=0.6", f"--out={tmp_path / 'plan.json'}"]
+    options = ["--expert-parallel=2", "--top-k=2", "--alpha=inf", "--beta=0.9", f"--out={tmp_path / 'plan.json'}"]
     plan_command.main([f"--counts={run}", *options])
     assert (
         f"steps {CUT_STEP + 1} to {NUM_STEPS} of {run}, after the prune of step {CUT_STEP}" in capsys.readouterr().out
@@ -120,7 +120,8 @@ def test_a_plan_from_the_run_directory_is_one_for_the_model_as_it_now_is(run, co
     current, _, source = preflight_run._read_counts(config, run)
     assert list(current.model.experts_per_layer) == prune["experts_after"]
     assert source.startswith(f"steps {CUT_STEP + 1} to {NUM_STEPS}")
-    controller = Controller(change(current, laep={"plan": str(tmp_path / "plan.json")}).resolve(8))
+    planned = change(current, mesh={"fsdp": 4, "expert": 2}, laep={"plan": str(tmp_path / "plan.json")})
+    controller = Controller(planned)
     assert controller.prune_plan().num_experts == current.model.experts_per_layer
 
 
