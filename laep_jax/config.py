@@ -262,7 +262,8 @@ class DataConfig:
         check_fields(self)
         one_of("DataConfig.source", self.source, ("stdlib", "text", "jsonl", "array_record", "synthetic"))
         reads_path = self.source in ("text", "jsonl", "array_record")
-        require(bool(self.path) == reads_path, "DataConfig.path", self.path, f"does not go with source={self.source!r}")
+        require(bool(self.path) or not reads_path, "DataConfig.source", self.source, "needs DataConfig.path")
+        require(reads_path or not self.path, "DataConfig.path", self.path, f"does not go with source={self.source!r}")
         for name in ("path", "cache_dir"):
             require("://" not in getattr(self, name), f"DataConfig.{name}", getattr(self, name), "must be mounted")
         at_least(self, 2, "sequence_length")

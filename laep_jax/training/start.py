@@ -79,6 +79,8 @@ def train(
                     log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
                     log.write_file("operative.gin", settings)
                     console.event(_opening_line(current, dataset))
+                    for note in dataset.notes:
+                        console.event(note)
                     if changed:
                         console.event(f"changed since the checkpoint: {', '.join(changed)}")
                     base = dataclasses.replace(config, mesh=current.mesh)
@@ -101,6 +103,7 @@ def _opened_log(run_dir: Path, config: Config, current: Config, progress: Progre
 def _open_dataset(config: Config) -> Dataset:
     return make_dataset(
         config.data,
+        eval_batches=config.train.eval_batches,
         seed=config.train.seed,
         vocab_size=config.model.vocab_size,
         process_index=jax.process_index(),
