@@ -32,7 +32,7 @@ def test_runs_join_equal_neighbours_only():
         (lambda: ModelConfig(num_layers=True), "ModelConfig.num_layers=True must be of type int"),
         (lambda: ModelConfig(num_layers=2, num_experts=(8,)), "needs one entry for each of num_layers=2"),
         (lambda: ModelConfig(num_experts=4, top_k=8), "ModelConfig.num_experts[0]=4 is below top_k=8"),
-        (lambda: DataConfig(source="text"), "DataConfig.path='' does not go with source='text'"),
+        (lambda: DataConfig(source="text"), "DataConfig.source='text' needs DataConfig.path"),
         (lambda: DataConfig(cache_dir="gs://b/c"), "DataConfig.cache_dir='gs://b/c' must be mounted"),
         (lambda: OptimizerConfig(learning_rate=0.0), "OptimizerConfig.learning_rate=0.0 must be positive"),
         (lambda: AuxLossConfig(mixtral=-1.0), "AuxLossConfig.mixtral=-1.0 must be at least 0"),

@@ -56,7 +56,7 @@ class Dataset:
         self.heldout_order = grain.MapDataset.source(heldout_rows).seed(HELDOUT_SEED).shuffle()
         self.num_heldout_batches = min(eval_batches, math.ceil(len(heldout_rows) / config.batch_size))
         targets_R = self._count_targets()
-        rule = f"leaves no target in {self.num_heldout_batches} batches of validation text: each document has one token"
+        rule = f"leaves nothing to predict in the validation text of {self.num_heldout_batches} batches"
         require(bool(targets_R.any()), "DataConfig.heldout_share", config.heldout_share, rule)
         rule = "makes no training document longer than one token, so that there is nothing to predict"
         require(len(tokens.train) > tokens.corpus.num_train, "DataConfig.tokenizer", config.tokenizer, rule)

@@ -124,7 +124,7 @@ def _refuse_format(head: bytes, where: str) -> None:
             raise UserError(f"{where} is {rule}")
     if head[257:262] == b"ustar":
         raise UserError(f"{where} is a tar archive; unpack it")
-    if len(head) >= 4 and not (any(head[:64:2]) and any(head[1:64:2])):
+    if len(head) >= 4 and any(head[:64:2]) != any(head[1:64:2]):
         raise UserError(f"{where} has a zero in every other byte, as UTF-16 has; convert it to UTF-8")
 
 
