@@ -136,7 +136,7 @@ def _alone(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("waiting for the process that makes %s", path.with_suffix(".json"))
+            log.warning("waiting for the process that makes %s", path.with_suffix(".json"))
             fcntl.flock(file, fcntl.LOCK_EX)
             waited = True
         except OSError:

@@ -163,7 +163,7 @@ def test_a_process_that_waited_is_refused_as_the_one_it_waited_for(config, folde
     with pytest.raises(UserError, match="is not UTF-8"):
         opening(config())
     (lock,) = files(config(), ".lock")
-    with ThreadPoolExecutor(1) as pool, caplog.at_level(logging.INFO):
+    with ThreadPoolExecutor(1) as pool, caplog.at_level(logging.WARNING):
         with lock.open("r+") as other:
             fcntl.flock(other, fcntl.LOCK_EX)
             waiting = pool.submit(opening, config())

@@ -1,6 +1,7 @@
 """Batches: the same however many processes there are, all rows each epoch, every held-out token once."""
 
 import dataclasses
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -233,6 +234,8 @@ def test_fewer_rows_than_a_batch_are_repeated(tmp_path):
 def test_fingerprint_follows_text_and_tokenizer(config, folder):
     before = dataset(config())
     assert dataset(config(batch_size=4)).fingerprint == before.fingerprint
+    copied = config(path=str(shutil.copytree(folder, folder.parent / "copy")), cache_dir=str(folder.parent / "new"))
+    assert dataset(copied).fingerprint == before.fingerprint
     path = folder / "odd" / "01.txt"
     path.write_text(path.read_text().swapcase())
     assert dataset(config()).fingerprint != before.fingerprint
