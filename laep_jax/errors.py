@@ -21,7 +21,16 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         text = message if len(message) <= LONGEST else f"{message[: LONGEST // 2]}...{message[-LONGEST // 2 :]}"
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+        super().__init__(printable(text))
+
+
+def printable(text: str) -> str:
+    r"""The text with everything escaped that does not print, as halves of surrogate pairs and line ends.
+
+    >>> printable("a\udcffb\n")
+    'a\\udcffb\\n'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class StoppedError(Exception):

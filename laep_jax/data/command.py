@@ -2,10 +2,11 @@
 
 python -m laep_jax train-tokenizer --vocab-size 4096 --out tok.json
 
-Then `DataConfig.tokenizer = "tok.json"`. Needs the extra `tok`.
+It prints the settings that train with it. Needs the package `tokenizers`.
 """
 
 import argparse
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def main(argv: list[str]) -> int:
         args.out.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out={str(args.out)!r} cannot be written: {error.strerror}") from error
-    print(f"{args.out}: {tokenizer.get_vocab_size()} tokens from {corpus.num_train} training documents")
+    size = tokenizer.get_vocab_size()
+    print(f"{args.out}: {size} tokens from {corpus.num_train} training documents; to train with it:")
+    print(f"--gin.DataConfig.tokenizer={shlex.quote(str(args.out))} --gin.ModelConfig.vocab_size={size}")
     return 0
 
 

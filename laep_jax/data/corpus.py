@@ -1,24 +1,36 @@
-"""A corpus as a whole: which documents are held out, what they belong to, and a hash of everything in it."""
+"""A corpus as a whole: which documents are validation text, the domains of all, and a hash of everything in it."""
 
 import hashlib
+import itertools
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from laep_jax.config import DataConfig
+from laep_jax.data.listing import corpus_field
 from laep_jax.data.sources import Document, read_documents
-from laep_jax.errors import require
+from laep_jax.errors import printable, require
+
+OTHER = "(other)"  # the domain that small ones are pooled in; no folder is called so
+SHARD = re.compile(  # what differs between the names of shards: a UUID, a hash, a number
+    r"(?<![^\W_])(?:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?=[a-f]*\d)[0-9a-f]{8,})(?![^\W_])|\d+", re.IGNORECASE
+)
+MAX_NAMED = 8  # in a message
 
 
 class Corpus(NamedTuple):
-    """What a corpus holds; `sha256` covers names and texts, in order, `heldout_domains` has one name a document."""
+    """What a corpus holds.
+
+    sha256: of names and texts, in order. heldout_runs: (domain, number of documents) of the validation documents, in
+    order, neighbours of one domain together. unheld_domains: those without any, sorted.
+    """
 
     sha256: str
     num_train: int
-    heldout_domains: tuple[str, ...]
+    num_heldout: int
     num_bytes: int
-
-    @property
-    def num_heldout(self) -> int:
-        return len(self.heldout_domains)
+    heldout_runs: tuple[tuple[str, int], ...]
+    unheld_domains: tuple[str, ...]
 
 
 def is_heldout(name: str, share: float) -> bool:
@@ -33,16 +45,30 @@ def is_heldout(name: str, share: float) -> bool:
 def domain(name: str, source: str) -> str:
     """What a document belongs to: the first folder of its name.
 
-    Outside any folder it is the file that holds it, but what lies there in `stdlib`, single modules, is one domain,
-    and so are the single files of `text`.
+    Outside any folder it is the file that holds it, where all shards of one name are one. What lies there in `stdlib`,
+    single modules, is one domain, and so are the single files of `text`. Always printable.
 
     >>> domain("json/decoder.py", "stdlib"), domain("abc.py", "stdlib"), domain("web.jsonl#7", "jsonl")
     ('json', '(modules)', 'web.jsonl')
+    >>> domain("part-00001-of-01024.jsonl#7", "jsonl")
+    'part-*-of-*.jsonl'
     """
-    first, in_folder, _ = _name_bytes(name).decode(errors="replace").partition("/")
+    first, in_folder, _ = name.partition("/")
     if in_folder:
-        return first
-    return {"stdlib": "(modules)", "text": "."}.get(source) or first.rpartition("#")[0]
+        return printable(first) if first != OTHER else f"./{OTHER}"
+    single = {"stdlib": "(modules)", "text": "."}.get(source)
+    return single or printable(SHARD.sub("*", first.rpartition("#")[0]))
+
+
+def some_names(names: Iterable[str]) -> str:
+    """How many there are where not all are named.
+
+    >>> some_names("ab"), some_names("abcdefghij")
+    ('a, b', 'a, b, c, d, e, f, g, h, ... (10)')
+    """
+    names = list(names)
+    more = f", ... ({len(names)})" if len(names) > MAX_NAMED else ""
+    return printable(", ".join(names[:MAX_NAMED])) + more
 
 
 def add_to_hash(sha, document: Document) -> None:
@@ -54,24 +80,27 @@ def add_to_hash(sha, document: Document) -> None:
 
 def survey(config: DataConfig) -> Corpus:
     """Reads the corpus once. `UserError` where one side of the split would have no document."""
-    sha, num_documents, num_bytes, domains = hashlib.sha256(), 0, 0, []
+    sha, num_documents, num_bytes, heldout, domains = hashlib.sha256(), 0, 0, [], set()
     for document in read_documents(config):
         add_to_hash(sha, document)
         num_documents += 1
         num_bytes += len(document.text)
+        domains.add(name := domain(document.name, config.source))
         if is_heldout(document.name, config.heldout_share):
-            domains.append(domain(document.name, config.source))
+            heldout.append(name)
     field, value = corpus_field(config)
     require(num_documents > 0, field, value, "holds no text")
-    for side, count in (("training", num_documents - len(domains)), ("held-out", len(domains))):
+    for side, count in (("training", num_documents - len(heldout)), ("held-out", len(heldout))):
         rule = f"leaves no {side} document: {field}={value!r} holds {num_documents}"
         require(count > 0, "DataConfig.heldout_share", config.heldout_share, rule)
-    return Corpus(sha.hexdigest(), num_documents - len(domains), tuple(domains), num_bytes)
-
-
-def corpus_field(config: DataConfig) -> tuple[str, str]:
-    """The setting that says which corpus it is, and its value."""
-    return ("DataConfig.path", config.path) if config.path else ("DataConfig.source", config.source)
+    return Corpus(
+        sha.hexdigest(),
+        num_documents - len(heldout),
+        len(heldout),
+        num_bytes,
+        tuple((name, len(list(run))) for name, run in itertools.groupby(heldout)),
+        tuple(sorted(domains.difference(heldout))),
+    )
 
 
 def _name_bytes(name: str) -> bytes:

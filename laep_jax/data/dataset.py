@@ -1,34 +1,36 @@
 """Batches by number: a pure function of corpus, seed and step, whatever the number of processes.
 
 Grain's random access orders the rows: each epoch a new permutation of all of them, one epoch after the
-other, so the position in the data is the step and nothing else. Letters: B this process's rows of the
-batch, S sequence.
+other, so the position in the data is the step and nothing else. Axes: B this process's rows of the
+batch, S sequence, R runs of validation documents of one domain.
 """
 
+import collections
 import hashlib
 import math
 import platform
-from collections.abc import Sequence
 
 import grain
 import numpy as np
 
 from laep_jax.config import DataConfig
 from laep_jax.data.cache import Tokens, open_tokens
-from laep_jax.data.corpus import Corpus, survey
+from laep_jax.data.corpus import OTHER, some_names
+from laep_jax.data.listing import list_files
 from laep_jax.data.packing import cut_rows, document_indices, num_rows, pack
 from laep_jax.data.tokenizer import Tokenizer, load_tokenizer
-from laep_jax.errors import require
+from laep_jax.errors import printable, require
 
 HELDOUT_SEED = 0  # every run measures the same rows, drawn from all documents, in the same order
+MIN_TARGETS = 100  # of a domain: losses of tokens differ by about 2 nats, the mean of fewer is off by 0.2 and more
 
 
 class Dataset:
     """One process's view of a corpus.
 
     fingerprint: SHA-256 that changes with any token or with the tokenizer. description: one line.
-    num_heldout_batches: batches that cover every held-out token once. domains: what the held-out documents belong to,
-    sorted.
+    num_heldout_batches: at most `eval_batches`, and no more than cover every held-out token once. domains: what the
+    targets in those batches belong to, sorted, small ones pooled. notes: lines on what is pooled or missing.
     """
 
     def __init__(
@@ -36,29 +38,47 @@ class Dataset:
         config: DataConfig,
         tokens: Tokens,
         tokenizer: Tokenizer,
-        heldout_domains: Sequence[str],
         *,
+        eval_batches: int,
         seed: int,
         process_index: int,
         process_count: int,
-        description: str,
     ):
         self.tokens, self.eod, self.sequence_length = tokens, tokenizer.eod, config.sequence_length
         self.process_index, self.process_count = process_index, process_count
         self.local_rows = config.batch_size // process_count
         identity = f"{tokens.sha256} {len(tokens.train)} {tokenizer.identity}"
-        self.fingerprint, self.description = hashlib.sha256(identity.encode()).hexdigest(), description
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        self.description = _describe(config, tokens)
         train_rows = range(num_rows(tokens.train, self.sequence_length))
         heldout_rows = range(num_rows(tokens.heldout, self.sequence_length))
-        self.num_heldout_batches = math.ceil(len(heldout_rows) / config.batch_size)
-        self.domains = tuple(sorted(set(heldout_domains)))
-        number = {name: index for index, name in enumerate(self.domains)}
-        self.document_domains = np.array([number[name] for name in heldout_domains], np.int32)
-        self.document_ends = np.flatnonzero(tokens.heldout == self.eod)
-        rule = f"writes the end of a document, token {self.eod}, also inside one that is held out"
-        require(len(self.document_ends) == len(heldout_domains), "DataConfig.tokenizer", config.tokenizer, rule)
         self.train_order = grain.MapDataset.source(train_rows).seed(seed).shuffle().repeat().batch(self.local_rows)
         self.heldout_order = grain.MapDataset.source(heldout_rows).seed(HELDOUT_SEED).shuffle()
+        self.num_heldout_batches = min(eval_batches, math.ceil(len(heldout_rows) / config.batch_size))
+        targets_R = self._count_targets()
+        rule = f"leaves nothing to predict in the validation text of {self.num_heldout_batches} batches"
+        require(bool(targets_R.any()), "DataConfig.heldout_share", config.heldout_share, rule)
+        rule = "makes no training document longer than one token, so that there is nothing to predict"
+        require(len(tokens.train) > tokens.corpus.num_train, "DataConfig.tokenizer", config.tokenizer, rule)
+        self.domains, self.run_domains, self.notes = _pool(tokens, targets_R)
+
+    def _count_targets(self) -> np.ndarray:
+        """Targets of each run of validation documents in the batches of all processes, int64 [R]."""
+        targets_R = np.zeros(len(self.tokens.run_ends), np.int64)
+        for index in range(self.num_heldout_batches):
+            for process_index in range(self.process_count):
+                rows_B = self._heldout_rows(index, process_index)
+                is_target_BS = (
+                    pack(cut_rows(self.tokens.heldout, rows_B, self.sequence_length), self.eod)["targets_BS"] >= 0
+                )
+                runs_BS = document_indices(self.tokens.run_ends, rows_B, self.sequence_length)
+                targets_R += np.bincount(runs_BS[is_target_BS], minlength=len(targets_R))
+        return targets_R
+
+    def _heldout_rows(self, index: int, process_index: int) -> np.ndarray:
+        """Numbers of the rows that a process takes in a held-out batch; past the last one they are padding."""
+        first, last = (index * self.process_count + process_index) * self.local_rows, len(self.heldout_order)
+        return np.array([self.heldout_order[i] if i < last else last for i in range(first, first + self.local_rows)])
 
     def train_batch(self, step: int) -> dict[str, np.ndarray]:
         """tokens_BS, targets_BS, segments_BS, positions_BS (see `packing.pack`) of a step, from 0 on."""
@@ -76,42 +96,65 @@ class Dataset:
         Rows past the last one are padding.
         """
         assert 0 <= index < self.num_heldout_batches
-        first = (index * self.process_count + self.process_index) * self.local_rows
-        last = len(self.heldout_order)
-        rows = [self.heldout_order[i] if i < last else last for i in range(first, first + self.local_rows)]
-        batch = pack(cut_rows(self.tokens.heldout, np.array(rows), self.sequence_length), self.eod)
-        documents_BS = document_indices(self.document_ends, np.array(rows), self.sequence_length)
-        return batch | {"domains_BS": self.document_domains[documents_BS]}
+        rows_B = self._heldout_rows(index, self.process_index)
+        batch = pack(cut_rows(self.tokens.heldout, rows_B, self.sequence_length), self.eod)
+        runs_BS = document_indices(self.tokens.run_ends, rows_B, self.sequence_length)
+        return batch | {"domains_BS": self.run_domains[runs_BS]}
 
 
-def make_dataset(config: DataConfig, *, seed: int, vocab_size: int, process_index: int, process_count: int) -> Dataset:
-    """Reads and checks the corpus, tokenizes it where the cache does not hold it yet.
+def make_dataset(
+    config: DataConfig, *, eval_batches: int, seed: int, vocab_size: int, process_index: int, process_count: int
+) -> Dataset:
+    """Opens the corpus; reads and tokenizes it where the cache does not hold it yet.
 
-    `UserError` where the corpus, the tokenizer, the cache or the sizes are not usable.
+    eval_batches: of validation text, the most that are asked for. `UserError` where the corpus, the tokenizer, the
+    cache or the sizes are not usable.
     """
     rule = f"is not divisible by {process_count} processes"
     require(config.batch_size % process_count == 0, "DataConfig.batch_size", config.batch_size, rule)
     tokenizer = load_tokenizer(config.tokenizer)
     rule = f"is below the tokenizer's {tokenizer.vocab_size}"
     require(vocab_size >= tokenizer.vocab_size, "ModelConfig.vocab_size", vocab_size, rule)
-    corpus = survey(config)
-    tokens = open_tokens(config, corpus, tokenizer)
-    return Dataset(
+    listing = list_files(config)
+    tokens = open_tokens(config, listing, tokenizer)
+    dataset = Dataset(
         config,
         tokens,
         tokenizer,
-        corpus.heldout_domains,
+        eval_batches=eval_batches,
         seed=seed,
         process_index=process_index,
         process_count=process_count,
-        description=_describe(config, corpus, tokens, tokenizer),
     )
+    if listing.aliases:
+        dataset.notes.append(f"read once, under another name: {some_names(listing.aliases)}")
+    return dataset
 
 
-def _describe(config: DataConfig, corpus: Corpus, tokens: Tokens, tokenizer: Tokenizer) -> str:
-    stdlib = f"Python {platform.python_version()} standard library"
+def _pool(tokens: Tokens, targets_R: np.ndarray) -> tuple[tuple[str, ...], np.ndarray, list[str]]:
+    """(domains with targets, sorted; the index of each run's domain, int32 [R]; notes)."""
+    names, targets, notes = [name for name, _ in tokens.corpus.heldout_runs], collections.Counter[str](), []
+    for name, number in zip(names, targets_R.tolist(), strict=True):
+        targets[name] += number
+    small = sorted(name for name, number in targets.items() if 0 < number < MIN_TARGETS)
+    unheld = sorted({name for name, number in targets.items() if not number}.union(tokens.corpus.unheld_domains))
+    if unheld:
+        notes.append(f"no validation text is measured for the domains {some_names(unheld)}")
+    if len(small) > 1:
+        notes.append(
+            f"{OTHER} pools, for fewer than {MIN_TARGETS} validation targets each, the domains {some_names(small)}"
+        )
+    pooled = {name: OTHER for name in small} if len(small) > 1 else {}
+    domains = tuple(sorted({pooled.get(name, name) for name, number in targets.items() if number}))
+    index = {name: index for index, name in enumerate(domains)}
+    # A run without targets in the measured batches has no domain; any index will do.
+    return domains, np.array([index.get(pooled.get(name, name), 0) for name in names], np.int32), notes
+
+
+def _describe(config: DataConfig, tokens: Tokens) -> str:
+    stdlib, corpus = f"Python {platform.python_version()} standard library", tokens.corpus
     name = {"stdlib": stdlib, "synthetic": "synthetic text"}.get(config.source, config.path)
-    return (
+    return printable(
         f"{name}: {corpus.num_train} + {corpus.num_heldout} held-out documents, {corpus.num_bytes / 1e6:.1f} MB, "
         f"{len(tokens.train) / 1e6:.2f} + {len(tokens.heldout) / 1e6:.2f} M tokens ({config.tokenizer}), "
         f"sha256 {corpus.sha256[:12]}"

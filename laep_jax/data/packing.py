@@ -26,7 +26,7 @@ def cut_rows(stream: np.ndarray, rows_B: np.ndarray, sequence_length: int) -> np
 def document_indices(ends: np.ndarray, rows_B: np.ndarray, sequence_length: int) -> np.ndarray:
     """The document that each token of the named rows is in, and so its target, [B, S]; the last one on padding.
 
-    ends: where each document's last token is, ascending.
+    ends: where each document's last token is, ascending; or that of each run of documents.
     """
     places_BS = rows_B[:, None] * sequence_length + np.arange(sequence_length)
     return np.searchsorted(ends, np.minimum(places_BS, ends[-1]))

@@ -1,36 +1,42 @@
 """Where text comes from: named documents of UTF-8 bytes, always in the same order.
 
-A document's name is its path relative to the corpus, with "#" and its number where a file holds several.
-What cannot be read stops the run, and so does what is no regular file, too long, or grows out of all proportion when
-unpacked; only hidden files, blank lines, empty texts and links to folders are passed over.
+A document's name is that of its file in the `Listing`, with "#" and its number where a file holds several.
+Files compressed with gzip, bzip2 or xz are unpacked, whatever their names. What cannot be read stops the run, and so
+does what is too long or grows out of all proportion when unpacked; only blank lines and empty texts are passed over.
 """
 
+import bz2
+import codecs
 import contextlib
-import glob
 import gzip
-import math
+import lzma
 import os
-import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator, Set
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple, cast
 
 from laep_jax.config import DataConfig
+from laep_jax.data.listing import File, corpus_text, list_files
 from laep_jax.data.synthetic import synthetic_documents
-from laep_jax.errors import UserError, require
-from laep_jax.files import open_regular, parse_json, read_bytes
+from laep_jax.errors import UserError, require, short
+from laep_jax.files import open_regular, parse_json
 
-NOT_STDLIB = (  # folders of it that are not read
-    {"site-packages", "dist-packages", "__pycache__"}
-    | {"test", "tests", "idlelib", "turtledemo", "__phello__"}
-    | {"encodings", "pydoc_data"}  # tables of characters; one generated file of 0.8 MB
-    | {"distutils", "lib2to3"}  # newer versions lack them
-)
 RECORDS_AT_ONCE = 1024
-MOST_TEXT = 2**27  # bytes of a document
-MOST_LINE = 2**26  # bytes of a JSON line
-MOST_GROWTH = 100  # of a gzip file, in units of its size; text grows to 3 to 10 times
+MAX_TEXT = 2**27  # bytes of a document
+MAX_LINE = 2**26  # bytes of a JSON line
+MAX_GROWTH = 100  # of a compressed file, in units of its size; text grows to 3 to 10 times
+UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+REFUSED = {
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it or use gzip, bzip2 or xz",
+    b"\x04\x22\x4d\x18": "compressed with lz4; unpack it or use gzip, bzip2 or xz",
+    b"\x1f\x9d": "compressed with compress; unpack it or use gzip, bzip2 or xz",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"PAR1": "a Parquet file; write its texts as JSON lines",
+    codecs.BOM_UTF16_LE: "UTF-16; convert it with iconv -f UTF-16 -t UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16; convert it with iconv -f UTF-16 -t UTF-8",
+}
+HEAD = 512  # bytes from which a file is known
 
 
 class Document(NamedTuple):
@@ -50,142 +56,122 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
 def _read(config: DataConfig) -> Iterator[tuple[str, bytes]]:
     if config.source == "synthetic":
         yield from synthetic_documents()
-    elif config.source == "stdlib":
-        yield from _read_stdlib()
-    else:
-        read = {"text": _read_text, "jsonl": _read_jsonl, "array_record": _read_array_record}[config.source]
+        return
+    by_record = {"jsonl": _read_jsonl, "array_record": _read_array_record}
+    read = by_record.get(config.source, _read_text)
+    for file in list_files(config).files:
         try:
-            for name, path in _find_files(config):
-                yield from read(name, path, config)
+            yield from read(file, config)
         except OSError as error:
-            raise UserError(f"{_field(config)} cannot be read: {error.filename}: {error.strerror}") from error
+            raise UserError(f"{corpus_text(config)} cannot be read: {file.path}: {error.strerror}") from error
 
 
-def _read_stdlib() -> Iterator[tuple[str, bytes]]:
-    """Sources of the running Python, without what its build wrote (paths and flags of some machine)."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for name, path in _named(_walk(root, NOT_STDLIB), root):
-        if path.suffix == ".py" and not name.startswith(("config-", "_sysconfigdata")):
-            yield name, _utf8(path.read_bytes(), "DataConfig.source='stdlib'", name)
+def _read_text(file: File, config: DataConfig) -> Iterator[tuple[str, bytes]]:
+    with _opened(file, config) as (opened, most):
+        text = opened.read(min(MAX_TEXT, most) + 1)
+        _check_growth(len(text), most, file, config)
+        if len(text) > MAX_TEXT:
+            raise UserError(f"{corpus_text(config)} holds a text of more than {MAX_TEXT} bytes: {file.path}")
+    yield file.name, _utf8(text, file.name, config)
 
 
-def _read_text(name: str, path: Path, config: DataConfig) -> Iterator[tuple[str, bytes]]:
-    yield name, _utf8(read_bytes(path, _name(path, config), MOST_TEXT), _field(config), name)
+def _read_jsonl(file: File, config: DataConfig) -> Iterator[tuple[str, bytes]]:
+    """One document a line, named by its line."""
+    for number, line in enumerate(_lines(file, config), 1):
+        if line.strip():
+            yield f"{file.name}#{number}", _json_text(line, f"line {number} of {file.name}", config)
 
 
-def _read_jsonl(name: str, path: Path, config: DataConfig) -> Iterator[tuple[str, bytes]]:
-    """One document a line, named by its line; compressing the file changes no name."""
-    name = name.removesuffix(".gz")
-    try:
-        for number, line in enumerate(_lines(path, config), 1):
-            if line.strip():
-                yield f"{name}#{number}", _json_text(line, f"line {number} of {name}", config)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{_field(config)} holds a damaged gzip file: {path}") from error
-
-
-def _lines(path: Path, config: DataConfig) -> Iterator[bytes]:
-    """The lines of a file, unpacked where it is compressed."""
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_regular(path, _name(path, config)))
-        left = math.inf
-        if path.suffix == ".gz":
-            left = MOST_GROWTH * os.fstat(file.fileno()).st_size
-            file = stack.enter_context(gzip.open(file))
-        while line := file.readline(MOST_LINE + 1):
-            left -= len(line)
-            if len(line) > MOST_LINE:
-                raise UserError(f"{_field(config)} holds a line of more than {MOST_LINE} bytes: {path}")
-            if left < 0:
-                raise UserError(f"{_field(config)} holds a gzip file that grows more than {MOST_GROWTH} times: {path}")
+def _lines(file: File, config: DataConfig) -> Iterator[bytes]:
+    with _opened(file, config) as (opened, most):
+        size = number = 0
+        while line := opened.readline(MAX_LINE + 1):
+            size, number = size + len(line), number + 1
+            if len(line) > MAX_LINE:
+                where = f"{file.path}, line {number}"
+                raise UserError(f"{corpus_text(config)} holds a line of more than {MAX_LINE} bytes: {where}")
+            _check_growth(size, most, file, config)
             yield line
+
+
+@contextlib.contextmanager
+def _opened(file: File, config: DataConfig) -> Iterator[tuple[BinaryIO, int]]:
+    """(the file, unpacked and behind its byte order mark, the most bytes that it may have)."""
+    where, most = f"{corpus_text(config)}: {file.path}", 2**63
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(open_regular(file.path, where))
+        try:
+            if unpack := next((UNPACK[magic] for magic in UNPACK if _head(opened).startswith(magic)), None):
+                most = MAX_GROWTH * os.fstat(opened.fileno()).st_size
+                opened = stack.enter_context(cast(BinaryIO, unpack(opened)))
+            _refuse_format(_head(opened), where)
+            if _head(opened).startswith(codecs.BOM_UTF8):
+                opened.read(len(codecs.BOM_UTF8))
+            yield opened, most
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise UserError(f"{corpus_text(config)} holds a damaged compressed file: {file.path}: {error}") from error
+
+
+def _head(opened: BinaryIO) -> bytes:
+    return opened.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]
+
+
+def _refuse_format(head: bytes, where: str) -> None:
+    for magic, rule in REFUSED.items():
+        if head.startswith(magic):
+            raise UserError(f"{where} is {rule}")
+    if head[257:262] == b"ustar":
+        raise UserError(f"{where} is a tar archive; unpack it")
+    if len(head) >= 4 and any(head[:64:2]) != any(head[1:64:2]):
+        raise UserError(f"{where} has a zero in every other byte, as UTF-16 has; convert it to UTF-8")
+
+
+def _check_growth(size: int, most: int, file: File, config: DataConfig) -> None:
+    if size > most:
+        rule = f"holds a compressed file that grows more than {MAX_GROWTH} times"
+        raise UserError(f"{corpus_text(config)} {rule}: {file.path}")
 
 
 def _json_text(line: bytes, where: str, config: DataConfig) -> bytes:
     """The document in one line of JSON."""
-    value = parse_json(line, f"{_field(config)}: {where}")
+    try:
+        value = parse_json(line, f"{corpus_text(config)}: {where}")
+    except UserError as error:
+        raise UserError(f"{error}; mend or remove the line, or leave its file out by a glob") from error
     field = ("DataConfig.text_field", config.text_field)
-    require(isinstance(value, dict) and config.text_field in value, *field, f"is not in {where}")
+    require(isinstance(value, dict), *field, f"is not in {where}, which is no JSON object")
+    require(config.text_field in value, *field, f"is not in {where}, which has the fields {short(list(value))}")
     text = value[config.text_field]
     require(isinstance(text, str), *field, f"holds no string in {where}")
     try:
         return text.encode()
     except UnicodeEncodeError as error:  # JSON can write one half of a surrogate pair
-        raise UserError(f"{_field(config)} holds a text that is not UTF-8: {where}: {error.reason}") from error
+        raise UserError(f"{corpus_text(config)} holds a text that is not UTF-8: {where}: {error.reason}") from error
 
 
-def _read_array_record(name: str, path: Path, config: DataConfig) -> Iterator[tuple[str, bytes]]:
+def _read_array_record(file: File, config: DataConfig) -> Iterator[tuple[str, bytes]]:
     """One document a record, named by its index."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    problem = f"{_field(config)} holds no ArrayRecord file or a damaged one: {path}"
-    open_regular(path, _name(path, config)).close()
+    problem = f"{corpus_text(config)} holds no ArrayRecord file or a damaged one: {file.path}"
+    open_regular(file.path, f"{corpus_text(config)}: {file.path}").close()
     try:
-        reader = ArrayRecordReader(str(path))
+        reader = ArrayRecordReader(os.fsencode(file.path))
         number = reader.num_records()
         for first in range(0, number, RECORDS_AT_ONCE):
             for index, record in enumerate(reader.read(first, min(first + RECORDS_AT_ONCE, number)), first):
-                yield f"{name}#{index}", _utf8(record, _field(config), f"record {index} of {name}")
+                yield f"{file.name}#{index}", _utf8(record, f"record {index} of {file.name}", config)
     except (RuntimeError, IndexError) as error:
         raise UserError(problem) from error
     if not reader.ok():  # without a footer it has no records, and says no more
         raise UserError(problem)
 
 
-def _find_files(config: DataConfig) -> list[tuple[str, Path]]:
-    """(relative name, path) of the file, the files below the folder, or those that match the glob."""
-    root, found = Path(config.path), []
-    if root.is_dir():
-        found = list(_walk(root))
-    elif root.is_file():
-        root, found = root.parent, [root]
-    else:
-        fixed = next((i for i, part in enumerate(root.parts) if glob.has_magic(part)), None)
-        if fixed is not None:
-            root, pattern = Path(*root.parts[:fixed]), str(Path(*root.parts[fixed:]))
-            found = list(_matches(root, pattern))
-    require(bool(found), "DataConfig.path", config.path, "is neither a file, a folder with files nor a glob of files")
-    return _named(found, root)
-
-
-def _matches(root: Path, pattern: str) -> Iterator[Path]:
-    """What matches but folders, hidden ones only where the pattern has a dot; `**` enters no links, which may loop."""
-    hidden = pattern.startswith(".") or "/." in pattern
-    try:
-        for path in set(root.glob(pattern)):
-            if not path.is_dir() and (hidden or not any(part.startswith(".") for part in path.relative_to(root).parts)):
-                yield path
-    except ValueError as error:  # as of **.txt, in some versions of Python
-        raise UserError(f"DataConfig.path={str(root / pattern)!r} is no pattern: {error}") from error
-
-
-def _walk(root: Path, leave_out: Set[str] = frozenset()) -> Iterator[Path]:
-    """Files below a folder but hidden ones; folders named in `leave_out` are not entered."""
-
-    def stop(error: OSError):
-        raise error
-
-    for folder, folders, files in os.walk(root, onerror=stop):
-        folders[:] = [name for name in folders if name not in leave_out and not name.startswith(".")]
-        yield from (Path(folder, name) for name in files if not name.startswith("."))
-
-
-def _named(paths: Iterable[Path], root: Path) -> list[tuple[str, Path]]:
-    """Each path with its name relative to `root`, in the order of the names."""
-    return sorted((path.relative_to(root).as_posix(), path) for path in paths)
-
-
-def _utf8(data: bytes, field: str, where: str) -> bytes:
+def _utf8(data: bytes, where: str, config: DataConfig) -> bytes:
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{field} holds a text that is not UTF-8: {where}, byte {error.start}") from error
+        raise UserError(f"{corpus_text(config)} holds a text that is not UTF-8: {where}, byte {error.start}") from error
     return data
-
-
-def _name(path: Path, config: DataConfig) -> str:
-    return f"{_field(config)}: {path}"
-
-
-def _field(config: DataConfig) -> str:
-    return f"DataConfig.path={config.path!r}"

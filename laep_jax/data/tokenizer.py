@@ -1,4 +1,4 @@
-"""Text to token ids: plain bytes, or any Hugging Face `tokenizer.json` (extra `tok`)."""
+"""Text to token ids: plain bytes, or any Hugging Face `tokenizer.json` (package `tokenizers`)."""
 
 import contextlib
 import dataclasses
@@ -51,7 +51,7 @@ def import_tokenizers():
     try:
         import tokenizers
     except ImportError as error:
-        raise UserError('a tokenizer.json needs the package tokenizers: pip install "laep_jax[tok]"') from error
+        raise UserError("a tokenizer.json needs the package tokenizers: pip install tokenizers") from error
     return tokenizers
 
 

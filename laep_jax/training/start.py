@@ -88,6 +88,7 @@ def open_inputs(config: Config, run_dir: Path) -> tuple[Dataset, int]:
         leaves = jax.tree.leaves(abstract_state(resolved, make_mesh(resolved.mesh)))
         dataset = make_dataset(
             config.data,
+            eval_batches=config.train.eval_batches,
             seed=config.train.seed,
             vocab_size=config.model.vocab_size,
             process_index=jax.process_index(),
@@ -129,7 +130,8 @@ def _announce(run: Run, config: Config, changed: Sequence[str]) -> None:
     run.log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
     run.log.write_file("operative.gin", operative_config(config))
     run.console.event(f"{run.dataset.description}; {mesh_text(run.config)}")
-    run.console.event(schedule_text(run.config))
+    for line in (schedule_text(run.config), *run.dataset.notes):
+        run.console.event(line)
     if changed:
         run.console.event(f"changed since the checkpoint: {', '.join(changed)}")
         run.log.write("settings", run.progress.step, changed=changed)

@@ -16,7 +16,7 @@ def arguments(folder, out, *more):
 
 
 def dataset(config):
-    return make_dataset(config, seed=0, vocab_size=321, process_index=0, process_count=1)
+    return make_dataset(config, eval_batches=9, seed=0, vocab_size=321, process_index=0, process_count=1)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,9 @@ def test_vocabulary(trained):
 def test_trains_the_dataset_it_came_from(folder, config, tmp_path, capsys):
     out = tmp_path / "tok.json"
     main(arguments(folder, out, "--vocab-size", "320"))
-    assert capsys.readouterr().out.startswith(f"{out}: 320 tokens from ")
+    said, following = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"{out}: 320 tokens from ")
+    assert following == f"--gin.DataConfig.tokenizer={out} --gin.ModelConfig.vocab_size=320"
     data = dataset(config(tokenizer=str(out)))
     assert f"tokens ({out})" in data.description
     tokenizer = tokenizers.Tokenizer.from_file(str(out))

@@ -62,22 +62,37 @@ def test_survey_counts_and_its_hash_covers_names_and_texts(folder, config, texts
         ("books/a.txt", "text", "books"),
         ("a.txt", "text", "."),
         ("web/de/a.jsonl#12", "jsonl", "web"),
-        ("a#1.jsonl#12", "jsonl", "a#1.jsonl"),
+        ("a#b.jsonl#12", "jsonl", "a#b.jsonl"),
         ("a#b/c.jsonl#12", "jsonl", "a#b"),
         ("a.array_record#0", "array_record", "a.array_record"),
         ("topic-03/0007", "synthetic", "topic-03"),
-        ("b\udcffd/a.txt", "text", "b\ufffdd"),
+        ("b\udcffd/a.txt", "text", r"b\udcffd"),
+        ("a\n\x1b[31m/b.txt", "text", r"a\n\x1b[31m"),
+        ("книги/a.txt", "text", "книги"),
+        ("\udcff.jsonl#1", "jsonl", r"\udcff.jsonl"),
+        ("(other)/a.txt", "text", "./(other)"),  # the pool of small domains has that name
+        ("#1#7", "jsonl", "#*"),
+        ("part-00001-of-01024.jsonl#7", "jsonl", "part-*-of-*.jsonl"),
+        ("c4.00017.json#7", "jsonl", "c*.*.json"),
+        ("p-00003-1f0e8a7c-0b1d-4cde-9a2b-aabbccddeeff-c000.json#7", "jsonl", "p-*-*-c*.json"),
+        ("web-9f86d081.jsonl#7", "jsonl", "web-*.jsonl"),
+        ("data-2/part-00001.jsonl#7", "jsonl", "data-2"),
     ],
 )
 def test_a_domain_is_the_first_folder_or_the_file(name, source, expected):
     assert domain(name, source) == expected
 
 
-def test_survey_names_the_domain_of_every_heldout_document_in_order(config):
+def test_survey_names_the_domains_of_heldout_documents_in_order_and_those_without_any(config, folder):
+    (folder / "rare").mkdir()
+    name = next(f"rare/{i}.txt" for i in range(100) if not is_heldout(f"rare/{i}.txt", 0.25))
+    (folder / name).write_text("training text only")
     names = [name for name, _ in read_documents(config()) if is_heldout(name, 0.25)]
-    domains = survey(config()).heldout_domains
-    assert domains == tuple(name.split("/")[0] for name in names)
-    assert set(domains) == {"even", "odd"}
+    corpus = survey(config())
+    assert corpus.heldout_runs == tuple(
+        (k, names_k) for k in ("even", "odd") if (names_k := sum(n.startswith(k) for n in names))
+    )
+    assert corpus.unheld_domains == ("rare",)
 
 
 @pytest.mark.parametrize(("source", "text"), [("text", ""), ("jsonl", "\n\n")])

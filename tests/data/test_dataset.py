@@ -1,23 +1,31 @@
 """Batches: the same however many processes there are, all rows each epoch, every held-out token once."""
 
 import dataclasses
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from laep_jax.config import DataConfig
-from laep_jax.data.cache import open_tokens
-from laep_jax.data.corpus import is_heldout, survey
-from laep_jax.data.dataset import Dataset, make_dataset
+from laep_jax.data import dataset as dataset_module
+from laep_jax.data.corpus import is_heldout
+from laep_jax.data.dataset import make_dataset
 from laep_jax.data.tokenizer import BYTES
 from laep_jax.errors import UserError
 
 FIELDS = {"tokens_BS", "targets_BS", "segments_BS", "positions_BS"}
 
 
-def dataset(config, *, seed=0, process=(0, 1), vocab_size=384):
-    return make_dataset(config, seed=seed, vocab_size=vocab_size, process_index=process[0], process_count=process[1])
+def dataset(config, *, seed=0, process=(0, 1), vocab_size=384, eval_batches=99):
+    return make_dataset(
+        config,
+        eval_batches=eval_batches,
+        seed=seed,
+        vocab_size=vocab_size,
+        process_index=process[0],
+        process_count=process[1],
+    )
 
 
 def same(a, b):
@@ -139,12 +147,70 @@ def test_every_heldout_target_has_the_domain_of_its_document(config, folder):
     assert "domains_BS" not in data.train_batch(0)
 
 
-def test_a_tokenizer_that_ends_a_document_inside_it_is_refused(config):
-    corpus = survey(config())
+def test_a_tokenizer_that_ends_a_document_inside_it_is_refused(config, monkeypatch):
     odd = dataclasses.replace(BYTES, identity="odd", eod=ord("d"))  # as one with </s> among its words would
-    tokens = open_tokens(config(), corpus, odd)
+    monkeypatch.setattr(dataset_module, "load_tokenizer", lambda name: odd)
     with pytest.raises(UserError, match=r"DataConfig.tokenizer='bytes' writes the end of a document, token 100, also"):
-        Dataset(config(), tokens, odd, corpus.heldout_domains, seed=0, process_index=0, process_count=1, description="")
+        dataset(config())
+
+
+def test_small_domains_are_pooled_and_those_without_validation_text_named(config, folder):
+    for i in range(40):
+        (folder / f"small {i}").mkdir()
+        (folder / f"small {i}" / "x.txt").write_text("x" * (i + 1))
+    data = dataset(config())
+    assert data.domains == ("(other)", "even", "odd")
+    held = sorted(name for i in range(40) if is_heldout(f"{(name := f'small {i}')}/x.txt", 0.25))
+    unheld = sorted({f"small {i}" for i in range(40)}.difference(held))
+    assert data.notes == [
+        f"no validation text is measured for the domains {', '.join(unheld[:8])}, ... ({len(unheld)})",
+        f"(other) pools, for fewer than 100 validation targets each, the domains {', '.join(held)}",
+    ]
+
+
+@pytest.mark.parametrize("eval_batches", [1, 3])
+def test_domains_are_those_of_the_batches_that_are_measured(config, folder, monkeypatch, eval_batches):
+    monkeypatch.setattr(dataset_module, "MIN_TARGETS", 0)
+    for i in range(40):
+        (folder / f"{i}").mkdir()
+        (folder / f"{i}" / "x.txt").write_text("x" * 20)
+    parts = [dataset(config(), eval_batches=eval_batches, process=(index, 2)) for index in range(2)]
+    batches = [part.heldout_batch(index) for part in parts for index in range(part.num_heldout_batches)]
+    measured = {index for batch in batches for index in batch["domains_BS"][batch["targets_BS"] >= 0].tolist()}
+    assert len(batches) == 2 * eval_batches
+    assert [part.domains for part in parts] == 2 * [parts[0].domains]
+    assert measured == set(range(len(parts[0].domains)))
+
+
+def test_one_small_domain_keeps_its_name(config, folder):
+    name = next(f"few/{i}.txt" for i in range(99) if is_heldout(f"few/{i}.txt", 0.25))
+    (folder / "few").mkdir()
+    (folder / name).write_text("few")
+    data = dataset(config())
+    assert (data.domains, data.notes) == (("even", "few", "odd"), [])
+
+
+def test_what_is_read_once_is_named(config, folder):
+    (folder / "latest").symlink_to("odd")
+    data = dataset(config())
+    assert data.notes == ["read once, under another name: latest"]
+    assert data.domains == ("even", "odd")
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [
+        (1, r"DataConfig.heldout_share=0.25 leaves nothing to predict in the validation text of \d+ batches"),
+        (0, "DataConfig.tokenizer='bytes' makes no training document longer than one token, so that"),
+    ],
+)
+def test_text_without_a_target_is_refused(config, texts, monkeypatch, side, message):
+    def encode(some):  # as a tokenizer that drops what it does not know
+        return [np.frombuffer(b"" if text in texts[side] else text, np.uint8) for text in some]
+
+    monkeypatch.setattr(dataset_module, "load_tokenizer", lambda name: dataclasses.replace(BYTES, encode=encode))
+    with pytest.raises(UserError, match=message):
+        dataset(config())
 
 
 def test_a_few_heldout_batches_come_from_many_documents(config, texts):
@@ -168,6 +234,8 @@ def test_fewer_rows_than_a_batch_are_repeated(tmp_path):
 def test_fingerprint_follows_text_and_tokenizer(config, folder):
     before = dataset(config())
     assert dataset(config(batch_size=4)).fingerprint == before.fingerprint
+    copied = config(path=str(shutil.copytree(folder, folder.parent / "copy")), cache_dir=str(folder.parent / "new"))
+    assert dataset(copied).fingerprint == before.fingerprint
     path = folder / "odd" / "01.txt"
     path.write_text(path.read_text().swapcase())
     assert dataset(config()).fingerprint != before.fingerprint

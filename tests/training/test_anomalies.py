@@ -46,7 +46,9 @@ def spoilt(train_batch, not_finite, spike):
 def test_a_step_that_is_not_finite_changes_nothing(config):
     resolved = config.resolve(8)
     mesh = make_mesh(resolved.mesh)
-    data = make_dataset(config.data, seed=0, vocab_size=384, process_index=0, process_count=1)
+    data = make_dataset(
+        config.data, eval_batches=config.train.eval_batches, seed=0, vocab_size=384, process_index=0, process_count=1
+    )
     step = make_train_step(resolved, mesh)
     state, metrics = step(init_state(resolved, mesh), put_batch(data.train_batch(0), mesh))
     assert metrics["finite"]
@@ -61,7 +63,9 @@ def test_a_step_that_is_not_finite_changes_nothing(config):
 def test_skipped_steps_and_spikes_are_told_with_their_rows(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Dataset, "train_batch", spoilt(Dataset.train_batch, NOT_FINITE, SPIKE))
     summary = train(config, tmp_path)
-    data = make_dataset(config.data, seed=0, vocab_size=384, process_index=0, process_count=1)
+    data = make_dataset(
+        config.data, eval_batches=config.train.eval_batches, seed=0, vocab_size=384, process_index=0, process_count=1
+    )
     assert [record["step"] for record in records(tmp_path, "skipped")] == list(NOT_FINITE)
     assert [record["step"] for record in records(tmp_path, "spike")] == [SPIKE]
     for record in (*records(tmp_path, "skipped"), *records(tmp_path, "spike")):

@@ -293,7 +293,14 @@ def test_two_runs_in_one_directory_or_on_a_small_disk_are_refused(config, tmp_pa
 def test_the_cut_model_has_the_loss_that_masking_predicts(run, config):
     plan = Plan.from_json((run / "plans" / f"{PLAN_STEP}.json").read_text())
     mesh = make_mesh(config.mesh)
-    data = make_dataset(config.data, seed=0, vocab_size=config.model.vocab_size, process_index=0, process_count=1)
+    data = make_dataset(
+        config.data,
+        eval_batches=config.train.eval_batches,
+        seed=0,
+        vocab_size=config.model.vocab_size,
+        process_index=0,
+        process_count=1,
+    )
     with Checkpoints(run / "checkpoints", keep=9) as checkpoints:
         state = checkpoints.restore(CUT_STEP, abstract_state(config, mesh))
     batches = [data.heldout_batch(i) for i in range(config.train.eval_batches)]
