@@ -272,11 +272,17 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to `final_fraction` of `learning_rate`."""
+    """AdamW with linear warm-up and decay to `final_fraction` of `learning_rate`.
+
+    `schedule`: "cosine" decays from the warm-up on and is stretched where `num_steps` is raised; "wsd" stays at the
+    peak and decays linearly over the last `decay_fraction` of the steps, so that a run can be extended until then.
+    """
 
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     final_fraction: float = 0.1
+    schedule: str = "cosine"
+    decay_fraction: float = 0.2  # of num_steps; of schedule="wsd" only
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -289,7 +295,8 @@ class OptimizerConfig:
         require(self.clip_norm > 0, "OptimizerConfig.clip_norm", self.clip_norm, "must be positive")
         require(self.eps > 0, "OptimizerConfig.eps", self.eps, "must be positive")
         at_least(self, 0, "warmup_steps", "weight_decay")
-        in_range(self, 0, 1, "final_fraction", "b1", "b2")
+        in_range(self, 0, 1, "final_fraction", "b1", "b2", "decay_fraction")
+        one_of("OptimizerConfig.schedule", self.schedule, ("cosine", "wsd"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,6 +344,19 @@ class Config:
             alpha,
             f"needs one entry for each of num_layers={layers}",
         )
+        constant = self.train.num_steps - self.decay_steps
+        require(
+            self.optimizer.schedule != "wsd" or constant >= self.optimizer.warmup_steps,
+            "OptimizerConfig.decay_fraction",
+            self.optimizer.decay_fraction,
+            f"leaves {constant} of num_steps={self.train.num_steps} before the decay, fewer than "
+            f"warmup_steps={self.optimizer.warmup_steps}",
+        )
+
+    @property
+    def decay_steps(self) -> int:
+        """Of schedule="wsd": the last ones, in which the learning rate falls."""
+        return round(self.optimizer.decay_fraction * self.train.num_steps)
 
     def resolve(self, num_devices: int) -> "Config":
         """The config with its mesh fitted to `num_devices`; checks the batch against it."""

@@ -29,7 +29,7 @@ FREE = {  # fields that say how to go on, where the run lies, or what is decided
     " stable_windows min_step prune_at_step plan max_prunes rearrange_gain max_runs cut_delay restore reset_moments"
     " guard_steps guard_tolerance max_retries dry_run_tolerance",
     "DataConfig": "path cache_dir",  # what lies there is compared by its hash
-    "OptimizerConfig": "learning_rate warmup_steps final_fraction eps weight_decay clip_norm",
+    "OptimizerConfig": "learning_rate warmup_steps final_fraction schedule decay_fraction eps weight_decay clip_norm",
     "TrainConfig": "num_steps log_every eval_every eval_batches checkpoint_every keep_checkpoints max_skipped_steps"
     " step_timeout",
 }
