@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from laep_jax.config import Config
@@ -37,7 +38,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 
 def learning_rate(config: Config, step: int) -> float:
     """The rate of the step that follows `step` optimizer steps."""
-    return float(make_schedule(config)(step))
+    return float(np.asarray(make_schedule(config)(step)))
 
 
 def _decayed(params):
