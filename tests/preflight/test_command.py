@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 SMALL = {
     "ModelConfig.num_layers": 2,
     "ModelConfig.hidden_size": 256,
-    "ModelConfig.num_heads": 2,
-    "ModelConfig.head_dim": 128,
+    "ModelConfig.num_heads": 4,
+    "ModelConfig.head_dim": 64,  # padded for splash attention
     "ModelConfig.ffn_size": 256,
     "ModelConfig.num_experts": 8,
     "ModelConfig.dtype": "bfloat16",
