@@ -174,6 +174,19 @@ class Config:
             alpha,
             f"needs one entry for each of num_layers={layers}",
         )
+        constant = self.train.num_steps - self.decay_steps
+        require(
+            self.optimizer.schedule != "wsd" or constant >= self.optimizer.warmup_steps,
+            "OptimizerConfig.decay_fraction",
+            self.optimizer.decay_fraction,
+            f"leaves {constant} of num_steps={self.train.num_steps} before the decay, fewer than "
+            f"warmup_steps={self.optimizer.warmup_steps}",
+        )
+
+    @property
+    def decay_steps(self) -> int:
+        """Of schedule="wsd": the last ones, in which the learning rate falls."""
+        return round(self.optimizer.decay_fraction * self.train.num_steps)
 
     def resolve(self, num_devices: int) -> "Config":
         """The config with its mesh fitted to `num_devices`; checks the batch against it."""

@@ -134,11 +134,18 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to `final_fraction` of `learning_rate`."""
+    """AdamW with linear warm-up and decay to `final_fraction` of `learning_rate`."""
 
     learning_rate: float = free(2e-3, "the peak, after warm-up", above=0)
     warmup_steps: int = free(50, "steps of the linear warm-up", low=0)
     final_fraction: float = free(0.1, "the rate at the last step, as a fraction of the peak", low=0, high=1)
+    schedule: str = free(
+        "cosine",
+        "the decay after warm-up: cosine, which a larger num_steps stretches, or wsd, constant and then linear,"
+        " which can be extended until it decays",
+        choices=("cosine", "wsd"),
+    )
+    decay_fraction: float = free(0.2, "fraction of num_steps over which wsd decays", low=0, high=1)
     b1: float = fixed(0.9, "decay of the first moment", low=0, high=1)
     b2: float = fixed(0.95, "decay of the second moment", low=0, high=1)
     eps: float = free(1e-8, "epsilon of Adam's denominator", above=0)

@@ -1,6 +1,7 @@
 """Parameters and FLOPs of a model, counted from its config alone: nothing is allocated, no JAX.
 
-The counts follow notes section 1; a test holds them against the shapes of the real parameters.
+Attention has four projections and no biases, LFA two filters; an expert is a SwiGLU of three matrices. A test
+holds the counts against the shapes of the real parameters, another against the totals of the paper.
 """
 
 import dataclasses

@@ -1,48 +1,94 @@
-"""Multi-head causal attention within documents, optionally with localized filtering (notes section 1).
+"""Multi-head causal attention within documents, optionally with localized filtering (paper 3.4.2).
 
-On TPU the scores stay inside JAX's splash kernel (`jax.experimental.pallas.ops.tpu.splash_attention`, after
-FlashAttention, arXiv 2205.14135), so that no S x S array is ever in HBM.
-Letters: B batch rows, S sequence, D hidden, H heads, K head size.
+Scores of all positions at once would be S x S for each head. On TPU they stay inside JAX's splash kernel
+(`jax.experimental.pallas.ops.tpu.splash_attention`, after FlashAttention, arXiv 2205.14135), on GPU inside cuDNN's.
+What does not have the sizes of a kernel is padded: with zeros, which add nothing to a product, and with positions of a
+document of their own. `attention_kernel` says what runs.
+Axes: B batch rows, S sequence, D hidden, H heads, K head size.
 """
 
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from laep_jax.config import BATCH_AXES, ModelConfig
+from laep_jax.config import BATCH_AXES, Config, ModelConfig
 from laep_jax.model.layers import rotary
 from laep_jax.model.lfa import LocalFilter
-from laep_jax.sharding import platform
 
-LANES = 128  # the kernel wants S and K in multiples of a vector register's lanes
-KERNEL_BLOCK = 512  # queries and keys at once; 512 x 512 float32 scores are 1 MB of VMEM
+LANES = 128  # splash wants S and K in multiples of a vector register's lanes
+SPLASH_BLOCK = 512  # queries and keys at once; 512 x 512 float32 scores are 1 MB of VMEM
+CUDNN_MULTIPLE = 8  # of K, and here of S too, which has to be even where there is a mask
 CPU_BLOCK, MAX_CPU_BLOCKS = 128, 8  # queries at once, or more: each block is compiled by itself
-ROWS_AT_ONCE = 4  # on CPU, so that the scores stay in the cache
+PADDING = -1  # the segment of padded positions: that of no document, nor of the padding of the data
 
 
 def attend(query_BSHK: jax.Array, key_BSHK: jax.Array, value_BSHK: jax.Array, segments_BS: jax.Array, mesh: Mesh):
     """[B, S, H, K]: softmax(q k / sqrt(K)) v over the positions up to one's own with the same segment."""
     _, length, _, size = query_BSHK.shape
-    if platform(mesh) == "cpu":
-        attend_here = row_by_row
-    elif platform(mesh) == "tpu" and length % LANES == 0 and size % LANES == 0:
-        attend_here = splash
-    else:
-        attend_here = all_at_once
+    attend_here, _ = _choose(length, size, query_BSHK.dtype, mesh.devices.flat[0])
     rows = PartitionSpec(BATCH_AXES)
     on_device = jax.shard_map(attend_here, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows, check_vma=False)
     return on_device(query_BSHK, key_BSHK, value_BSHK, segments_BS)
 
 
-def all_at_once(query_BSHK, key_BSHK, value_BSHK, segments_BS) -> jax.Array:
+def attention_kernel(config: Config, device: jax.Device) -> str:
+    """What computes the attention of a config on such a device: the kernel and its padding, or why there is none."""
+    model = config.model
+    return _choose(config.data.sequence_length, model.head_dim, jnp.dtype(model.dtype), device)[1]
+
+
+def _choose(length: int, size: int, dtype: jnp.dtype, device: jax.Device) -> tuple[Callable[..., jax.Array], str]:
+    if device.platform == "cpu":
+        return row_by_row, "row by row"
+    if device.platform == "tpu":
+        return splash, "splash" + _padding(length, size, LANES)
+    if reason := _without_cudnn(size, dtype, device):
+        return all_at_once, f"all scores at once: {reason}"
+    return cudnn, "cuDNN" + _padding(length, size, CUDNN_MULTIPLE)
+
+
+def _without_cudnn(size: int, dtype: jnp.dtype, device: jax.Device) -> str:
+    """Why cuDNN's kernel does not run there; empty where it does (`jax._src.cudnn.fused_attention_stablehlo`)."""
+    capability = device.compute_capability
+    largest = 256 if float(capability) >= 9 else 128
+    if dtype == jnp.float32:
+        return "cuDNN has no kernel for float32"
+    if float(capability) < 8:
+        return f"cuDNN's kernel needs compute capability 8.0, this is {capability}"
+    return f"head size {size} is above cuDNN's {largest}" if size > largest else ""
+
+
+def _padding(length: int, size: int, multiple: int) -> str:
+    axes = (("length", length), ("head size", size))
+    return "".join(f", {name} padded {n} -> {n + -n % multiple}" for name, n in axes if n % multiple)
+
+
+def _padded(query_BSHK, key_BSHK, value_BSHK, segments_BS, multiple: int) -> tuple[jax.Array, ...]:
+    """The same with S and K up to a multiple."""
+    _, length, _, size = query_BSHK.shape
+    after = -length % multiple
+    widths = ((0, 0), (0, after), (0, 0), (0, -size % multiple))
+    arrays = (jnp.pad(x_BSHK, widths) for x_BSHK in (query_BSHK, key_BSHK, value_BSHK))
+    return *arrays, jnp.pad(segments_BS, ((0, 0), (0, after)), constant_values=PADDING)
+
+
+def all_at_once(query_BSHK, key_BSHK, value_BSHK, segments_BS, **settings) -> jax.Array:
     """`attend` of one device's rows by JAX's own function, all scores in one array."""
     same_document_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]
     return jax.nn.dot_product_attention(  # the scale is 1/sqrt(K) by default
-        query_BSHK, key_BSHK, value_BSHK, mask=same_document_B1SS, is_causal=True
+        query_BSHK, key_BSHK, value_BSHK, mask=same_document_B1SS, is_causal=True, **settings
     )
+
+
+def cudnn(query_BSHK, key_BSHK, value_BSHK, segments_BS) -> jax.Array:
+    """`attend` of one device's rows in cuDNN's kernel. The mask of documents is S x S, once for all heads."""
+    _, length, _, size = query_BSHK.shape
+    padded = _padded(query_BSHK, key_BSHK, value_BSHK, segments_BS, CUDNN_MULTIPLE)
+    return all_at_once(*padded, scale=size**-0.5, implementation="cudnn")[:, :length, :, :size]
 
 
 def row_by_row(query_BSHK, key_BSHK, value_BSHK, segments_BS) -> jax.Array:
@@ -76,9 +122,12 @@ def splash(query_BSHK, key_BSHK, value_BSHK, segments_BS, *, interpret: bool = F
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     _, length, heads, size = query_BSHK.shape
-    block = next(block for block in (KERNEL_BLOCK, KERNEL_BLOCK // 2, LANES) if length % block == 0)
+    padded = _padded(query_BSHK * size**-0.5, key_BSHK, value_BSHK, segments_BS, LANES)
+    padded_length = padded[0].shape[1]
+    block = next(block for block in (SPLASH_BLOCK, SPLASH_BLOCK // 2, LANES) if padded_length % block == 0)
+    mask = splash_attention_mask.CausalMask((padded_length, padded_length))
     kernel = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads),
+        splash_attention_mask.MultiHeadMask([mask] * heads),
         block_sizes=splash_attention_kernel.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -95,10 +144,10 @@ def splash(query_BSHK, key_BSHK, value_BSHK, segments_BS, *, interpret: bool = F
     def one_row(query_SHK, key_SHK, value_SHK, segments_S):
         segment_ids = splash_attention_kernel.SegmentIds(segments_S, segments_S)
         query_HSK, key_HSK, value_HSK = (jnp.swapaxes(x, 0, 1) for x in (query_SHK, key_SHK, value_SHK))
-        mixed_HSK = kernel(query_HSK * size**-0.5, key_HSK, value_HSK, segment_ids)
+        mixed_HSK = kernel(query_HSK, key_HSK, value_HSK, segment_ids)
         return jnp.swapaxes(typing.cast(jax.Array, mixed_HSK), 0, 1)
 
-    return jax.vmap(one_row)(query_BSHK, key_BSHK, value_BSHK, segments_BS)
+    return jax.vmap(one_row)(*padded)[:, :length, :, :size]
 
 
 class Attention(nnx.Module):

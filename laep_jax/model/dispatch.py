@@ -8,7 +8,7 @@ Both ways have one interface, run inside `jax.shard_map`, drop no token, and giv
   has none for CPU, where an all-gather and the same index arithmetic stand in for it).
   `bounded_dispatch` is the same in a receive buffer of chosen size.
 
-Letters: T tokens of a device, K top-k slots, E experts, R rows sorted by expert, D hidden, P devices
+Axes: T tokens of a device, K top-k slots, E experts, R rows sorted by expert, D hidden, P devices
 of the expert axis.
 """
 
@@ -157,6 +157,13 @@ def gather(x: jax.Array, axis_name: str, axis: int = 0) -> jax.Array:
     return x if jax.lax.axis_size(axis_name) == 1 else jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
 
 
+def _local_experts(num_experts: int) -> int:
+    """Experts of one device of the expert axis."""
+    devices = jax.lax.axis_size(AXIS)
+    assert num_experts % devices == 0, f"{num_experts} experts on {devices} devices of the expert axis"
+    return num_experts // devices
+
+
 def all_gather_dispatch(tokens: Tokens, matrices: Matrices, experts: Experts, num_experts: int) -> jax.Array:
     """Applies each token's experts.
 
@@ -167,8 +174,7 @@ def all_gather_dispatch(tokens: Tokens, matrices: Matrices, experts: Experts, nu
     Returns:
       y_TD, the weighted sum over each token's experts.
     """
-    devices = jax.lax.axis_size(AXIS)
-    local_experts = num_experts // devices
+    devices, local_experts = jax.lax.axis_size(AXIS), _local_experts(num_experts)
     first = jax.lax.axis_index(AXIS) * local_experts
     x_TD, ids_TK, weights_TK = (gather(array, AXIS) for array in tokens)
     routes = make_routes(ids_TK - first, local_experts)
@@ -185,8 +191,7 @@ def ragged_dispatch(
     group receives; by default the worst case, all rows of the group that can come here.
     """
     x_TD, ids_TK, weights_TK = tokens
-    devices = jax.lax.axis_size(AXIS)
-    local_experts = num_experts // devices
+    devices, local_experts = jax.lax.axis_size(AXIS), _local_experts(num_experts)
     num_tokens, top_k = ids_TK.shape
     num_rows = num_rows or devices * num_tokens * min(top_k, local_experts)
     routes = make_routes(ids_TK, num_experts)  # by expert is by device
@@ -212,9 +217,9 @@ def bounded_dispatch(
     """
     x_TD, ids_TK, weights_TK = tokens
     num_tokens, top_k = ids_TK.shape
-    devices = jax.lax.axis_size(AXIS)
+    devices, local_experts = jax.lax.axis_size(AXIS), _local_experts(num_experts)
     sizes_E = jnp.sum(jax.nn.one_hot(ids_TK.reshape(-1), num_experts, dtype=jnp.int32), axis=0, dtype=jnp.int32)
-    received_P = jnp.sum(jax.lax.psum(sizes_E, AXIS).reshape(devices, -1), axis=1)
+    received_P = jnp.sum(jax.lax.psum(sizes_E, AXIS).reshape(devices, local_experts), axis=1)
     num_rows = -(-int(receive_buffer * num_tokens * top_k) // BLOCK) * BLOCK
     fits = jax.lax.pmax(jnp.max(received_P), WITHIN_REPLICA) <= num_rows
     send = functools.partial(ragged_dispatch, experts=experts, num_experts=num_experts, on_cpu=on_cpu)

@@ -2,7 +2,7 @@
 
 A block loop for CPU, `ragged_dot` elsewhere. `jax.lax.ragged_dot` on XLA:CPU multiplies every row with
 every expert, so its cost grows with the number of experts; the block loop costs what the tokens cost.
-Letters: T tokens, K top-k slots, R rows by expert, D hidden, E experts of this device, F ffn, G = 2F, gate
+Axes: T tokens, K top-k slots, R rows by expert, D hidden, E experts of this device, F ffn, G = 2F, gate
 first, B rows of a block.
 """
 

@@ -1,6 +1,6 @@
-"""RMS normalisation and rotary positions (notes section 1).
+"""RMS normalisation and rotary positions.
 
-Letters: B batch rows, S sequence, H heads, K head size, D hidden.
+Axes: B batch rows, S sequence, H heads, K head size, D hidden.
 """
 
 import jax

@@ -4,9 +4,9 @@
     y2[t] = B0 y1[t-1] + B1 y1[t]      D/2 -> D
     f     = RMSNorm(y2 + x)
 
-Terms before the document's start are zero (y1[-1] too, not A's bias), and nothing stands between
-the two convolutions (notes section 1; Yuan 2.0, arXiv 2311.15786).
-Letters: B batch rows, S sequence, D hidden, C half of it.
+Terms before the document's start are zero (y1[-1] too, not A's bias), and nothing stands between the two convolutions,
+as in Yuan 2.0 (arXiv 2311.15786).
+Axes: B batch rows, S sequence, D hidden, C half of it.
 """
 
 import jax

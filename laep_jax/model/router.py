@@ -1,8 +1,8 @@
 """The router: which experts a token goes to, how much each counts, and what balances them.
 
-All arithmetic is float32. Choosing looks at logits + bias, weighting at the logits alone, so that a
-bias of minus infinity masks an expert exactly as cutting it out would (notes sections 1 and 5).
-Letters: B rows, S sequence, T tokens, E experts, K top-k slots.
+All arithmetic is float32. Choosing looks at logits + bias; weighting looks at the logits alone, of experts whose
+bias is not minus infinity: such a bias masks an expert exactly as pruning it would.
+Axes: B rows, S sequence, T tokens, E experts, K top-k slots.
 """
 
 import jax
@@ -14,6 +14,9 @@ from laep_jax.config import AuxLossConfig
 def route(logits_E: jax.Array, bias_E: jax.Array, valid: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
     """Top-k on logits + bias, then softmax over the k chosen logits.
 
+    With k = 1 the softmax is over all experts (Switch, arXiv 2101.03961, eq. 2): over the chosen one it would be 1
+    whatever its logit, and the router would have no gradient.
+
     Args:
       logits_E: float32 [..., E]. bias_E: [E]. valid: bool [...], False for padding.
 
@@ -21,9 +24,13 @@ def route(logits_E: jax.Array, bias_E: jax.Array, valid: jax.Array, top_k: int) 
       ids int32 [..., K] (E, one past the last expert, for padding) and weights float32 [..., K].
     """
     num_experts = logits_E.shape[-1]
-    biased = jax.lax.stop_gradient(logits_E) + bias_E.reshape((1,) * (logits_E.ndim - 1) + (-1,))
-    ids_K = jax.lax.top_k(biased, top_k)[1]
-    weights_K = jax.nn.softmax(jnp.take_along_axis(logits_E, ids_K, axis=-1), axis=-1)
+    bias_1E = bias_E.reshape((1,) * (logits_E.ndim - 1) + (-1,))
+    ids_K = jax.lax.top_k(jax.lax.stop_gradient(logits_E) + bias_1E, top_k)[1]
+    if top_k == 1:
+        shares_E = jax.nn.softmax(jnp.where(jnp.isneginf(bias_1E), -jnp.inf, logits_E), axis=-1)
+        weights_K = jnp.take_along_axis(shares_E, ids_K, axis=-1)
+    else:
+        weights_K = jax.nn.softmax(jnp.take_along_axis(logits_E, ids_K, axis=-1), axis=-1)
     return jnp.where(valid[..., None], ids_K, num_experts), jnp.where(valid[..., None], weights_K, 0.0)
 
 

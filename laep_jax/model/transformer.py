@@ -3,7 +3,7 @@
 Runs of neighbouring layers with the same expert count are one `lax.scan` over stacked parameters
 (JAX has no ragged axes), so compile time follows the number of runs, not of layers. Parameters are
 plain dictionaries; NNX modules hold the code of one layer and are merged with them inside the trace.
-Letters: B batch rows, S sequence, D hidden, V vocabulary, E experts, N layers of a run or parts of a sequence.
+Axes: B batch rows, S sequence, D hidden, V vocabulary, E experts, N layers of a run or parts of a sequence.
 """
 
 import functools
@@ -97,8 +97,24 @@ def _run_layers(x_BSD, params, bias_NE, batch, config: ModelConfig, graph: nnx.G
     return jax.lax.scan(_remat(body, config.remat), x_BSD, (params, bias_NE), unroll=config.layers == "unrolled")
 
 
+@jax.custom_vjp
+def _logits(x_BSD: jax.Array, unembedding_DV: jax.Array) -> jax.Array:
+    """x W in float32, [B, S, V], not rounded to the dtype of its operands; the gradients have that dtype."""
+    return jnp.matmul(x_BSD, unembedding_DV, preferred_element_type=jnp.float32)
+
+
+def _logits_backward(operands, dlogits_BSV: jax.Array):
+    """Of the plain product: without it both products would take float32 operands, at a fraction of the speed."""
+    return jax.vjp(jnp.matmul, *operands)[1](dlogits_BSV.astype(operands[0].dtype))
+
+
+_logits.defvjp(
+    lambda x_BSD, unembedding_DV: (_logits(x_BSD, unembedding_DV), (x_BSD, unembedding_DV)), _logits_backward
+)
+
+
 def _cross_entropy(x_BSD: jax.Array, unembedding_DV: jax.Array, targets_BS: jax.Array) -> jax.Array:
-    logits_BSV = (x_BSD @ unembedding_DV).astype(jnp.float32)
+    logits_BSV = _logits(x_BSD, unembedding_DV)
     chosen_BS = jnp.take_along_axis(logits_BSV, jnp.maximum(targets_BS, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(targets_BS >= 0, jax.nn.logsumexp(logits_BSV, axis=-1) - chosen_BS, 0.0)
 

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m laep_jax preflight",
         description="Compiles the train step and the cut of a config for TPU chips, and says what they need.",
     )
-    known = ", ".join(f"{name}:{chip.slices[-1]}" for name, chip in CHIPS.items())
+    known = f"v5p:4x4x12 or v5p-384, v6e:2x4 or v6e-8; chips: {', '.join(CHIPS)}"
     parser.add_argument("--topology", required=True, metavar="CHIP:SLICE", help=f"for example {known}")
     parser.add_argument(
         "--loads",

@@ -6,12 +6,14 @@ shapes with shardings, so nothing is allocated.
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import time
 
 import jax
 
+from laep_jax.chips import find_slice
 from laep_jax.config import Config
 from laep_jax.errors import UserError
 from laep_jax.sharding import make_mesh
@@ -37,14 +39,20 @@ class Program:
 
 
 def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
-    """The chips of so many slices. `UserError` where the TPU compiler is not installed."""
+    """The devices of so many slices. `UserError` where the TPU compiler is not installed."""
+    name, shape = find_slice(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError('preflight needs the TPU compiler of the package libtpu: pip install "jax[tpu]"')
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a chip that only one process may hold
     from jax.experimental import topologies
 
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices)
+    options: dict = {"chip_config_name": "megacore"} if name == "v4" else {}  # a chip is one device, as in a VM
+    if math.prod(shape) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # instead of the four chips of a whole host
+    topology = f"{name}:{'x'.join(map(str, shape))}"
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices, **options)
+    return list(description.devices)
 
 
 def compile_step(config: Config, devices: list[jax.Device]) -> Program:

@@ -22,8 +22,8 @@ from laep_jax.training.state import abstract_state
 class Estimate:
     """One step on one chip. Bytes and seconds are of a chip; `seconds` are lower bounds by what limits.
 
-    straggler: largest over mean device load, mean over layers; 1.0 where no loads are given. The bound
-    from FLOPs has it on the experts' part.
+    chips: devices as JAX counts them, on tpu7x two of each chip. straggler: largest over mean device load, mean over
+    layers; 1.0 where no loads are given. The bound from FLOPs has it on the experts' part.
     """
 
     chips: int

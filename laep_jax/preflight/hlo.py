@@ -12,7 +12,8 @@ from collections.abc import Iterator
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BETWEEN_SLICES = "send"  # what goes over the data-center network, once reduced within the slice
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
-OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([\w-]+)\((.*)$")
+TUPLE = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"  # of tuples of arrays, whose layouts have parentheses
+OPERATION = re.compile(rf"^\s*(?:ROOT )?%?([\w.-]+) = ({TUPLE}|\S+) ([\w-]+)\((.*)$")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.-]+) \(.*\{$")
 ARRAY = re.compile(r"\b([a-z]\w*?)\[([\d,]*)\]")
 
@@ -59,7 +60,7 @@ def parse(text: str) -> tuple[str, dict[str, list[Operation]]]:
             if start := COMPUTATION.match(line):
                 current = computations.setdefault(start[1], [])
                 entry = start[1] if line.startswith("ENTRY") else entry
-        elif line == "}":
+        elif line == "}" or line.startswith("}, execution_thread"):
             current = None
         elif operation := OPERATION.match(line):
             current.append(Operation(*operation.groups()))
@@ -106,7 +107,7 @@ def executed(text: str) -> Iterator[tuple[Operation, int]]:
                 yield from visit(taken, times)
                 for other in others:
                     yield from visit(other, 0)
-            elif op.opcode in ("call", "async-start"):
+            elif op.opcode in ("call", "call-start", "async-start"):
                 yield from visit(op.attribute("to_apply") or op.attribute("calls") or "", times)
 
     return visit(entry, 1)

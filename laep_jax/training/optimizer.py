@@ -1,7 +1,8 @@
-"""AdamW with global-norm clipping, linear warm-up and cosine decay, from optax."""
+"""AdamW with global-norm clipping and the schedule of its learning rate, from optax."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from laep_jax.config import Config
@@ -9,15 +10,35 @@ from laep_jax.sharding import leaf_name
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Learning rate by optimizer step: 0 to the peak over the warm-up, then a cosine to the end."""
-    optimizer = config.optimizer
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if optimizer.warmup_steps else optimizer.learning_rate,
-        peak_value=optimizer.learning_rate,
-        warmup_steps=optimizer.warmup_steps,
-        decay_steps=max(config.train.num_steps, optimizer.warmup_steps + 1),
-        end_value=optimizer.learning_rate * optimizer.final_fraction,
-    )
+    """Learning rate by optimizer step: 0 to the peak over the warm-up, then to the end of the run.
+
+    cosine: from the peak at once. Every rate depends on `num_steps`.
+    wsd: warm-up, stable, decay (MiniCPM, arXiv 2404.06395): the peak, then linearly down over the last
+    `decay_fraction` of the steps. Until the decay no rate depends on `num_steps`, so a run can be extended.
+    """
+    optimizer, num_steps = config.optimizer, config.train.num_steps
+    peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
+    start, end = 0.0 if warmup else peak, peak * optimizer.final_fraction
+    if optimizer.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            init_value=start,
+            peak_value=peak,
+            warmup_steps=warmup,
+            decay_steps=max(num_steps, warmup + 1),
+            end_value=end,
+        )
+    decay = config.decay_steps
+    phases = [
+        optax.linear_schedule(start, peak, warmup),
+        optax.constant_schedule(peak),
+        optax.linear_schedule(peak, end, decay),
+    ]
+    return optax.join_schedules(phases, [warmup, num_steps - decay])
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The rate of the step that follows `step` optimizer steps."""
+    return float(np.asarray(make_schedule(config)(step)))
 
 
 def _decayed(params):

@@ -2,7 +2,7 @@
 
 Losses and gradients are sums over the targets of the whole batch divided by their number, however the
 batch is split into micro-batches; token counts add up over micro-batches and are outputs.
-Letters: A micro-batches, B rows, S sequence, E experts, M domains.
+Axes: A micro-batches, B rows, S sequence, E experts, M domains.
 """
 
 import functools

@@ -65,9 +65,9 @@ def _expected(case):
     return jax.tree.map(np.asarray, outputs)
 
 
-def _layer(mesh, aux_losses=NO_LOSSES, **settings):
-    config = ModelConfig(hidden_size=HIDDEN, ffn_size=12, num_experts=NUM_EXPERTS, top_k=TOP_K, **settings)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: MoE(config, NUM_EXPERTS, aux_losses, rngs=nnx.Rngs(0))))
+def _layer(mesh, aux_losses=NO_LOSSES, num_experts=NUM_EXPERTS, top_k=TOP_K, **settings):
+    config = ModelConfig(hidden_size=HIDDEN, ffn_size=12, num_experts=num_experts, top_k=top_k, **settings)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: MoE(config, num_experts, aux_losses, rngs=nnx.Rngs(0))))
 
     def apply(params, x_BSD, valid_BS, bias_E):
         y_BSD, aux = nnx.merge(graph, params)(x_BSD, valid_BS, bias_E, mesh)
@@ -117,22 +117,37 @@ def test_counts_leave_padding_out_and_add_up_over_devices():
     assert counts_E.sum() == TOP_K * _inputs()[3].sum()
 
 
-@pytest.mark.parametrize("expert_parallel", [1, 4])
-def test_slicing_equals_masking_with_minus_infinity(expert_parallel):
+@pytest.mark.parametrize(("expert_parallel", "top_k"), [(1, 2), (4, 2), (4, 1)])
+def test_slicing_equals_masking_with_minus_infinity(expert_parallel, top_k):
     """Experts 0, 2, 4, 6 kept: the small layer gives what the masked one gives, bit for bit in the routing."""
     mesh = make_mesh(MeshConfig(fsdp=8 // expert_parallel, expert=expert_parallel))
     params, x_BSD, _, valid_BS = _inputs()
-    masked_BSD, masked_counts_E = jax.jit(_layer(mesh))(params, x_BSD, valid_BS, jnp.float32([0, -np.inf] * 4))
-    config = ModelConfig(hidden_size=HIDDEN, ffn_size=12, num_experts=4, top_k=TOP_K)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: MoE(config, 4, AuxLossConfig(), rngs=nnx.Rngs(0))))
+    masked = jax.jit(_layer(mesh, top_k=top_k))
+    masked_BSD, masked_counts_E = masked(params, x_BSD, valid_BS, jnp.float32([0, -np.inf] * 4))
     sliced = {
         "router_DE": params["router_DE"][:, ::2],
         "gate_up_EDG": params["gate_up_EDG"][::2],
         "down_EFD": params["down_EFD"][::2],
     }
-    y_BSD, aux = jax.jit(lambda p: nnx.merge(graph, p)(x_BSD, valid_BS, jnp.zeros(4), mesh))(sliced)
-    np.testing.assert_array_equal(aux.tokens_per_expert_E, masked_counts_E[::2])
+    small = jax.jit(_layer(mesh, num_experts=4, top_k=top_k))
+    y_BSD, counts_E = small(sliced, x_BSD, valid_BS, jnp.zeros(4))
+    np.testing.assert_array_equal(counts_E, masked_counts_E[::2])
     np.testing.assert_allclose(y_BSD, masked_BSD, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"dispatch": "ragged_all_to_all"}, {"dispatch": "ragged_all_to_all", "receive_buffer": 1.0}],
+    ids=["all_gather", "ragged", "bounded"],
+)
+def test_experts_that_the_expert_axis_does_not_divide_are_refused(settings):
+    """Their matrices would lie whole on every device, which would apply its neighbours'."""
+    mesh = make_mesh(MeshConfig(fsdp=1, expert=8))
+    shapes = {"router_DE": (HIDDEN, 12), "gate_up_EDG": (12, HIDDEN, 24), "down_EFD": (12, 12, HIDDEN)}
+    params = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    _, x_BSD, _, valid_BS = _inputs()
+    with pytest.raises(AssertionError, match="12 experts on 8 devices"):
+        jax.eval_shape(_layer(mesh, num_experts=12, **settings), params, x_BSD, valid_BS, jnp.zeros(12))
 
 
 def test_auxiliary_losses_are_of_the_global_batch():

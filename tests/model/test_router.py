@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,6 +43,25 @@ def test_weights_are_a_softmax_over_the_chosen_and_the_bias_only_chooses():
     by_id = dict(zip(ids_TK[0].tolist(), weights_TK[0].tolist(), strict=True))
     assert by_id[1] == pytest.approx(1 / (1 + np.exp(-2)))
     assert by_id[0] + by_id[1] == pytest.approx(1)
+
+
+def test_the_weight_of_a_single_expert_is_its_share_of_all_that_are_not_masked():
+    """Over the chosen one alone the softmax is 1, and its router would never learn."""
+    logits_TE, bias_E, valid_T = (
+        jnp.array([[1.0, 3.0, 2.0, 0.0]]),
+        jnp.array([0.0, 0.0, 9.0, -np.inf]),
+        jnp.array([True]),
+    )
+
+    def weight(logits_TE):
+        ids_TK, weights_TK = route(logits_TE, bias_E, valid_T, 1)
+        return weights_TK[0, 0], ids_TK[0, 0]
+
+    (share, chosen), gradient_TE = jax.value_and_grad(weight, has_aux=True)(logits_TE)
+    shares_E = np.exp([1, 3, 2]) / np.sum(np.exp([1, 3, 2]))
+    assert chosen == 2
+    assert share == pytest.approx(shares_E[2], rel=1e-6)
+    np.testing.assert_allclose(gradient_TE[0], [*(shares_E[2] * (np.array([0, 0, 1]) - shares_E)), 0], rtol=1e-5)
 
 
 def test_padding_is_routed_to_no_expert():

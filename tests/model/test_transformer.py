@@ -101,6 +101,22 @@ def test_a_layers_first_weights_depend_on_its_own_shape_only():
     np.testing.assert_array_equal(wide["runs"][1]["moe"]["down_EFD"][0], narrow["runs"][1]["moe"]["down_EFD"][1])
 
 
+@pytest.mark.parametrize("logits_at_once", [12 * 40, 100])
+def test_logits_of_bfloat16_activations_are_not_rounded(logits_at_once):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x_BSD, unembedding_DV = (
+        jax.random.normal(key, shape) for key, shape in zip(keys, [(2, 12, 64), (64, 40)], strict=True)
+    )
+    x_BSD, unembedding_DV = x_BSD.astype(jnp.bfloat16), unembedding_DV.astype(jnp.bfloat16)
+    targets_BS = np.random.default_rng(0).integers(0, 40, (2, 12))
+    logits_BSV = np.asarray(x_BSD, np.float64) @ np.asarray(unembedding_DV, np.float64)
+    chosen_BS = np.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
+    expected_BS = np.log(np.sum(np.exp(logits_BSV), axis=-1)) - chosen_BS
+    loss_BS = cross_entropy(x_BSD, unembedding_DV, targets_BS, logits_at_once)
+    assert loss_BS.dtype == jnp.float32
+    np.testing.assert_allclose(loss_BS, expected_BS, atol=1e-4)  # logits of 20: bfloat16 would be 0.06 off
+
+
 def test_the_loss_in_parts_is_the_loss():
     keys = jax.random.split(jax.random.key(0), 2)
     x_BSD, unembedding_DV = jax.random.normal(keys[0], (2, 12, 8)), jax.random.normal(keys[1], (8, 40))

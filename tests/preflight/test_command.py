@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from laep_jax.chips import CHIPS, find_chip
 from laep_jax.errors import UserError
 from laep_jax.preflight.command import main
 
@@ -17,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 SMALL = {
     "ModelConfig.num_layers": 2,
     "ModelConfig.hidden_size": 256,
-    "ModelConfig.num_heads": 2,
-    "ModelConfig.head_dim": 128,
+    "ModelConfig.num_heads": 4,
+    "ModelConfig.head_dim": 64,  # padded for splash attention
     "ModelConfig.ffn_size": 256,
     "ModelConfig.num_experts": 8,
     "ModelConfig.dtype": "bfloat16",
@@ -87,19 +86,9 @@ def test_what_does_not_fit_is_exit_code_1_with_the_largest_named():
     assert "gate_up_EDG with its moments" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("topology", "message"),
-    [("v9:2x2", "is of no known chip; there are v5e, v5p, v6e"), ("v5e:3x3", "is no slice of v5e; there are v5e:1x1")],
-)
-def test_an_unknown_topology_lists_the_known_ones(topology, message):
-    with pytest.raises(UserError, match=message):
-        main([f"--topology={topology}"])
-
-
-def test_every_chip_has_its_slices_and_peaks():
-    for name, chip in CHIPS.items():
-        assert find_chip(f"{name}:{chip.slices[0]}") is chip
-        assert min(chip.flops, chip.hbm_bytes, chip.hbm_bandwidth, chip.link_bandwidth) > 1e9
+def test_an_unknown_topology_lists_the_known_ones():
+    with pytest.raises(UserError, match="is no slice of v5e; there are v5e:1x1"):
+        main(["--topology=v5e:3x3"])
 
 
 def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):

@@ -59,6 +59,20 @@ def test_bytes_of_a_type(result, size):
     assert hlo.array_bytes(result) == size
 
 
+def test_collectives_on_the_sparse_cores_of_tpu7x_count():
+    """They run beside the program, in a computation of their own."""
+    text = """%called (p: bf16[16,256]) -> bf16[128,256] {
+  ROOT %gathered = bf16[128,256]{1,0} all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: bf16[16,256]) -> bf16[128,256] {
+  %begun = ((bf16[16,256]{1,0:T(8,128)}), bf16[128,256]{1,0}, u32[]) call-start(%a), to_apply=%called
+  ROOT %done = bf16[128,256]{1,0} call-done(%begun)
+}
+"""
+    assert hlo.collectives(text)["all-gather"] == hlo.Collective(1, 65536, 57344)
+
+
 def test_a_reduce_scatter_receives_from_all_others():
     text = "ENTRY %main (a: f32[8]) -> f32[2] {\n  %s = f32[2]{0} reduce-scatter(%a), replica_groups={{0,1,2,3}}\n}\n"
     assert hlo.collectives(text)["reduce-scatter"] == hlo.Collective(1, 8, 24)
