@@ -13,6 +13,7 @@ import numpy as np
 from laep_jax.config import Config, LaepConfig
 from laep_jax.errors import require
 from laep_jax.files import MOST_JSON, read_bytes
+from laep_jax.laep.collapse import collapsed
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.plan import Plan, make_plan, predicted_gain, rearrange_plan
 from laep_jax.laep.stability import StabilityReport, assess, history_capacity
@@ -93,6 +94,17 @@ class Controller:
     def device_imbalance(self) -> list[float]:
         """Largest over mean device load over the last window, by layer."""
         return [imbalance(loads_E, self.expert_parallel) for loads_E in self.mean_loads()]
+
+    def collapse(self) -> str:
+        """Which routers no longer tell tokens apart by the last window, and what may help; empty where all do."""
+        of_layer = [collapsed(tokens_NE.sum(axis=0), self.top_k) for tokens_NE in self._last_window()]
+        layers = [str(layer) for layer, number in enumerate(of_layer) if number]
+        if not layers:
+            return ""
+        return (
+            f"the routers of layers {', '.join(layers)} have collapsed, {max(of_layer)} experts take nearly all tokens: "
+            "raise ModelConfig.router_init or OptimizerConfig.warmup_steps, or add a balancing loss (AuxLossConfig)"
+        )
 
     def _last_window(self) -> list[np.ndarray]:
         return self.history.window(min(self.laep.window, len(self.history)))

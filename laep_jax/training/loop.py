@@ -56,7 +56,8 @@ def _begin(run: Run) -> None:
         run.adopt(config, init_state(config, run.mesh), run.new_controller(config), run.steps)
         run.progress.summary["parameters_before"] = run.size.total
         return
-    run.console.event(f"resuming from step {step}" + (", with a plan to apply" if plan else ""))
+    again = f"; steps {step + 1} to {run.log.last_step} are done again" if run.log.last_step > step else ""
+    run.console.event(f"resuming from step {step}" + (", with a plan to apply" if plan else "") + again)
     run.controller = run.read_controller(config, step)
     if plan:
         begin(run, Plan.from_json(plan))

@@ -22,12 +22,13 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int, attempt: Attempts):
         self._path, self._file = path, GrowingFile(path, attempt)
+        self.last_step = 0  # of the run before it was interrupted
         self._old: dict[tuple, int] = {}  # where the records of the resumed step begin
         self._new = bytearray()  # what has been written of it since
         if not resume_step:
             path.unlink(missing_ok=True)
         elif path.exists():
-            self._old = _cut(path, resume_step)
+            self.last_step, self._old = _cut(path, resume_step)
         self.is_complete = not resume_step or bool(self._old)  # there is a record of every step
         self._file.write(b"")
 
@@ -53,15 +54,15 @@ def _identity(record: dict) -> tuple:
     return record["kind"], record["step"], record.get("when")
 
 
-def _cut(path: Path, step: int) -> dict[tuple, int]:
-    """Truncates the file behind the records of `step`; returns where these begin.
+def _cut(path: Path, step: int) -> tuple[int, dict[tuple, int]]:
+    """Truncates the file behind the records of `step`; returns the last step it had, and where these records begin.
 
     A torn last line goes in any case.
     """
-    size, places = None, dict[tuple, int]()
+    size, last, places = None, 0, dict[tuple, int]()
     with path.open("rb") as file:
         for start, end, record in _backwards(file.fileno(), path):
-            size = end if size is None else size
+            size, last = end if size is None else size, max(last, record["step"])
             if record["step"] < step:
                 break
             if record["step"] > step:
@@ -69,7 +70,7 @@ def _cut(path: Path, step: int) -> dict[tuple, int]:
             else:
                 places[_identity(record)] = start
     os.truncate(path, size or 0)
-    return places
+    return last, places
 
 
 def _backwards(descriptor: int, path: Path) -> Iterator[tuple[int, int, dict]]:

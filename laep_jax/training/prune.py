@@ -24,6 +24,8 @@ from laep_jax.training.state import TrainState
 def decide(run: Run, step: int) -> None:
     """The stability test; announces what it asks for."""
     report = run.controller.assess()
+    if warning := run.controller.collapse():
+        run.console.event(f"step {step}: {warning}")
     run.log.write("stability", step, **dataclasses.asdict(report))
     run.console.state(stability_text(dataclasses.asdict(report), run.config.laep))
     prunes = run.controller.wants_prune(step, report)

@@ -12,6 +12,7 @@ from laep_jax.errors import UserError, require, require_type, short
 from laep_jax.fields import settings_of
 from laep_jax.hosts import require_same
 from laep_jax.laep.plan import Lineage, Plan, initial_lineage
+from laep_jax.training.optimizer import learning_rate
 from laep_jax.training.runlog import plain
 
 
@@ -164,9 +165,19 @@ def find_progress(
     progress = Progress.from_meta(meta, where)
     resolved = resolve_resumed(config, progress, num_devices)
     changed = check_resumable(progress, resolved, fingerprint, where)
+    changed += _changed_rate(Config.from_dict(progress.config), resolved, progress.step)
     resolved.with_num_experts(progress.num_experts).resolve(num_devices)
     progress.config = resolved.to_dict()
     return progress, changed
+
+
+def _changed_rate(old: Config, new: Config, step: int) -> list[str]:
+    """What becomes of the learning rate of the next step, where that jumps."""
+    before, after = (learning_rate(config, step) for config in (old, new))
+    if math.isclose(before, after, rel_tol=0.05):
+        return []
+    wsd = "; the cosine is stretched, schedule='wsd' can be extended" if new.optimizer.schedule == "cosine" else ""
+    return [f"the learning rate of step {step + 1} {before:.3g} -> {after:.3g}{wsd}"]
 
 
 def resolve_resumed(config: Config, progress: Progress, num_devices: int) -> Config:

@@ -25,7 +25,8 @@ class RunLog:
 
     run_dir: made if missing. num_experts: experts of each layer before any prune. resume_step: the
     step of the checkpoint the run resumes from; 0 is a new run and drops what an earlier one left. report: shows a
-    line on what could not be written. `UserError` where what is there belongs to another model or does not read.
+    line on what could not be written. last_step: the last one recorded before an interruption. `UserError` where what
+    is there belongs to another model or does not read.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class RunLog:
         self._metrics = MetricsFile(self._dir / METRICS_FILE, resume_step, self._attempt)
         if not self._metrics.is_complete:
             report(f"{self._dir / METRICS_FILE}: the records of step {resume_step} are missing, perhaps of others too")
+        self.last_step = self._metrics.last_step
         self._events = self._event_file(resume_step + 1 if resume_step else 0)
 
     def __enter__(self) -> "RunLog":
@@ -112,6 +114,8 @@ class RunLog:
 
 class NoLog:
     """The log of every process but the first: the same methods, and nothing comes of them."""
+
+    last_step = 0
 
     def __enter__(self) -> "NoLog":
         return self

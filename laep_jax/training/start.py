@@ -14,6 +14,7 @@ from laep_jax.data.dataset import Dataset, make_dataset
 from laep_jax.files import refuse_links
 from laep_jax.gin_config import operative_config
 from laep_jax.hosts import refused_together
+from laep_jax.model.attention import attention_kernel
 from laep_jax.sharding import make_mesh
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.console import RunConsole
@@ -138,12 +139,13 @@ def _announce(run: Run, config: Config, changed: Sequence[str]) -> None:
 
 
 def mesh_text(config: Config) -> str:
-    """The devices of a resolved config, for people."""
+    """The devices of a resolved config and what computes its attention, for people."""
     hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     mesh = config.mesh
     return (
         f"{jax.device_count()} {jax.devices()[0].platform} devices{hosts}: "
-        f"data {mesh.data}, fsdp {mesh.fsdp}, expert {mesh.expert}"
+        f"data {mesh.data}, fsdp {mesh.fsdp}, expert {mesh.expert}; "
+        f"attention {attention_kernel(config, jax.devices()[0])}"
     )
 
 
