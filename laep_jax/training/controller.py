@@ -102,7 +102,7 @@ class Controller:
         if not layers:
             return ""
         return (
-            f"the routers of layers {', '.join(layers)} have collapsed, {max(of_layer)} experts take nearly all tokens: "
+            f"the routers of layers {', '.join(layers)} have collapsed, {max(of_layer)} experts take nearly all: "
             "raise ModelConfig.router_init or OptimizerConfig.warmup_steps, or add a balancing loss (AuxLossConfig)"
         )
 
