@@ -129,14 +129,15 @@ def test_a_closed_pipe_ends_quietly(unbuffered):
     assert (len(result.stdout), result.stderr) == (1, "")
 
 
-def test_the_tools_are_listed_and_an_unknown_one_is_refused():
+def test_the_tools_are_listed_and_an_unknown_one_is_refused(capsys):
     listed = start("--help", program=("-m", "laep_jax"))
     assert listed.returncode == 0
-    for name in ("train", "launch", "plan", "describe", "report", "train-tokenizer"):
+    for name in ("train", "launch", "plan", "settings", "describe", "report", "train-tokenizer"):
         assert name in listed.stdout
         with pytest.raises(SystemExit) as helped:
             dispatch([name, "--help"])
         assert helped.value.code == 0
+        assert f"usage: laep-jax {name} " in capsys.readouterr().out
     unknown = start("pln", program=("-m", "laep_jax"))
     assert unknown.returncode == 2
-    assert unknown.stderr.startswith("error: there is no command 'pln'")
+    assert unknown.stderr.startswith("error: there is no command 'pln'; did you mean plan?")

@@ -15,6 +15,7 @@ from laep_jax.data.dataset import Dataset, make_dataset
 from laep_jax.files import refuse_links
 from laep_jax.hosts import refused_together
 from laep_jax.sharding import make_mesh
+from laep_jax.switches import require_switches
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.console import RunConsole
 from laep_jax.training.controller import Controller
@@ -30,16 +31,22 @@ from laep_jax.training.stops import Stops
 
 
 def train(
-    config: Config, run_dir: str | os.PathLike[str], *, settings: str = "", executable: Path | None = None
+    config: Config,
+    run_dir: str | os.PathLike[str],
+    *,
+    settings: str = "",
+    executable: Path | None = None,
+    check: bool = False,
 ) -> dict:
     """Trains to `config.train.num_steps`, from the newest checkpoint in `run_dir` or from the start.
 
     settings: text for `operative.gin`. executable: a file of `preflight --save`, for the model that the run began
-    with. Returns what summary.json holds. `UserError`, before anything
+    with. check: ends before anything is written. Returns what summary.json holds. `UserError`, before anything
     is compiled or written, where the config does not fit the devices, the corpus or the checkpoint.
     `StoppedError` after SIGTERM or Ctrl-C, when the step in flight is done and saved.
     With several processes (`laep_jax.hosts`) each calls it alike; `run_dir` is one that all see.
     """
+    require_switches()
     run_dir, first = Path(run_dir), jax.process_index() == 0
     with refused_together():
         refuse_links(run_dir)
@@ -47,6 +54,8 @@ def train(
         mesh = make_mesh(resolved.mesh)
         dataset = _open_dataset(config)
     require_same_run(config, dataset.fingerprint)
+    if check:
+        return {}
     peak = peak_flops(jax.devices()[0].device_kind)
     with contextlib.ExitStack() as stack:
         with refused_together():
