@@ -121,8 +121,8 @@ EXPLAINED = (UserError, StoppedError, UnreachableError, KeyboardInterrupt)  # by
 def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """The exit code of `main(argv)`: after a `UserError` 2, a `StoppedError` 75, an `UnreachableError` 1, Ctrl-C 130.
 
-    Each is told in one line. Where nobody reads what is printed any more, as behind `| head`, it ends like a program that SIGPIPE ends. What the
-    terminal cannot print is escaped.
+    Each is told in one line; what the terminal cannot print is escaped. Where nobody reads what is printed any more, as
+    behind `| head`, it ends like a program that SIGPIPE ends.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

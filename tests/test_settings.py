@@ -17,7 +17,12 @@ from laep_jax.gin_config import CLASSES, load_config
 from laep_jax.settings import config_schema, main
 
 ROOT = Path(__file__).parents[1]
-MODULES = {"orbax": "orbax-checkpoint", "gin": "gin-config", "absl": "absl-py"}  # where package and module differ
+MODULES = {
+    "orbax": "orbax-checkpoint",
+    "gin": "gin-config",
+    "absl": "absl-py",
+    "array_record": "grain",
+}  # where they differ; grain needs array-record
 OPTIONAL = {"tokenizers"}  # imported where needed, with advice
 PEERS = {"torch", "transformers"}  # of an environment that `bench peers` makes
 
@@ -31,8 +36,8 @@ def test_every_field_is_printed_with_its_default_and_meaning(capsys):
         assert alone in printed + "\n"
         for field, value in vars(cls()).items():
             assert re.search(rf"^  {field}: .* = ", alone, re.MULTILINE), (field, value)
-    with pytest.raises(UserError, match="there is no class 'Laep'; did you mean LaepConfig"):
-        main(["Laep"])
+    with pytest.raises(UserError, match="there is no class 'LapConfig'; did you mean LaepConfig"):
+        main(["LapConfig"])
 
 
 def test_the_schema_describes_every_config(capsys):
