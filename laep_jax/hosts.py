@@ -67,8 +67,9 @@ def connect() -> None:
         require(INDEX in os.environ, INDEX, "", f"must be a number below {NUMBER}={number}")
         index = _number(INDEX, 0)
         require(index < number, INDEX, index, f"must be a number below {NUMBER}={number}")
-        given = (os.environ[ADDRESS], number, index)
-        _initialize(named, *given, cluster_detection_method="deactivate")
+        address = os.environ[ADDRESS]
+        require(bool(re.fullmatch(r".+:[0-9]+", address)), ADDRESS, address, "must be HOST:PORT")
+        _initialize(named, address, number, index, cluster_detection_method="deactivate")
         if os.environ.get("JAX_PLATFORMS") == "cpu":
             _silence_gloo()
     elif named:

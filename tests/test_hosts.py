@@ -48,6 +48,7 @@ def test_processes_connect_where_there_are_several(environment, monkeypatch, var
         (ALL_GIVEN | {hosts.NUMBER: "0"}, "JAX_NUM_PROCESSES=0 must be a positive number"),
         (ALL_GIVEN | {hosts.INDEX: "4"}, "JAX_PROCESS_ID=4 must be a number below JAX_NUM_PROCESSES=4"),
         ({hosts.ADDRESS: "10.0.0.1:99", hosts.NUMBER: "4"}, "JAX_PROCESS_ID='' must be a number below"),
+        (ALL_GIVEN | {hosts.ADDRESS: "10.0.0.1"}, "JAX_COORDINATOR_ADDRESS='10.0.0.1' must be HOST:PORT"),
         ({hosts.NUMBER: "4"}, "JAX_NUM_PROCESSES=4 needs JAX_COORDINATOR_ADDRESS beside it"),
         ({hosts.INDEX: "1"}, "JAX_PROCESS_ID=1 needs JAX_COORDINATOR_ADDRESS beside it"),
         ({hosts.NUMBER: "0x4"}, "JAX_NUM_PROCESSES='0x4' must be a number"),
