@@ -6,6 +6,7 @@ import os
 import reprlib
 import signal
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -132,10 +133,20 @@ def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         sys.stdout.flush()
     except EXPLAINED as error:
         return explain(error)
+    except ValueError as error:
+        if _raised_by(error) != "jax._src.config":
+            raise
+        return explain(UserError(f"an environment variable that JAX reads: {error}"))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at the end complains
         return 128 + signal.SIGPIPE
     return code
+
+
+def _raised_by(error: BaseException) -> str:
+    """The module of the innermost frame."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1]
 
 
 def explain(error: BaseException) -> int:

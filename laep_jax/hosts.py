@@ -76,7 +76,7 @@ def connect() -> None:
         _initialize(named)
     try:
         count = jax.process_count()
-    except RuntimeError as error:
+    except Exception as error:  # a platform may be unknown, without a driver, or without a plugin
         platforms = os.environ.get("JAX_PLATFORMS", "")
         raise UserError(f"JAX_PLATFORMS={platforms!r} has no devices here: {_first_line(error)}") from error
     connected = count == 1 or jax.distributed.is_initialized()
@@ -92,11 +92,11 @@ def _initialize(named: Sequence[str], *arguments: Any, **options: Any) -> None:
         if "DEADLINE_EXCEEDED" in str(error) or "UNAVAILABLE" in str(error):
             raise UnreachableError(f"the coordinator of {said} does not answer: {_first_line(error)}") from error
         rule = "unset it to train in one process, or set all of " + ", ".join((ADDRESS, NUMBER, INDEX))
-        raise UserError(f"{said}: {_first_line(error) or type(error).__name__}; {rule}") from error
+        raise UserError(f"{said}: {_first_line(error)}; {rule}") from error
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _silence_gloo() -> None:
