@@ -1,9 +1,9 @@
-"""The program: `python train.py --help` tells its use. The same as `python -m laep_jax train`."""
+"""The program: `python train.py --help` tells its use. The same as `laep-jax train`."""
 
 import sys
 
+from laep_jax.commands import load
 from laep_jax.errors import run_main
-from laep_jax.training.command import main
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:]))
+    sys.exit(run_main(lambda argv: load("laep_jax.training.command").main(argv), sys.argv[1:]))

@@ -1,8 +1,12 @@
-"""`python -m laep_jax COMMAND`: training and the tools around it. Each command imports only what it needs."""
+"""`laep-jax COMMAND`, in a checkout `python -m laep_jax COMMAND`: training and the tools around it.
+
+Each command imports only what it needs.
+"""
 
 import sys
 from collections.abc import Sequence
 
+import laep_jax
 from laep_jax.commands import chosen
 from laep_jax.errors import run_main
 
@@ -13,19 +17,35 @@ COMMANDS = {
         "laep_jax.laep.command",
         "which experts to prune and where to place the rest, from counts of any framework",
     ),
+    "settings": ("laep_jax.settings", "every setting of a config: type, default, values, meaning"),
     "describe": ("laep_jax.model.command", "parameters, experts and FLOPs of a config, from shapes alone"),
-    "preflight": ("laep_jax.preflight.command", "a config compiled for a TPU slice: memory, bounds, collectives"),
-    "bench": ("laep_jax.bench.command", "measurements on this machine: speed, memory, plans, the pause at a prune"),
-    "faults": ("laep_jax.faults.command", "harm done to a tiny run, which must come out of it unharmed"),
-    "experiment": ("laep_jax.experiments.command", "the paper's experiments, small: runs, tables, figures"),
+    "preflight": (
+        "laep_jax.preflight.command",
+        "a config compiled for a TPU slice: memory, bounds, collectives (minutes)",
+    ),
+    "bench": (
+        "laep_jax.bench.command",
+        "measurements on this machine: speed, memory, plans, the pause at a prune (minutes each)",
+    ),
+    "faults": (
+        "laep_jax.faults.command",
+        "faults injected into a tiny run, which must survive them (minutes to hours)",
+    ),
+    "experiment": (
+        "laep_jax.experiments.command",
+        "the paper's experiments, small: runs, tables, figures (minutes a row, hours in all)",
+    ),
     "report": ("laep_jax.report.command", "figures of a run directory"),
     "train-tokenizer": ("laep_jax.data.command", "a BPE tokenizer trained on a corpus"),
 }
-USAGE = "usage: python -m laep_jax COMMAND ...\n\n{}\n\nCOMMAND --help tells more."
+USAGE = "usage: laep-jax [--version] COMMAND ...\n\n{}\n\n`laep-jax COMMAND --help` tells more."
 
 
 def dispatch(argv: Sequence[str]) -> int:
     """Runs the command that `argv` begins with."""
+    if argv and argv[0] == "--version":
+        print(f"laep_jax {laep_jax.__version__}")
+        return 0
     command = chosen(argv, COMMANDS, "command", USAGE)
     return command.main(argv[1:]) if command else 0
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from laep_jax.errors import UserError
+from laep_jax.errors import UserError, did_you_mean
 
 Table = Mapping[str, tuple[str, str]]
 
@@ -23,17 +23,28 @@ def chosen(argv: Sequence[str], table: Table, noun: str, usage: str) -> ModuleTy
         print(usage.format("\n".join(f"  {name:<16} {text}" for name, (_, text) in table.items())))
         return None
     if argv[0] not in table:
-        raise UserError(f"there is no {noun} {argv[0]!r}; there are {', '.join(table)}")
-    return importlib.import_module(table[argv[0]][0])
+        raise UserError(f"there is no {noun} {argv[0]!r}; {did_you_mean(argv[0], table)}")
+    return load(table[argv[0]][0])
+
+
+def load(module: str) -> ModuleType:
+    """The module, imported. `UserError` where a package that it needs is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "laep_jax":
+            raise
+        raise UserError(f"{package} is not installed: pip install -r requirements.txt") from error
 
 
 def run_chosen(argv: Sequence[str], table: Table, noun: str, command: str) -> dict:
-    """Runs one of the modules behind `python -m laep_jax {command}` and prints what it returns; {} after the help.
+    """Runs one of the modules behind `laep-jax {command}` and prints what it returns; {} after the help.
 
     Such a module has `run(arguments) -> dict`, which takes what stands behind its name and returns figures that JSON
     can hold, and `table(result) -> str`, which shows them to people.
     """
-    usage = f"usage: python -m laep_jax {command} NAME [--json] ...\n\n{{}}\n\nNAME --help tells more."
+    usage = f"usage: laep-jax {command} NAME [--json] ...\n\n{{}}\n\n`laep-jax {command} NAME --help` tells more."
     module = chosen(argv, table, noun, usage)
     if module is None:
         return {}

@@ -1,12 +1,15 @@
 """The exceptions that are no faults of the program: what a user got wrong, and being told to stop. How it ends then."""
 
+import difflib
+import io
 import os
 import reprlib
 import signal
 import sys
+import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 LONGEST = 2_000  # characters of a message
 REFUSED, STOPPED, INTERRUPTED = 2, os.EX_TEMPFAIL, 128 + signal.SIGINT  # exit codes
@@ -40,6 +43,10 @@ class StoppedError(Exception):
         super().__init__(f"stopped and saved after step {step}; a run started again goes on from there")
 
 
+class UnreachableError(Exception):
+    """The coordinator of several processes does not answer, yet may do so later. Entry points exit with code 1."""
+
+
 def require(condition: bool, field: str, value: object, rule: str) -> None:
     """Raises `UserError("{field}={value} {rule}")` unless `condition` holds."""
     if not condition:
@@ -48,8 +55,25 @@ def require(condition: bool, field: str, value: object, rule: str) -> None:
 
 def require_type(field: str, value: object, hint: object) -> None:
     """Raises `UserError` unless `value` is what an annotation says: plain types, unions, tuples of one type."""
-    text = hint.__name__ if isinstance(hint, type) else str(hint).replace("NoneType", "None")
-    require(_has_type(value, hint), field, value, f"must be of type {text}")
+    require(_has_type(value, hint), field, value, f"must be of type {type_name(hint)}{_remedy(value, hint)}")
+
+
+def type_name(hint: object) -> str:
+    """An annotation as it is written."""
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("NoneType", "None")
+
+
+def _remedy(value: object, hint: object) -> str:
+    """What to write instead, where a value of another type says what was meant."""
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, float) and value.is_integer() and int in parts:
+        return f"; write {short(int(value))}"
+    if isinstance(value, (int, float)) and str in parts:
+        return f"; write {str(value)!r}, in quotes"
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if isinstance(value, str) and value.lower() in words and _has_type(words[value.lower()], hint):
+        return f"; write {words[value.lower()]}"
+    return ""
 
 
 def _has_type(value: object, hint: object) -> bool:
@@ -63,6 +87,23 @@ def _has_type(value: object, hint: object) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)  # type: ignore[arg-type]
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Which of the names was probably meant."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def did_you_mean(name: str, names: Iterable[str], listing: str = "there are") -> str:
+    """The nearest of the names as a question, or all of them.
+
+    >>> did_you_mean("trian", ["train", "plan"]), did_you_mean("x", ["train", "plan"])
+    ('did you mean train?', 'there are train, plan')
+    """
+    names = list(names)
+    near = nearest(name, names)
+    return f"did you mean {near}?" if near else f"{listing} {', '.join(names)}"
 
 
 class _Short(reprlib.Repr):
@@ -84,23 +125,37 @@ def short(value: object) -> str:
     return _Short().repr(value)
 
 
-EXPLAINED = (UserError, StoppedError, KeyboardInterrupt)  # by one line instead of a traceback
+EXPLAINED = (UserError, StoppedError, UnreachableError, KeyboardInterrupt)  # by one line instead of a traceback
 
 
 def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """The exit code of `main(argv)`: after a `UserError` 2, a `StoppedError` 75, Ctrl-C 130, each told in one line.
+    """The exit code of `main(argv)`: after a `UserError` 2, a `StoppedError` 75, an `UnreachableError` 1, Ctrl-C 130.
 
-    Where nobody reads what is printed any more, as behind `| head`, it ends like a program that SIGPIPE ends.
+    Each is told in one line; what the terminal cannot print is escaped. Where nobody reads what is printed any more, as
+    behind `| head`, it ends like a program that SIGPIPE ends.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main(argv)
         sys.stdout.flush()
     except EXPLAINED as error:
         return explain(error)
+    except ValueError as error:
+        if _raised_by(error) != "jax._src.config":
+            raise
+        return explain(UserError(f"an environment variable that JAX reads: {error}"))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at the end complains
         return 128 + signal.SIGPIPE
     return code
+
+
+def _raised_by(error: BaseException) -> str:
+    """The module of the innermost frame."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1]
 
 
 def explain(error: BaseException) -> int:
@@ -110,6 +165,6 @@ def explain(error: BaseException) -> int:
     elif isinstance(error, StoppedError):
         text, code = str(error), STOPPED
     else:
-        text, code = f"error: {error}", REFUSED
+        text, code = f"error: {error}", 1 if isinstance(error, UnreachableError) else REFUSED
     print(text, file=sys.stderr)
     return code

@@ -6,9 +6,9 @@ literals. The frozen dataclasses of `laep_jax.config` check types and ranges the
 the file named on the command line, and lie in its folder or below.
 """
 
+import argparse
 import ast
-import dataclasses
-import difflib
+import codecs
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -18,16 +18,46 @@ from typing import Any
 from gin import config_parser
 
 from laep_jax.config import Config
-from laep_jax.errors import UserError
+from laep_jax.errors import UserError, did_you_mean, nearest
+from laep_jax.fields import settings_of
 from laep_jax.files import read_bytes
+from laep_jax.paths import expanded, require_path
 
 MOST_TEXT = 2**15  # bytes of all files and bindings; the longest here has 2,000
 PARTS: dict[str, type] = typing.get_type_hints(Config)
 CLASSES = {part.__name__: part for part in PARTS.values()}
+HERE = Path(__file__).parent
+SHIPPED = HERE / "configs" if (HERE / "configs").is_dir() else HERE.parent / "configs"  # of a wheel, of a checkout
+DEFAULT = "tiny"
+COMMAND_LINE = "the command line"
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `parse_arguments` takes out of a command line, for the help of a command that reads a config."""
+    group = parser.add_argument_group(
+        "config", f"The defaults, then files, then settings. No file: --config={DEFAULT}."
+    )
+    group.add_argument("--config", metavar="NAME", help="a config that comes with laep_jax: tiny, paper/10b, ...")
+    group.add_argument("--gin_file", metavar="FILE", help="a config of your own; may be given more than once")
+    group.add_argument("--gin.CLASS.FIELD", metavar="VALUE", help="a setting; `laep-jax settings` lists them all")
+
+
+def shipped(name: str) -> Path:
+    """The file of a config that comes with laep_jax, by its path in `configs/` without `.gin`."""
+    names = {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in sorted(SHIPPED.rglob("*.gin"))}
+    if name not in names:
+        listed = [name for name in names if not name.startswith("experiments/")]
+        raise UserError(f"--config={name!r} does not come with laep_jax; {did_you_mean(name, listed)}")
+    return names[name]
+
+
+def or_default(files: Sequence[str]) -> Sequence[str]:
+    """The files, or that of the config that every command takes where none is named."""
+    return files or [str(shipped(DEFAULT))]
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Splits a command line into `--gin_file` values, gin bindings and everything else, in order.
+    """Splits a command line into files (`--gin_file`, `--config`), gin bindings and everything else, in order.
 
     >>> parse_arguments(["--gin_file=a.gin", "--gin.LaepConfig.alpha=hybrid", "--workdir", "x"])
     (['a.gin'], ["LaepConfig.alpha = 'hybrid'"], ['--workdir', 'x'])
@@ -37,7 +67,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[list[str], list[str], list[str
     while waiting:
         argument = waiting.pop(0)
         name, equals, value = argument.partition("=")
-        if name != "--gin_file" and not name.startswith("--gin."):
+        if name not in ("--gin_file", "--config") and not name.startswith("--gin."):
             rest.append(argument)
             continue
         if not equals:
@@ -45,33 +75,44 @@ def parse_arguments(argv: Sequence[str]) -> tuple[list[str], list[str], list[str
                 raise UserError(f"{name} needs a value: {name}=VALUE")
             value = waiting.pop(0)
         if name == "--gin_file":
-            files.append(value)
+            files.append(expanded(value))
+        elif name == "--config":
+            files.append(str(shipped(value)))
         else:
-            bindings.append(f"{name.removeprefix('--gin.')} = {_as_literal(value)}")
+            selector = name.removeprefix("--gin.")
+            bindings.append(f"{selector} = {_as_literal(value, is_text=_hint(selector) is str)}")
     return files, bindings, rest
 
 
-def _as_literal(text: str) -> str:
-    """A value as gin reads it: what is no Python literal, macro or reference is a string."""
+def _hint(selector: str) -> Any:
+    """The type of a field `CLASS.FIELD`, None where there is no such field."""
+    part, _, field = selector.partition(".")
+    return typing.get_type_hints(CLASSES.get(part, object)).get(field)
+
+
+def _as_literal(text: str, *, is_text: bool) -> str:
+    """A value as gin reads it: what is no Python literal, macro or reference is a string, as are numbers of a text."""
     if len(text) > MOST_TEXT:
         raise UserError(f"a setting of {len(text)} characters is above {MOST_TEXT}")
     try:
-        ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text if text.startswith(("%", "@")) else repr(text)
-    return text
+    return repr(text) if is_text and not isinstance(value, str) else text
 
 
 def load_config(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Config:
     """The config that files and bindings describe, later ones over earlier ones.
 
     `UserError` on a file that is missing or does not parse, on files and bindings of more than MOST_TEXT bytes, on
-    an unknown class or field (with the nearest name), a binding without effect, and whatever the dataclasses refuse.
+    unknown classes and fields (with the nearest names), a binding without effect, and whatever the dataclasses refuse.
     """
     statements = _Statements()
     for file in gin_files:
+        require_path("--gin_file", file)
         statements.read_file(Path(file).absolute(), f"--gin_file={file!r}", ())
-    statements.read("\n".join(bindings), "the command line", ())
+    statements.read("\n".join(bindings), COMMAND_LINE, ())
+    statements.require_effect()
     return Config(**{name: part(**statements.fields(part.__name__)) for name, part in PARTS.items()})
 
 
@@ -85,6 +126,8 @@ class _Statements(config_parser.ParserDelegate):
     def __init__(self):
         self._bound: dict[str, dict[str, Any]] = {name: {} for name in CLASSES}
         self._macros: dict[str, Any] = {}
+        self._idle: set[str] = set()  # macros of the command line, which are there to have an effect
+        self._unknown: list[str] = []
         self._left = MOST_TEXT
 
     def configurable_reference(self, scoped_configurable_name, evaluate):
@@ -97,11 +140,14 @@ class _Statements(config_parser.ParserDelegate):
         """including: the files that led here, the one of the command line first."""
         if path in including:
             raise UserError(f"{name} includes itself")
+        data = read_bytes(path, name, MOST_TEXT)
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+            raise UserError(f"{name} is UTF-16, or no text; save it as UTF-8")
         try:
-            text = read_bytes(path, name, MOST_TEXT).decode()
+            text = data.decode("utf-8-sig")  # Windows begins UTF-8 with a mark
         except UnicodeDecodeError as error:
-            raise UserError(f"{name} is not UTF-8: byte {error.start}") from error
-        self.read(text, path.name, (*including, path))
+            raise UserError(f"{name} is not UTF-8: byte {error.start}; save it as UTF-8") from error
+        self.read(re.sub("\r\n?", "\n", text), path.name, (*including, path))
 
     def read(self, text: str, where: str, including: tuple[Path, ...]) -> None:
         self._left -= len(text)
@@ -123,7 +169,7 @@ class _Statements(config_parser.ParserDelegate):
             self._include(statement.filename, including)
         elif isinstance(statement, config_parser.BindingStatement):
             scope, selector, field, value, _ = statement
-            self._bind(scope, selector.removeprefix("laep_jax."), field, value)
+            self._bind(scope, selector.removeprefix("laep_jax."), field, value, including)
 
     def _include(self, file: str, including: tuple[Path, ...]) -> None:
         name = f"include {file!r}"
@@ -135,36 +181,49 @@ class _Statements(config_parser.ParserDelegate):
             raise UserError(f"{name} leads out of the folder of {including[0].name}")
         self.read_file(path, name, including)
 
-    def _bind(self, scope: str, selector: str, field: str, value: Any) -> None:
+    def _bind(self, scope: str, selector: str, field: str, value: Any, including: tuple[Path, ...]) -> None:
         key = f"{selector}.{field}" if field else selector
         if scope:
             raise UserError(f"{scope}/{key}: scopes have no meaning here; write {key}")
         if not field:
-            if any(_macros_in(value)):
-                raise UserError(f"{selector} is a macro, and holds another one")
-            self._macros[selector] = value
-            return
-        if selector not in CLASSES:
-            near = _nearest(selector, CLASSES)
-            classes = f"did you mean {near}?" if near else f"there are {', '.join(CLASSES)}"
-            raise UserError(f"there is no class {selector!r}; {classes}")
-        fields = _fields(CLASSES[selector])
-        if field not in fields:
-            near = _nearest(field, fields)
-            known = f"did you mean {near}?" if near else f"its fields are {', '.join(fields)}"
-            raise UserError(f"{selector} has no field {field!r}; {known}")
-        self._bound[selector][field] = value
+            self._set_macro(selector, value, from_command_line=not including)
+        elif selector not in CLASSES:
+            self._unknown.append(f"there is no class {selector!r}; {did_you_mean(selector, CLASSES)}")
+        elif field not in (fields := settings_of(CLASSES[selector])):
+            near = did_you_mean(field, fields, "its fields are")
+            self._unknown.append(f"{selector} has no field {field!r}; {near}")
+        else:
+            self._bound[selector][field] = value
+
+    def _set_macro(self, name: str, value: Any, *, from_command_line: bool) -> None:
+        if name in CLASSES:
+            raise UserError(f"{name} is a class: write {name}.FIELD, FIELD being one of {', '.join(_fields(name))}")
+        if any(_macros_in(value)):
+            raise UserError(f"{name} is a macro, and holds another one")
+        self._macros[name] = value
+        if from_command_line:
+            self._idle.add(name)
+
+    def require_effect(self) -> None:
+        """`UserError` naming everything unknown, a macro that is used but not set, or one meant to be a field."""
+        fields = {field: f"{name}.{field}" for name in CLASSES for field in _fields(name)}
+        used = {name for bound in self._bound.values() for value in bound.values() for name in _macros_in(value)}
+        unused = self._macros.keys() - used  # by habit macros are capitals, and in a file overriding may idle them
+        for name in sorted(unused):
+            near = nearest(name, fields)
+            if near or name in self._idle:
+                question = f"did you mean {fields[near]}?" if near else "a setting is CLASS.FIELD"
+                self._unknown.append(f"{name} is set but never used; {question}")
+        self._unknown += [f"%{name} is used but never set" for name in sorted(used - self._macros.keys())]
+        if self._unknown:
+            raise UserError("; ".join(self._unknown))
 
     def fields(self, selector: str) -> dict[str, Any]:
-        """The values of a class, macros replaced. `UserError` where a macro was meant to be a field."""
-        used = {name for bound in self._bound.values() for value in bound.values() for name in _macros_in(value)}
-        for name in used - self._macros.keys():
-            raise UserError(f"%{name} is used but never set")
-        for name in self._macros.keys() - used:  # by habit macros are capitals, and overriding may idle them
-            fields = {field: cls for cls, part in CLASSES.items() for field in _fields(part)}
-            if near := _nearest(name, fields):
-                raise UserError(f"{name} is set but never used; did you mean {fields[near]}.{near}?")
-        return {field: self._resolve(value) for field, value in self._bound[selector].items()}
+        """The values of a class, macros replaced and paths expanded."""
+        settings = settings_of(CLASSES[selector])
+        values = {field: self._resolve(value) for field, value in self._bound[selector].items()}
+        paths = [field for field, value in values.items() if settings[field].path and isinstance(value, str)]
+        return values | {field: expanded(values[field]) for field in paths}
 
     def _resolve(self, value: Any) -> Any:
         if isinstance(value, _Macro):
@@ -180,13 +239,8 @@ def _macros_in(value: Any) -> Iterator[str]:
             yield from _macros_in(item)
 
 
-def _fields(part: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(part)]
-
-
-def _nearest(name: str, names: typing.Iterable[str]) -> str | None:
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return found[0] if found else None
+def _fields(name: str) -> list[str]:
+    return list(settings_of(CLASSES[name]))
 
 
 def _one_line(error: Exception) -> str:
@@ -202,5 +256,5 @@ def operative_config(config: Config) -> str:
     lines = []
     for name, part in PARTS.items():
         values = getattr(config, name)
-        lines += [f"{part.__name__}.{field} = {getattr(values, field)!r}" for field in _fields(part)]
+        lines += [f"{part.__name__}.{field} = {getattr(values, field)!r}" for field in settings_of(part)]
     return "\n".join(lines) + "\n"

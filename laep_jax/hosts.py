@@ -9,56 +9,94 @@ import contextlib
 import hashlib
 import itertools
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from laep_jax.errors import EXPLAINED, StoppedError, UserError, explain, require
+from laep_jax.errors import EXPLAINED, StoppedError, UnreachableError, UserError, explain, require, short
 
 ADDRESS, NUMBER, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 HEARTBEAT_TIMEOUT = 30  # seconds until a silent process counts as dead and the others end; JAX waits 100
 MESSAGE = 1024  # bytes
-SHARED_ERRORS = (UserError, FloatingPointError, StoppedError)  # every process comes to them, at the same place
+SHARED_ERRORS = (
+    UserError,
+    UnreachableError,
+    FloatingPointError,
+    StoppedError,
+)  # every process comes to them, at the same place
 
 
 def num_processes() -> int:
     """What JAX_NUM_PROCESSES says beside an address, else 1. JAX can tell only after its devices are made."""
-    text = os.environ.get(NUMBER, "1") if ADDRESS in os.environ else "1"
-    require(text.isdecimal() and int(text) > 0, NUMBER, text, "must be a positive number")
+    number = _number(NUMBER, 1)
+    require(number >= 1, NUMBER, number, "must be a positive number")
+    alone = ADDRESS not in os.environ
+    require(not alone or number == 1, NUMBER, number, f"needs {ADDRESS} beside it; unset it to train in one process")
+    index = _number(INDEX, 0)
+    require(not alone or index == 0, INDEX, index, f"needs {ADDRESS} beside it; unset it to train in one process")
+    return number
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    require(bool(re.fullmatch("[0-9]{1,9}", text)), name, text, "must be a number")
     return int(text)
 
 
 def connect() -> None:
     """Connects the processes of a run, if there are several; must come before JAX's first computation.
 
-    There are several where JAX_COORDINATOR_ADDRESS is set (`python -m laep_jax launch` sets it with
+    There are several where JAX_COORDINATOR_ADDRESS is set (`laep-jax launch` sets it with
     JAX_NUM_PROCESSES and JAX_PROCESS_ID; without these two JAX asks Slurm, Open MPI or the TPU's
     metadata), and on TPU hosts of which GKE names several, or several slices. Plain Cloud TPU VMs name
     nobody in the environment: there set JAX_COORDINATOR_ADDRESS on every host.
+    `UserError` where what the environment says does not make a place among processes, or names devices that are not
+    there; `UnreachableError` where the coordinator does not answer.
     """
-    several_hosts = any("," in os.environ.get(name, "") for name in TPU_HOSTS)
+    number = num_processes()
+    named = [name for name in TPU_HOSTS if "," in os.environ.get(name, "")]
+    named += [name for name in (ADDRESS, "MEGASCALE_COORDINATOR_ADDRESS") if name in os.environ]
     if ADDRESS in os.environ and NUMBER in os.environ:
-        number, index = num_processes(), os.environ.get(INDEX, "")
-        rule = f"must be a number below {NUMBER}={number}"
-        require(index.isdecimal() and int(index) < number, INDEX, index, rule)
-        jax.distributed.initialize(
-            os.environ[ADDRESS],
-            number,
-            int(index),
-            cluster_detection_method="deactivate",
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-        )
+        require(INDEX in os.environ, INDEX, "", f"must be a number below {NUMBER}={number}")
+        index = _number(INDEX, 0)
+        require(index < number, INDEX, index, f"must be a number below {NUMBER}={number}")
+        address = os.environ[ADDRESS]
+        require(bool(re.fullmatch(r".+:[0-9]+", address)), ADDRESS, address, "must be HOST:PORT")
+        _initialize(named, address, number, index, cluster_detection_method="deactivate")
         if os.environ.get("JAX_PLATFORMS") == "cpu":
             _silence_gloo()
-    elif ADDRESS in os.environ or several_hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
-    connected = jax.process_count() == 1 or jax.distributed.is_initialized()
-    require(connected, ADDRESS, os.environ.get(ADDRESS), f"must be set: there are {jax.process_count()} hosts")
+    elif named:
+        _initialize(named)
+    try:
+        count = jax.process_count()
+    except Exception as error:  # a platform may be unknown, without a driver, or without a plugin
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(f"JAX_PLATFORMS={platforms!r} has no devices here: {_first_line(error)}") from error
+    connected = count == 1 or jax.distributed.is_initialized()
+    require(connected, ADDRESS, os.environ.get(ADDRESS), f"must be set: there are {count} hosts")
+
+
+def _initialize(named: Sequence[str], *arguments: Any, **options: Any) -> None:
+    """named: the variables that say that there are several processes."""
+    try:
+        jax.distributed.initialize(*arguments, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT, **options)
+    except Exception as error:  # JAX has many for variables that it cannot use
+        said = ", ".join(f"{name}={short(os.environ[name])}" for name in named)
+        if "DEADLINE_EXCEEDED" in str(error) or "UNAVAILABLE" in str(error):
+            raise UnreachableError(f"the coordinator of {said} does not answer: {_first_line(error)}") from error
+        rule = "unset it to train in one process, or set all of " + ", ".join((ADDRESS, NUMBER, INDEX))
+        raise UserError(f"{said}: {_first_line(error)}; {rule}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _silence_gloo() -> None:
@@ -109,7 +147,7 @@ def refused_together(kind: type[UserError] = UserError) -> Iterator[None]:
 
 def is_alone(error: BaseException | None) -> bool:
     """Whether the other processes know nothing of this error and would be waited for in vain."""
-    return error is not None and jax.process_count() > 1 and not isinstance(error, SHARED_ERRORS)
+    return error is not None and not isinstance(error, SHARED_ERRORS) and jax.process_count() > 1
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
-"""`python -m laep_jax launch`: the training of several hosts, tried with processes of one machine.
+"""`laep-jax launch`: the training of several hosts, tried with processes of one machine.
 
-    python -m laep_jax launch --num-processes 2 --restarts 3 -- --gin_file=configs/tiny.gin --workdir=runs/x
+    laep-jax launch --num-processes 2 --restarts 3 -- --gin_file=configs/tiny.gin --workdir=runs/x
 
-Starts that many `python -m laep_jax train` with the arguments behind `--`, connected over the loopback
-interface; they share `MeshConfig.cpu_devices` emulated devices. Process 0 writes to the terminal, what
-others say is shown where they fail. The first to fail ends all, and after a crash all are started again. On real
-hosts nothing is launched: each runs train.py itself.
+Starts that many `laep-jax train` with the arguments behind `--`, connected over the loopback
+interface; they share `MeshConfig.cpu_devices` emulated devices. Standard output of
+process 0 is the launcher's own; what else they print is shown at the end, in full of the processes that fail first, in
+one line of those that fail because of them. The first to fail ends all, and after a crash all are started
+again. On real hosts nothing is launched: each runs train.py itself.
 
 SIGTERM and Ctrl-C are passed on; the processes save and end, however long that takes. A second signal ends them
 at once.
@@ -35,7 +36,7 @@ ORPHANS_STOP = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m laep_jax launch",
+        prog="laep-jax launch",
         description="Trains in several processes of this machine, as several hosts would.",
     )
     parser.add_argument("--num-processes", type=int, required=True, metavar="N", help="processes to start")
@@ -91,9 +92,10 @@ def _run(command: Sequence[str], num_processes: int, told: Sequence[int]) -> tup
         children: list[subprocess.Popen] = []
         stack.callback(_kill, children)
         for index in range(num_processes):
-            children.append(_start(command, address, num_processes, index, None if index == 0 else said[index]))
+            children.append(_start(command, address, num_processes, index, said[index]))
         failed = _wait_for_failure(children, told)
         if not failed:
+            _print(said[0])
             return 0, 0
         first = max(failed, key=lambda index: children[index].returncode)  # signals are negative
         code = _exit_code(children[first].returncode)
@@ -108,10 +110,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _start(
-    command: Sequence[str], address: str, num_processes: int, index: int, output: IO[bytes] | None
-) -> subprocess.Popen:
-    """One process; `laep_jax.hosts.connect` and JAX read the variables. output: None is the terminal."""
+def _start(command: Sequence[str], address: str, num_processes: int, index: int, said: IO[bytes]) -> subprocess.Popen:
+    """One process; `laep_jax.hosts.connect` and JAX read the variables. said: where all goes but 0's output."""
     environment = {
         "JAX_PLATFORMS": "cpu",  # several processes cannot share the machine's accelerators
         **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},  # gRPC's way out
@@ -120,10 +120,11 @@ def _start(
         "JAX_NUM_PROCESSES": str(num_processes),
         "JAX_PROCESS_ID": str(index),
     }
-    error = None if output is None else subprocess.STDOUT
     if sys.platform == "linux":
         command = [sys.executable, "-S", "-c", ORPHANS_STOP, *command]
-    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=error)
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=said if index else None, stderr=said
+    )
 
 
 def _wait_for_failure(children: Sequence[subprocess.Popen], told: Sequence[int]) -> list[int]:
@@ -162,17 +163,30 @@ def _kill(children: Sequence[subprocess.Popen]) -> None:
 
 
 def _tell(failed: Sequence[int], children: Sequence[subprocess.Popen], said: Sequence[IO[bytes]]) -> None:
-    """Prints what the processes that failed said; the first, which writes to the terminal, has told already.
+    """Prints what the processes said: survivors of the first failure in a line each, then in full those that failed.
 
-    A refusal or a stop is the same in all of them. Who fails later does so because of these.
+    A refusal or a stop is the same in all of them, and is told once.
     """
+    codes = [child.returncode for child in children]
+    if codes[failed[0]] in (REFUSED, STOPPED) and len({codes[index] for index in failed}) == 1:
+        _print(said[failed[0]])
+        return
+    for index in set(range(len(children))) - set(failed):
+        if lines := _lines(said[index]):
+            print(f"[process {index}] {lines[-1]}", file=sys.stderr)
     for index in failed:
-        code = children[index].returncode
-        if index and not (code == children[0].returncode and code in (REFUSED, STOPPED)):
-            said[index].seek(0)
-            for line in said[index].read().decode(errors="replace").splitlines():
-                print(f"[process {index}] {line}", file=sys.stderr)
-            print(f"[process {index}] exit code {_exit_code(code)}", file=sys.stderr)
+        for line in [*_lines(said[index]), f"exit code {_exit_code(codes[index])}"]:
+            print(f"[process {index}] {line}", file=sys.stderr)
+
+
+def _lines(said: IO[bytes]) -> list[str]:
+    said.seek(0)
+    return said.read().decode(errors="replace").splitlines()
+
+
+def _print(said: IO[bytes]) -> None:
+    for line in _lines(said):
+        print(line, file=sys.stderr)
 
 
 def _exit_code(code: int) -> int:

@@ -12,7 +12,12 @@ def require_path(name: str, text: str) -> None:
     require("://" not in text, name, text, "must be mounted: a path, not an address")
     require(text.strip() == text, name, text, "must not begin or end with white space")
     require(not re.search(r"[\x00-\x1f\x7f]", text), name, text, "must not hold control characters")
-    require(not re.search(r"[\ud800-\udfff]", text), name, text, "must be valid UTF-8: it is written into JSON")
+    require(
+        not re.search(r"[\ud800-\udfff]", text),
+        name,
+        text,
+        "must be valid UTF-8; where only the locale is not, set PYTHONUTF8=1",
+    )
     require(not text.startswith("~"), name, text, "must not begin with ~: write the home folder out")
     require(not re.search(r"\$[\w{]", text), name, text, "must not hold variables: write their values out")
 

@@ -6,6 +6,7 @@ F ffn, G twice that (gate and up side by side). A stack of layers has one more d
 """
 
 import os
+import re
 from collections.abc import Sequence
 
 import jax
@@ -29,8 +30,12 @@ def make_cpu_devices(number: int, *, processes: int = 1) -> None:
     not help where a collective lies free beside a loop with others; `transformer._after` sees to that.) One device of
     one process (of `processes` in the run) waits for nobody and keeps XLA's own number of threads.
     """
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", number)
+    forced = re.search(r"--xla_force_host_platform_device_count=(\S*)", os.environ.get("XLA_FLAGS", ""))
+    rule = f"in XLA_FLAGS is not what MeshConfig.cpu_devices makes of it, {number} a process; unset it"
+    require(
+        not forced or forced[1] == str(number), "--xla_force_host_platform_device_count", forced and forced[1], rule
+    )
+    jax.config.update("jax_num_cpu_devices", number if not forced else -1)
     if number * processes > 1:
         os.environ.setdefault("PJRT_NPROC", str(THREADS_PER_DEVICE * number))
 

@@ -70,6 +70,18 @@ def test_command_line_values_need_no_quotes(argument, value, equals):
         ("ModelConfig.num_expert = 2", "ModelConfig has no field 'num_expert'; did you mean num_experts?"),
         ("ModelConfig.zzz = 2", "ModelConfig has no field 'zzz'; its fields are vocab_size, num_layers"),
         ("ModeConfig.num_experts = 2", "there is no class 'ModeConfig'; did you mean ModelConfig?"),
+        (
+            "ModelConfig.num_expert = 2\nLaepConfig.alpah = 1\nModeConfig.x = 2\nbeta = 1\nTrainConfig.seed = %S",
+            "ModelConfig has no field 'num_expert'; did you mean num_experts?; LaepConfig has no field 'alpah'; did you"
+            " mean alpha?; there is no class 'ModeConfig'; did you mean ModelConfig?; beta is set but never used; did"
+            " you mean LaepConfig.beta?; %S is used but never set",
+        ),
+        ("LaepConfig = 0.2", "LaepConfig is a class: write LaepConfig.FIELD, FIELD being one of alpha, beta"),
+        ("TrainConfig.num_steps = 2e3", "TrainConfig.num_steps=2000.0 must be of type int; write 2000"),
+        ("DataConfig.text_field = 1", "DataConfig.text_field=1 must be of type str; write '1', in quotes"),
+        ("ModelConfig.lfa = 'true'", "ModelConfig.lfa='true' must be of type bool; write True"),
+        ("LaepConfig.guard_steps = 'none'", "LaepConfig.guard_steps='none' must be of type int | None; write None"),
+        ("\0", "is UTF-16, or no text; save it as UTF-8"),
         ("alpha = 0.2", "alpha is set but never used; did you mean LaepConfig.alpha?"),
         ("ModelConfig.num_layers = %L", "%L is used but never set"),
         ("x/ModelConfig.num_layers = 2", "scopes have no meaning here; write ModelConfig.num_layers"),
@@ -115,6 +127,39 @@ def test_what_is_wrong_is_told_in_one_line(write, tmp_path, monkeypatch, text, m
     with pytest.raises(UserError, match=re.escape(message)) as error:
         load_config(write(text))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_text_files_of_other_systems_are_read(tmp_path, encoding, end):
+    text = f"# größer{end}ModelConfig.num_layers = 2{end}TrainConfig.num_steps = 1_000{end}"
+    (tmp_path / "a.gin").write_bytes(text.encode(encoding))
+    config = load_config([str(tmp_path / "a.gin")])
+    assert (config.model.num_layers, config.train.num_steps) == (2, 1000)
+    (tmp_path / "a.gin").write_bytes(text.encode("utf-16"))
+    with pytest.raises(UserError, match="is UTF-16, or no text; save it as UTF-8"):
+        load_config([str(tmp_path / "a.gin")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gin.LaepConfig", "0.2"], "LaepConfig is a class: write LaepConfig.FIELD"),
+        (["--gin.ModelConfig=6"], "ModelConfig is a class: write ModelConfig.FIELD"),
+        (["--gin.STEPS=6"], "STEPS is set but never used; a setting is CLASS.FIELD"),
+        (["--config=tiny.gin"], "--config='tiny.gin' does not come with laep_jax; did you mean tiny?"),
+        (["--gin_file=file:///a.gin"], "--gin_file='file:///a.gin' must be mounted"),
+    ],
+)
+def test_an_argument_without_effect_is_refused(arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(*parse_arguments(arguments)[:2])
+
+
+def test_numbers_are_text_where_text_is_meant():
+    arguments = ["--gin.DataConfig.source=text", "--gin.DataConfig.path=2024", "--gin.DataConfig.text_field=None"]
+    data = load_config(*parse_arguments([*arguments, "--gin.DataConfig.tokenizer='bytes'"])[:2]).data
+    assert (data.path, data.text_field, data.tokenizer) == ("2024", "None", "bytes")
 
 
 def test_files_and_bindings_have_one_limit(write):

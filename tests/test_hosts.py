@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from laep_jax import hosts
-from laep_jax.errors import StoppedError, UserError
+from laep_jax.errors import StoppedError, UserError, run_main
 
 NAMES = (hosts.ADDRESS, hosts.NUMBER, hosts.INDEX, *hosts.TPU_HOSTS, "MEGASCALE_COORDINATOR_ADDRESS", "JAX_PLATFORMS")
 HEARTBEAT = {"heartbeat_timeout_seconds": hosts.HEARTBEAT_TIMEOUT}
@@ -44,12 +44,23 @@ def test_processes_connect_where_there_are_several(environment, monkeypatch, var
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        (ALL_GIVEN | {hosts.NUMBER: "two"}, "JAX_NUM_PROCESSES='two' must be a positive number"),
-        (ALL_GIVEN | {hosts.INDEX: "4"}, "JAX_PROCESS_ID='4' must be a number below JAX_NUM_PROCESSES=4"),
+        (ALL_GIVEN | {hosts.NUMBER: "two"}, "JAX_NUM_PROCESSES='two' must be a number"),
+        (ALL_GIVEN | {hosts.NUMBER: "0"}, "JAX_NUM_PROCESSES=0 must be a positive number"),
+        (ALL_GIVEN | {hosts.INDEX: "4"}, "JAX_PROCESS_ID=4 must be a number below JAX_NUM_PROCESSES=4"),
         ({hosts.ADDRESS: "10.0.0.1:99", hosts.NUMBER: "4"}, "JAX_PROCESS_ID='' must be a number below"),
+        (ALL_GIVEN | {hosts.ADDRESS: "10.0.0.1"}, "JAX_COORDINATOR_ADDRESS='10.0.0.1' must be HOST:PORT"),
+        ({hosts.NUMBER: "4"}, "JAX_NUM_PROCESSES=4 needs JAX_COORDINATOR_ADDRESS beside it"),
+        ({hosts.INDEX: "1"}, "JAX_PROCESS_ID=1 needs JAX_COORDINATOR_ADDRESS beside it"),
+        ({hosts.NUMBER: "0x4"}, "JAX_NUM_PROCESSES='0x4' must be a number"),
+        ({hosts.ADDRESS: "10.0.0.1:99"}, "JAX_COORDINATOR_ADDRESS='10.0.0.1:99': no cluster; unset it"),
+        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, "TPU_WORKER_HOSTNAMES='t-0,t-1': no cluster; unset it"),
     ],
 )
-def test_a_place_that_cannot_be_is_refused(environment, variables, message):
+def test_a_place_that_cannot_be_is_refused(environment, monkeypatch, variables, message):
+    def initialize(**options):
+        raise ValueError("no cluster\nat all")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     environment(variables)
     with pytest.raises(UserError, match=message):
         hosts.connect()
@@ -60,6 +71,29 @@ def test_hosts_that_are_not_connected_are_refused(environment, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(UserError, match=r"JAX_COORDINATOR_ADDRESS=None must be set: there are 4 hosts"):
         hosts.connect()
+
+
+def test_platforms_that_are_not_here_and_a_coordinator_that_does_not_answer_are_a_line(
+    environment, monkeypatch, capsys
+):
+    def no_devices():
+        raise RuntimeError("Unable to initialize backend 'tpu': no driver\n(set JAX_PLATFORMS='')")
+
+    environment({"JAX_PLATFORMS": "tpu"})
+    monkeypatch.setattr(jax, "process_count", no_devices)
+    message = r"^JAX_PLATFORMS='tpu' has no devices here: Unable .*: no driver$"
+    with pytest.raises(UserError, match=message), hosts.leaving_at_once(lambda: False):
+        hosts.connect()
+
+    def no_answer(*arguments, **options):
+        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+
+    environment(ALL_GIVEN)
+    monkeypatch.setattr(jax.distributed, "initialize", no_answer)
+    assert run_main(lambda argv: hosts.connect() or 0, []) == 1
+    assert capsys.readouterr().err.startswith(
+        "error: the coordinator of JAX_COORDINATOR_ADDRESS='10.0.0.1:99' does not"
+    )
 
 
 def test_alone_everything_agrees():

@@ -64,6 +64,16 @@ def test_one_that_fails_ends_all_and_is_heard(tmp_path, capfd, impatient):
     assert said == ["[process 1] a fault", "[process 1] in two lines", "[process 1] exit code 1"]
 
 
+def test_of_those_that_fail_later_one_line_is_shown_before_the_one_that_matters(tmp_path, capfd):
+    body = "everybody()\nfailed = here / 'failed'\n"
+    body += "if index == 1: failed.touch(); sys.exit('the fault')\n"
+    body += "while not failed.exists(): time.sleep(0.02)\n"
+    body += "time.sleep(0.5)\nsys.exit('a traceback\\nconnection reset')\n"
+    assert launch.launch(program(tmp_path, body), 2) == 1
+    said = capfd.readouterr().err.splitlines()
+    assert said == ["[process 0] connection reset", "[process 1] the fault", "[process 1] exit code 1"]
+
+
 def test_a_signal_to_one_ends_all(tmp_path, impatient):
     body = "everybody()\nif index == 2: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)\n"
     assert launch.launch(program(tmp_path, body), 3) == 128 + signal.SIGKILL

@@ -12,9 +12,9 @@ ORDER = [
     {"paths"},
     {"fields"},
     {"config_parts"},
-    {"config", "chips", "commands", "files", "hosts", "launch"},
+    {"config", "chips", "commands", "files", "hosts", "launch", "switches"},
     {"laep"},
-    {"gin_config", "sharding", "report"},
+    {"gin_config", "settings", "sharding", "report"},
     {"model", "data"},
     {"training"},
     {"preflight"},
@@ -110,7 +110,11 @@ def test_the_report_reads_files_only():
 
 
 def test_the_papers_part_imports_no_jax():
-    names = [name for name in imports() if room(name) in ("laep", "config", "errors", "files", "launch", "__main__")]
+    names = [
+        name
+        for name in imports()
+        if room(name) in ("laep", "config", "errors", "files", "launch", "settings", "__main__")
+    ]
     code = f"import sys\nfor name in {names}: __import__(name)\nassert not {{'jax', 'flax', 'gin'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=True)
 

@@ -107,7 +107,7 @@ def test_the_tiny_run_from_a_shell_and_a_second_start_on_fewer_devices(tmp_path)
         ("--gin_file=nowhere.gin", "--gin_file='nowhere.gin' cannot be read: No such file"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, argument, message):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, argument, message):
     arguments = [argument, f"--workdir={tmp_path / 'x'}", f"--gin.DataConfig.cache_dir={tmp_path / 'cache'}"]
     assert run_main(command.main, arguments) == 2
     told = capsys.readouterr()
@@ -117,6 +117,11 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, argument, messa
     assert told.err.count("\n") == 1
     assert not (tmp_path / "x").exists()
     if "nowhere" in argument:
+        monkeypatch.setenv("JAX_ENABLE_X64", "maybe")
+        malformed = start()
+        assert (malformed.returncode, malformed.stdout, malformed.stderr.count("\n")) == (2, "", 1)
+        assert "JAX_ENABLE_X64" in malformed.stderr
+        monkeypatch.delenv("JAX_ENABLE_X64")
         result = start(*arguments)
         assert (result.returncode, result.stdout, result.stderr) == (2, "", told.err)
 
@@ -129,14 +134,15 @@ def test_a_closed_pipe_ends_quietly(unbuffered):
     assert (len(result.stdout), result.stderr) == (1, "")
 
 
-def test_the_tools_are_listed_and_an_unknown_one_is_refused():
+def test_the_tools_are_listed_and_an_unknown_one_is_refused(capsys):
     listed = start("--help", program=("-m", "laep_jax"))
     assert listed.returncode == 0
-    for name in ("train", "launch", "plan", "describe", "report", "train-tokenizer"):
+    for name in ("train", "launch", "plan", "settings", "describe", "report", "train-tokenizer"):
         assert name in listed.stdout
         with pytest.raises(SystemExit) as helped:
             dispatch([name, "--help"])
         assert helped.value.code == 0
+        assert f"usage: laep-jax {name} " in capsys.readouterr().out
     unknown = start("pln", program=("-m", "laep_jax"))
     assert unknown.returncode == 2
-    assert unknown.stderr.startswith("error: there is no command 'pln'")
+    assert unknown.stderr.startswith("error: there is no command 'pln'; did you mean plan?")

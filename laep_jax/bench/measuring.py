@@ -17,7 +17,7 @@ from laep_jax.errors import require
 
 def parse_repetitions(arguments: Sequence[str], bench: str, description: str, default: int) -> int:
     """`--repetitions` of each form, of a bench that has no other option. `UserError` where it is below 1."""
-    parser = argparse.ArgumentParser(prog=f"python -m laep_jax bench {bench}", description=description)
+    parser = argparse.ArgumentParser(prog=f"laep-jax bench {bench}", description=description)
     parser.add_argument("--repetitions", type=int, default=default, metavar="N", help="of each form (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     repetitions = parser.parse_args(arguments).repetitions

@@ -39,7 +39,7 @@ TOKENS = 100_000  # of the layers' loads, to have whole numbers
 
 def run(arguments: Sequence[str]) -> dict:
     """`temporary_bytes` and `receive_buffer` by variant."""
-    parser = argparse.ArgumentParser(prog="python -m laep_jax bench memory", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="laep-jax bench memory", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.parse_args(arguments)
     make_cpu_devices(DEVICES)

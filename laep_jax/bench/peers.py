@@ -98,7 +98,7 @@ def run(arguments: Sequence[str]) -> dict:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m laep_jax bench peers", description="Training throughput beside Transformers and MaxText."
+        prog="laep-jax bench peers", description="Training throughput beside Transformers and MaxText."
     )
     parser.add_argument("--install", action="store_true", help="install those peers that are missing; some GB")
     parser.add_argument(

@@ -25,7 +25,7 @@ REPETITIONS = 5
 
 def run(arguments: Sequence[str]) -> dict:
     """`plan_seconds` (fastest and median), and over all distributions the `gap` to the bound and to `eplb`."""
-    parser = argparse.ArgumentParser(prog="python -m laep_jax bench plan", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="laep-jax bench plan", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.parse_args(arguments)
     rng = np.random.default_rng(0)

@@ -43,7 +43,7 @@ PARTS = ("plan", "evaluate", "save", "restore", "compile", "first step")
 
 def run(arguments: Sequence[str]) -> dict:
     """`pause_seconds` by part, `step_seconds`, `bytes_read`, `bytes_needed` of the first variant; all in `variants`."""
-    parser = argparse.ArgumentParser(prog="python -m laep_jax bench prune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="laep-jax bench prune", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.parse_args(arguments)
     variants = {name: in_process("laep_jax.bench.prune", name) for name in VARIANTS}

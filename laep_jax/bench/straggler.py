@@ -81,7 +81,7 @@ def _recorded(path: Path) -> np.ndarray:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m laep_jax bench straggler",
+        prog="laep-jax bench straggler",
         description="Step time of the experts before LAEP, pruned, and rearranged, against what the plan predicts.",
     )
     parser.add_argument(

@@ -61,7 +61,7 @@ def _training_texts(config: DataConfig) -> Iterator[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m laep_jax train-tokenizer",
+        prog="laep-jax train-tokenizer",
         description="Trains a byte-level BPE tokenizer on the training documents of a corpus.",
     )
     add = parser.add_argument

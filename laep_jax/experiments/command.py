@@ -1,10 +1,11 @@
-"""`python -m laep_jax experiment NAME`: one of the paper's experiments, run small.
+"""`laep-jax experiment NAME`: one of the paper's experiments, run small.
 
-    python -m laep_jax experiment table1 --seeds 0,1,2
+    laep-jax experiment table1 --seeds 0,1,2
 
 Its rows are training runs of `configs/experiments/`, which are run one after the other as far as their results are not
-kept yet. Started again after an interruption it goes on where it stopped. Then it draws tables and figures, also into
-`docs/results.md` beside the results. `NAME` may be `tables`: everything is drawn again, and nothing is run.
+kept yet: three to eight minutes a row and seed on two cores. Started again after an interruption it resumes. Then it
+draws tables and figures, also into `docs/results.md` beside the results. `NAME` may be `tables`: everything is drawn
+again, and nothing is run.
 """
 
 import argparse
@@ -70,7 +71,10 @@ def _listed(name: str, experiment: Experiment) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m laep_jax experiment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="laep-jax experiment",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="an experiment, or `tables`")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from laep_jax.config import Config
 from laep_jax.errors import UserError
-from laep_jax.gin_config import load_config
+from laep_jax.gin_config import SHIPPED, load_config
 
-FOLDER = Path(__file__).parents[2] / "configs" / "experiments"  # of a checkout
+FOLDER = SHIPPED / "experiments"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,8 @@ def change_stored(step: Path, key: str, index: tuple[int, ...]) -> None:
 
 def run(arguments: Sequence[str]) -> dict:
     """How many damages there were, how many were `undetected` or unnamed, and how often the step before was lost."""
-    parser = argparse.ArgumentParser(prog="python -m laep_jax faults damage", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="laep-jax faults damage", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--flips", type=int, default=100, metavar="N", help="random bits of the state (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the bits (%(default)s)")
     options = parser.parse_args(arguments)

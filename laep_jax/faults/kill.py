@@ -91,7 +91,8 @@ def durations(events: Sequence[dict]) -> dict[str, list[float]]:
 
 def run(arguments: Sequence[str]) -> dict:
     """Counts of trials, kills, wrong ends and lost saves; all of the latter two must be 0."""
-    parser = argparse.ArgumentParser(prog="python -m laep_jax faults kill", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="laep-jax faults kill", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--trials", type=int, default=50, metavar="N", help="runs that are killed (%(default)s)")
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2), help="of each run (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m laep_jax plan",
+        prog="laep-jax plan",
         description="Which experts to prune and where to place the others, from recorded token counts.",
     )
     required = parser.add_argument_group("required")

@@ -1,4 +1,4 @@
-"""`python -m laep_jax describe`: what a config amounts to, from shapes alone. Allocates nothing, needs no JAX."""
+"""`laep-jax describe`: what a config amounts to, from shapes alone. Allocates nothing, needs no JAX."""
 
 import argparse
 import dataclasses
@@ -6,19 +6,22 @@ import itertools
 import json
 from collections.abc import Sequence
 
-from laep_jax.gin_config import load_config, parse_arguments
+from laep_jax.gin_config import add_config_arguments, load_config, or_default, parse_arguments
 from laep_jax.model.accounting import ModelSize, model_size
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints a table, or JSON with the fields of `ModelSize` as keys."""
     gin_files, bindings, rest = parse_arguments(argv)
-    parser = argparse.ArgumentParser(prog="python -m laep_jax describe", description="Counts a model of a config.")
+    parser = argparse.ArgumentParser(
+        prog="laep-jax describe",
+        description="Counts the parameters, experts and FLOPs of a config's model.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--gin_file", help="a config; may be given more than once")
-    parser.add_argument("--gin.CLASS.FIELD", metavar="VALUE", help="a setting, over what the files say")
+    add_config_arguments(parser)
     as_json = parser.parse_args(rest).json
-    config = load_config(gin_files, bindings)
+    config = load_config(or_default(gin_files), bindings)
     size = model_size(config.model, sequence_length=config.data.sequence_length)
     print(json.dumps(dataclasses.asdict(size)) if as_json else _table(size, config.data.sequence_length))
     return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from laep_jax.chips import CHIPS, find_chip
 from laep_jax.errors import require
-from laep_jax.gin_config import load_config, parse_arguments
+from laep_jax.gin_config import add_config_arguments, load_config, or_default, parse_arguments
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(rest)
     chip = find_chip(args.topology)
     require(args.slices >= 1, "--slices", args.slices, "must be at least 1")
-    config = load_config(gin_files, bindings)
+    config = load_config(or_default(gin_files), bindings)
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX looks for devices of its own
     from laep_jax.preflight.run import as_json, preflight, table
 
@@ -33,8 +33,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m laep_jax preflight",
-        description="Compiles the train step and the cut of a config for TPU chips, and says what they need.",
+        prog="laep-jax preflight",
+        allow_abbrev=False,
+        description="Compiles the train step and the cut of a config for TPU chips, and says what they need. Minutes.",
     )
     known = f"v5p:4x4x12 or v5p-384, v6e:2x4 or v6e-8; chips: {', '.join(CHIPS)}"
     parser.add_argument("--topology", required=True, metavar="CHIP:SLICE", help=f"for example {known}")
@@ -47,6 +48,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many such slices; `data` goes across")
     parser.add_argument("--save", type=Path, metavar="FILE", help="the step's executable, for `train.py --executable`")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--gin_file", help="a config; may be given more than once")
-    parser.add_argument("--gin.CLASS.FIELD", metavar="VALUE", help="a setting, over what the files say")
+    add_config_arguments(parser)
     return parser

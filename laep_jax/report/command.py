@@ -21,7 +21,7 @@ DPI = 110
 
 def main(argv: list[str]) -> int:
     """Draws all figures and prints their paths; `UserError` where the run directory does not read."""
-    parser = argparse.ArgumentParser(prog="laep_jax report", description="Draws a run's figures as PNG files.")
+    parser = argparse.ArgumentParser(prog="laep-jax report", description="Draws a run's figures as PNG files.")
     parser.add_argument("run_dir", type=Path, help="directory of a training run")
     parser.add_argument("--out", type=Path, help="where the figures go (default: RUN_DIR/figures)")
     args = parser.parse_args(argv)

@@ -1,44 +1,68 @@
-"""Pre-trains an MoE language model, pruning and rearranging its experts on the way (LAEP).
-
-    python train.py --gin_file=configs/tiny.gin --gin.LaepConfig.alpha=0.2 --workdir=runs/x
-
-`python -m laep_jax train` is the same. Without --gin_file it takes configs/tiny.gin. Started again with
-the same --workdir, it goes on from the newest checkpoint there. On several hosts each host runs this
-command, see `laep_jax.hosts.connect`; `python -m laep_jax launch` tries that on one machine.
-"""
+"""`laep-jax train`, the same as `python train.py`; DESCRIPTION is its help."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from laep_jax.errors import UserError, require
-from laep_jax.gin_config import load_config, parse_arguments
+import laep_jax
+from laep_jax.errors import require
+from laep_jax.gin_config import add_config_arguments, load_config, operative_config, or_default, parse_arguments
 from laep_jax.hosts import connect, leaving_at_once, num_processes
+from laep_jax.paths import expanded, require_path
 from laep_jax.sharding import make_cpu_devices
+from laep_jax.switches import set_switches
 from laep_jax.training.ahead import is_compiling
+from laep_jax.training.check import check
 from laep_jax.training.start import train
 
-DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "tiny.gin"  # of a checkout
+DESCRIPTION = """\
+Pre-trains an MoE language model, pruning and rearranging its experts on the way (LAEP).
+
+    {prog} --gin_file=configs/tiny.gin --gin.LaepConfig.alpha=0.2 --workdir=runs/x
+
+The default config takes a few minutes on two cores. Started again with the same --workdir, a run resumes from its
+newest checkpoint. On several hosts each host runs this command; `laep-jax launch` tries that on one machine.
+"""
 
 
 def main(argv: Sequence[str]) -> int:
     gin_files, bindings, rest = parse_arguments(argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", help="the folder where the run lives (default: runs/ and the config's name)")
-    parser.add_argument("--gin_file", help="a config; may be given more than once")
-    parser.add_argument("--gin.CLASS.FIELD", metavar="VALUE", help="a setting, over what the files say")
-    parser.add_argument("--executable", type=Path, metavar="FILE", help="the step as `preflight --save` compiled it")
-    arguments = parser.parse_args(rest)
-    if not gin_files and not DEFAULT_CONFIG.is_file():
-        raise UserError("--gin_file is needed: this installation of laep_jax has no configs/tiny.gin beside it")
-    gin_files = gin_files or [str(DEFAULT_CONFIG)]
+    arguments = _parser().parse_args(rest)
+    gin_files = or_default(gin_files)
     config = load_config(gin_files, bindings)
-    require("://" not in (arguments.workdir or ""), "--workdir", arguments.workdir, "must be a mounted folder")
+    if arguments.print_config:
+        print(operative_config(config), end="")
+        return 0
+    workdir = f"runs/{Path(gin_files[-1]).stem}" if arguments.workdir is None else expanded(arguments.workdir)
+    require_path("--workdir", workdir)
     devices, processes = config.mesh.cpu_devices, num_processes()
     require(devices % processes == 0, "MeshConfig.cpu_devices", devices, f"is not divisible by {processes} processes")
+    set_switches()
     make_cpu_devices(devices // processes, processes=processes)
     with leaving_at_once(is_compiling):
         connect()
-        workdir = arguments.workdir or f"runs/{Path(gin_files[-1]).stem}"
-        train(config, workdir, executable=arguments.executable)
+        if arguments.check:
+            print("\n".join(check(config, Path(workdir))))
+        else:
+            train(config, workdir, executable=arguments.executable)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    prog = "python train.py" if Path(sys.argv[0]).name == "train.py" else "laep-jax train"
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [--config=NAME | --gin_file=FILE] [--gin.CLASS.FIELD=VALUE] [--workdir=DIR] ...",
+        description=DESCRIPTION.format(prog=prog),
+        epilog="`laep-jax settings` lists every setting with its default, values and meaning.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", metavar="DIR", help="the run's folder (default: runs/ and the config's name)")
+    parser.add_argument("--executable", type=Path, metavar="FILE", help="the step as `preflight --save` compiled it")
+    parser.add_argument("--print-config", action="store_true", help="print every setting as gin text, and end")
+    parser.add_argument("--check", action="store_true", help="do everything but the training: exit code 0 or 2")
+    parser.add_argument("--version", action="version", version=f"laep_jax {laep_jax.__version__}")
+    add_config_arguments(parser)
+    return parser

@@ -16,6 +16,7 @@ from laep_jax.gin_config import operative_config
 from laep_jax.hosts import refused_together
 from laep_jax.model.attention import attention_kernel
 from laep_jax.sharding import make_mesh
+from laep_jax.switches import require_switches
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.console import RunConsole
 from laep_jax.training.controller import Controller
@@ -82,6 +83,7 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path |
 
 def open_inputs(config: Config, run_dir: Path) -> tuple[Dataset, int]:
     """The corpus, and the bytes of a training state, of a run whose settings fit this machine; else `UserError`."""
+    require_switches()
     with refused_together():
         require_savable(run_dir)
         refuse_links(run_dir)
