@@ -64,21 +64,19 @@ class Dataset:
 
     def _count_targets(self) -> np.ndarray:
         """Targets of each run of validation documents in the batches of all processes, int64 [R]."""
+        batch_size, last = self.local_rows * self.process_count, len(self.heldout_order)
+        measured = min(self.num_heldout_batches * batch_size, last)
+        rows = np.arange(last) if measured == last else np.array([self.heldout_order[i] for i in range(measured)])
         targets_R = np.zeros(len(self.tokens.run_ends), np.int64)
-        for index in range(self.num_heldout_batches):
-            for process_index in range(self.process_count):
-                rows_B = self._heldout_rows(index, process_index)
-                is_target_BS = (
-                    pack(cut_rows(self.tokens.heldout, rows_B, self.sequence_length), self.eod)["targets_BS"] >= 0
-                )
-                runs_BS = document_indices(self.tokens.run_ends, rows_B, self.sequence_length)
-                targets_R += np.bincount(runs_BS[is_target_BS], minlength=len(targets_R))
+        for first in range(0, measured, batch_size):
+            batch, runs_BS = self._heldout(rows[first : first + batch_size])
+            targets_R += np.bincount(runs_BS[batch["targets_BS"] >= 0], minlength=len(targets_R))
         return targets_R
 
-    def _heldout_rows(self, index: int, process_index: int) -> np.ndarray:
-        """Numbers of the rows that a process takes in a held-out batch; past the last one they are padding."""
-        first, last = (index * self.process_count + process_index) * self.local_rows, len(self.heldout_order)
-        return np.array([self.heldout_order[i] if i < last else last for i in range(first, first + self.local_rows)])
+    def _heldout(self, rows_B: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """(these rows of validation text, for each target the index of its run of documents, [B, S])."""
+        batch = pack(cut_rows(self.tokens.heldout, rows_B, self.sequence_length), self.eod)
+        return batch, document_indices(self.tokens.run_ends, rows_B, self.sequence_length)
 
     def train_batch(self, step: int) -> dict[str, np.ndarray]:
         """tokens_BS, targets_BS, segments_BS, positions_BS (see `packing.pack`) of a step, from 0 on."""
@@ -96,9 +94,9 @@ class Dataset:
         Rows past the last one are padding.
         """
         assert 0 <= index < self.num_heldout_batches
-        rows_B = self._heldout_rows(index, self.process_index)
-        batch = pack(cut_rows(self.tokens.heldout, rows_B, self.sequence_length), self.eod)
-        runs_BS = document_indices(self.tokens.run_ends, rows_B, self.sequence_length)
+        first, last = (index * self.process_count + self.process_index) * self.local_rows, len(self.heldout_order)
+        rows = [self.heldout_order[i] if i < last else last for i in range(first, first + self.local_rows)]
+        batch, runs_BS = self._heldout(np.array(rows))
         return batch | {"domains_BS": self.run_domains[runs_BS]}
 
 

@@ -112,8 +112,11 @@ def test_another_corpus_split_tokenizer_or_version_is_another_cache(config, fold
     assert not tokenizes(counting(calls))
 
 
-@pytest.mark.parametrize("suffix", [".tokens", ".json"])
-@pytest.mark.parametrize("place", [0, DIGEST - 1, DIGEST + 12, HEADER - 1, HEADER, -1, "cut", "grown", ""])
+@pytest.mark.parametrize(
+    ("suffix", "place"),
+    [(".tokens", place) for place in (0, DIGEST - 1, DIGEST + 12, HEADER - 1, HEADER, HEADER + 5001, -1, "cut", "")]
+    + [(".tokens", "grown"), (".json", 0), (".json", -1), (".json", "cut"), (".json", "")],
+)
 def test_damage_is_found_and_repaired(config, caplog, suffix, place):
     good = opening(config())
     train, heldout = good.train.tolist(), good.heldout.tolist()
@@ -122,7 +125,7 @@ def test_damage_is_found_and_repaired(config, caplog, suffix, place):
     damaged = {"cut": whole[:-2], "grown": whole + b"\0", "": b""}.get(place)
     if damaged is None:
         flipped = bytearray(whole)
-        flipped[min(place, len(whole) - 1)] ^= 1
+        flipped[place] ^= 1
         damaged = bytes(flipped)
     path.write_bytes(damaged)
     calls = []
