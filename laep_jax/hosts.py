@@ -110,7 +110,7 @@ def _silence_gloo() -> None:
 
 def texts_of_all(text: str) -> list[str]:
     """What each process says, by its index, no more than MESSAGE bytes of it. Waits for all of them."""
-    said = np.frombuffer(text.encode()[:MESSAGE].ljust(MESSAGE, b"\0"), np.uint8)
+    said = np.frombuffer(text.encode(errors="backslashreplace")[:MESSAGE].ljust(MESSAGE, b"\0"), np.uint8)
     return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(said)]
 
 
@@ -120,7 +120,9 @@ def require_same(values: Mapping[str, object]) -> None:
     values: by name; the same names everywhere.
     """
     texts = {name: str(value) for name, value in values.items()}
-    digests = np.array([list(hashlib.sha256(text.encode()).digest()) for text in texts.values()], np.uint8)
+    digests = np.array(
+        [list(hashlib.sha256(text.encode(errors="backslashreplace")).digest()) for text in texts.values()], np.uint8
+    )
     differs = np.any(np.ptp(multihost_utils.process_allgather(digests), axis=0), axis=1)
     for name in itertools.compress(texts, differs):
         of_all = texts_of_all(texts[name])

@@ -46,8 +46,7 @@ class Run:
         self.log, self.console, self.progress = log, console, progress
         self.config = config = progress.current(base)
         self.mesh = make_mesh(config.mesh)
-        batches = min(config.train.eval_batches, dataset.num_heldout_batches)
-        self.heldout = [dataset.heldout_batch(i) for i in range(batches)]
+        self.heldout = [dataset.heldout_batch(i) for i in range(dataset.num_heldout_batches)]
         self.cut: Cut | None = None  # the one that is announced
         self.pause = Pause()
         self.steps = self.new_steps(config, first_step)
