@@ -10,7 +10,9 @@ import hashlib
 import itertools
 import os
 import re
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +26,7 @@ from laep_jax.errors import EXPLAINED, StoppedError, UnreachableError, UserError
 ADDRESS, NUMBER, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 HEARTBEAT_TIMEOUT = 30  # seconds until a silent process counts as dead and the others end; JAX waits 100
+COORDINATOR_TIMEOUT = 300  # seconds, as JAX waits
 MESSAGE = 1024  # bytes
 SHARED_ERRORS = (
     UserError,
@@ -69,6 +72,8 @@ def connect() -> None:
         require(index < number, INDEX, index, f"must be a number below {NUMBER}={number}")
         address = os.environ[ADDRESS]
         require(bool(re.fullmatch(r".+:[0-9]+", address)), ADDRESS, address, "must be HOST:PORT")
+        if index > 0:
+            await_coordinator(address)
         _initialize(named, address, number, index, cluster_detection_method="deactivate")
         if os.environ.get("JAX_PLATFORMS") == "cpu":
             _silence_gloo()
@@ -83,14 +88,29 @@ def connect() -> None:
     require(connected, ADDRESS, os.environ.get(ADDRESS), f"must be set: there are {count} hosts")
 
 
+def await_coordinator(address: str) -> None:
+    """Returns once something listens at HOST:PORT; `UnreachableError` where nothing does for COORDINATOR_TIMEOUT.
+
+    JAX itself would abort the process in C++, with a stack trace.
+    """
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + COORDINATOR_TIMEOUT
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > deadline:
+                raise UnreachableError(f"{ADDRESS}={short(address)} does not answer: {error}") from error
+        time.sleep(1)
+
+
 def _initialize(named: Sequence[str], *arguments: Any, **options: Any) -> None:
     """named: the variables that say that there are several processes."""
     try:
         jax.distributed.initialize(*arguments, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT, **options)
     except Exception as error:  # JAX has many for variables that it cannot use
         said = ", ".join(f"{name}={short(os.environ[name])}" for name in named)
-        if "DEADLINE_EXCEEDED" in str(error) or "UNAVAILABLE" in str(error):
-            raise UnreachableError(f"the coordinator of {said} does not answer: {_first_line(error)}") from error
         rule = "unset it to train in one process, or set all of " + ", ".join((ADDRESS, NUMBER, INDEX))
         raise UserError(f"{said}: {_first_line(error)}; {rule}") from error
 
