@@ -28,7 +28,7 @@ class ModelConfig:
     head_dim: int = fixed(32, "size of a head; even, for rotary embedding turns pairs", low=2)
     ffn_size: int = fixed(256, "hidden size of one expert", low=1)
     num_experts: tuple[int, ...] | int = fixed(16, "routed experts: one number for all layers, or one a layer", low=1)
-    top_k: int = fixed(2, "experts that a token is sent to", low=1)
+    top_k: int = fixed(2, "experts that a token is sent to; 1: weighted by the softmax over all experts", low=1)
     lfa: bool = fixed(True, "localized filtering-based attention: causal convolutions before queries and keys")
     lfa_bias: bool = fixed(False, "a bias in those convolutions")
     rope_base: float = fixed(1e6, "base of the rotary embedding's wavelengths", above=1)

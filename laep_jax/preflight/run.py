@@ -14,6 +14,7 @@ from laep_jax.laep.counts import read_counts
 from laep_jax.laep.recorded_loads import read_current_counts
 from laep_jax.laep.runs import cost_of_merging, merge_runs
 from laep_jax.model.accounting import model_size
+from laep_jax.model.attention import attention_kernel
 from laep_jax.preflight.compiling import Program, compile_cut, compile_step, topology_devices
 from laep_jax.preflight.estimate import Estimate, estimate, state_by_leaf
 from laep_jax.preflight.hlo import BETWEEN_SLICES
@@ -49,6 +50,7 @@ class Preflight:
     topology: str
     chip: Chip
     config: Config
+    attention: str
     step: Estimate
     after: Estimate | None
     cut_bytes: int
@@ -90,6 +92,7 @@ def preflight(
         topology=topology if slices == 1 else f"{slices} slices {topology}",
         chip=chip,
         config=before.config,
+        attention=attention_kernel(before.config, devices[0]),
         step=estimate(before.config, step, chip, before.straggler),
         after=estimate(after.config, compile_step(after.config, devices), chip, after.straggler) if after else None,
         cut_bytes=sum(size for _, _, size in state) + cut.temporary_bytes + cut.output_bytes,
@@ -158,6 +161,7 @@ def as_json(flight: Preflight) -> dict:
     return {
         **dataclasses.asdict(flight.step),
         "topology": flight.topology,
+        "attention": flight.attention,
         "fits": flight.fits,
         "receive_buffer": flight.config.model.receive_buffer,
         "max_runs": flight.merging,
@@ -173,9 +177,9 @@ def table(flight: Preflight) -> str:
     """All of it for people."""
     mesh, data = flight.config.mesh, flight.config.data
     lines = [
-        f"{flight.topology}: {flight.step.chips:,} chips {flight.chip.kind}; "
+        f"{flight.topology}: {flight.step.chips:,} devices {flight.chip.kind}; "
         f"mesh data {mesh.data} x fsdp {mesh.fsdp} x expert {mesh.expert}; "
-        f"{data.batch_size:,} sequences of {data.sequence_length:,} tokens",
+        f"{data.batch_size:,} sequences of {data.sequence_length:,} tokens; attention {flight.attention}",
         *([f"loads of {flight.source}"] if flight.source else []),
         *([flight.merging] if flight.merging else []),
         "",
