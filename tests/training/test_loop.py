@@ -319,11 +319,13 @@ def test_the_held_out_loss_is_logged_by_domain(run):
 
 
 def test_a_finished_run_only_shows_its_table_again(run, config, tmp_path, capsys):
-    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.name != "run.lock"}
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.suffix in (".jsonl", ".npy", ".json")}
+    numbers = list((run / "tensorboard").iterdir())
     summary = train(config, run)
     assert summary == json.loads((run / "summary.json").read_text())
     assert "held-out loss" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in before} == before
+    assert list((run / "tensorboard").iterdir()) == numbers
 
 
 def test_rearranging_alone_recurs_and_changes_no_loss(run, config, tmp_path):
