@@ -168,8 +168,8 @@ def _tell(failed: Sequence[int], children: Sequence[subprocess.Popen], said: Seq
     A refusal or a stop is the same in all of them, and is told once.
     """
     codes = [child.returncode for child in children]
-    if codes[failed[0]] in (REFUSED, STOPPED) and len({codes[index] for index in failed}) == 1:
-        _print(said[failed[0]])
+    if codes[0] in (REFUSED, STOPPED) and len(set(codes)) == 1:
+        _print(said[0])
         return
     for index in set(range(len(children))) - set(failed):
         if lines := _lines(said[index]):

@@ -208,7 +208,8 @@ def check_resumable(progress: Progress, config: Config, fingerprint: str, where:
                 text = f"{part}.{field} {short(values[0])} -> {short(values[1])}"
                 (refused if setting.fixed else changed).append(text)
     if progress.fingerprint != fingerprint:
-        refused.append(f"the corpus {short(progress.fingerprint)} -> {short(fingerprint)}")
+        files = [text for text in changed if text.startswith("DataConfig.")]
+        refused.append("; ".join([f"the corpus {short(progress.fingerprint)} -> {short(fingerprint)}", *files]))
     if refused:
         raise UserError(f"another run than that of checkpoint {where}: {'; '.join(refused)}; use another workdir")
     return changed

@@ -15,6 +15,7 @@ from laep_jax.files import refuse_links
 from laep_jax.gin_config import operative_config
 from laep_jax.hosts import refused_together
 from laep_jax.model.attention import attention_kernel
+from laep_jax.paths import require_path
 from laep_jax.sharding import make_mesh
 from laep_jax.switches import require_switches
 from laep_jax.training.checkpoint import Checkpoints
@@ -85,6 +86,7 @@ def open_inputs(config: Config, run_dir: Path) -> tuple[Dataset, int]:
     """The corpus, and the bytes of a training state, of a run whose settings fit this machine; else `UserError`."""
     require_switches()
     with refused_together():
+        require_path("run_dir", str(run_dir))
         require_savable(run_dir)
         refuse_links(run_dir)
         resolved = config.resolve(jax.device_count())
