@@ -327,7 +327,6 @@ def test_the_held_out_loss_is_logged_by_domain(run):
     assert set(summary["heldout_loss_by_domain"]) == {"periodic", "before_prune", "after_prune", "end"}
 
 
-<<<<<<< .merge_file_HMYIxU
 def test_a_finished_run_only_shows_its_table_again(run, config, capsys):
     """Also with other free settings, which are not those that made it."""
     before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
@@ -342,16 +341,6 @@ def test_a_run_keeps_its_settings_and_its_model_as_gin(run, config):
     assert load_config([str(run / "operative.gin")]) == config
     [prune] = records(run, "prune")
     assert load_config([str(run / "model.gin")]).model.num_experts == tuple(prune["experts_after"])
-=======
-def test_a_finished_run_only_shows_its_table_again(run, config, tmp_path, capsys):
-    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.suffix in (".jsonl", ".npy", ".json")}
-    numbers = list((run / "tensorboard").iterdir())
-    summary = train(config, run)
-    assert summary == json.loads((run / "summary.json").read_text())
-    assert "held-out loss" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in before} == before
-    assert list((run / "tensorboard").iterdir()) == numbers
->>>>>>> .merge_file_KKf2Re
 
 
 def test_rearranging_alone_recurs_and_changes_no_loss(run, config, tmp_path):
