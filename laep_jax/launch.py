@@ -111,7 +111,7 @@ def _free_port() -> int:
 
 
 def _start(command: Sequence[str], address: str, num_processes: int, index: int, said: IO[bytes]) -> subprocess.Popen:
-    """One process; `laep_jax.hosts.connect` and JAX read the variables. said: where all goes but 0's output."""
+    """One process; `laep_jax.distributed.connect` and JAX read the variables. said: where all goes but 0's output."""
     environment = {
         "JAX_PLATFORMS": "cpu",  # several processes cannot share the machine's accelerators
         **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},  # gRPC's way out

@@ -4,12 +4,19 @@ import jax
 import numpy as np
 import pytest
 
-from laep_jax import hosts
+from laep_jax import distributed
 from laep_jax.errors import StoppedError, UserError, run_main
 
-NAMES = (hosts.ADDRESS, hosts.NUMBER, hosts.INDEX, *hosts.TPU_HOSTS, "MEGASCALE_COORDINATOR_ADDRESS", "JAX_PLATFORMS")
-HEARTBEAT = {"heartbeat_timeout_seconds": hosts.HEARTBEAT_TIMEOUT}
-ALL_GIVEN = {hosts.ADDRESS: "10.0.0.1:99", hosts.NUMBER: "4", hosts.INDEX: "3"}
+NAMES = (
+    distributed.ADDRESS,
+    distributed.NUMBER,
+    distributed.INDEX,
+    *distributed.TPU_HOSTS,
+    "MEGASCALE_COORDINATOR_ADDRESS",
+    "JAX_PLATFORMS",
+)
+HEARTBEAT = {"heartbeat_timeout_seconds": distributed.HEARTBEAT_TIMEOUT}
+ALL_GIVEN = {distributed.ADDRESS: "10.0.0.1:99", distributed.NUMBER: "4", distributed.INDEX: "3"}
 
 
 @pytest.fixture
@@ -26,7 +33,7 @@ def environment(monkeypatch):
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
         ({"TPU_PROCESS_ADDRESSES": "local"}, None),
         (ALL_GIVEN, ("10.0.0.1:99", 4, 3)),
-        ({hosts.ADDRESS: "10.0.0.1:99"}, ()),
+        ({distributed.ADDRESS: "10.0.0.1:99"}, ()),
         ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, ()),
         ({"TPU_PROCESS_ADDRESSES": "t-0:8471,t-1:8471"}, ()),
         ({"MEGASCALE_COORDINATOR_ADDRESS": "t-0", "TPU_WORKER_HOSTNAMES": "t-0"}, ()),
@@ -34,10 +41,10 @@ def environment(monkeypatch):
 )
 def test_processes_connect_where_there_are_several(environment, monkeypatch, variables, arguments):
     calls = []
-    monkeypatch.setattr(hosts, "await_coordinator", lambda address: None)
+    monkeypatch.setattr(distributed, "await_coordinator", lambda address: None)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs)))
     environment(variables)
-    hosts.connect()
+    distributed.connect()
     expected = HEARTBEAT | ({"cluster_detection_method": "deactivate"} if arguments else {})
     assert calls == ([] if arguments is None else [(arguments, expected)])
 
@@ -45,15 +52,15 @@ def test_processes_connect_where_there_are_several(environment, monkeypatch, var
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        (ALL_GIVEN | {hosts.NUMBER: "two"}, "JAX_NUM_PROCESSES='two' must be a number"),
-        (ALL_GIVEN | {hosts.NUMBER: "0"}, "JAX_NUM_PROCESSES=0 must be a positive number"),
-        (ALL_GIVEN | {hosts.INDEX: "4"}, "JAX_PROCESS_ID=4 must be a number below JAX_NUM_PROCESSES=4"),
-        ({hosts.ADDRESS: "10.0.0.1:99", hosts.NUMBER: "4"}, "JAX_PROCESS_ID='' must be a number below"),
-        (ALL_GIVEN | {hosts.ADDRESS: "10.0.0.1"}, "JAX_COORDINATOR_ADDRESS='10.0.0.1' must be HOST:PORT"),
-        ({hosts.NUMBER: "4"}, "JAX_NUM_PROCESSES=4 needs JAX_COORDINATOR_ADDRESS beside it"),
-        ({hosts.INDEX: "1"}, "JAX_PROCESS_ID=1 needs JAX_COORDINATOR_ADDRESS beside it"),
-        ({hosts.NUMBER: "0x4"}, "JAX_NUM_PROCESSES='0x4' must be a number"),
-        ({hosts.ADDRESS: "10.0.0.1:99"}, "JAX_COORDINATOR_ADDRESS='10.0.0.1:99': no cluster; unset it"),
+        (ALL_GIVEN | {distributed.NUMBER: "two"}, "JAX_NUM_PROCESSES='two' must be a number"),
+        (ALL_GIVEN | {distributed.NUMBER: "0"}, "JAX_NUM_PROCESSES=0 must be a positive number"),
+        (ALL_GIVEN | {distributed.INDEX: "4"}, "JAX_PROCESS_ID=4 must be a number below JAX_NUM_PROCESSES=4"),
+        ({distributed.ADDRESS: "10.0.0.1:99", distributed.NUMBER: "4"}, "JAX_PROCESS_ID='' must be a number below"),
+        (ALL_GIVEN | {distributed.ADDRESS: "10.0.0.1"}, "JAX_COORDINATOR_ADDRESS='10.0.0.1' must be HOST:PORT"),
+        ({distributed.NUMBER: "4"}, "JAX_NUM_PROCESSES=4 needs JAX_COORDINATOR_ADDRESS beside it"),
+        ({distributed.INDEX: "1"}, "JAX_PROCESS_ID=1 needs JAX_COORDINATOR_ADDRESS beside it"),
+        ({distributed.NUMBER: "0x4"}, "JAX_NUM_PROCESSES='0x4' must be a number"),
+        ({distributed.ADDRESS: "10.0.0.1:99"}, "JAX_COORDINATOR_ADDRESS='10.0.0.1:99': no cluster; unset it"),
         ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, "TPU_WORKER_HOSTNAMES='t-0,t-1': no cluster; unset it"),
     ],
 )
@@ -64,14 +71,14 @@ def test_a_place_that_cannot_be_is_refused(environment, monkeypatch, variables, 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     environment(variables)
     with pytest.raises(UserError, match=message):
-        hosts.connect()
+        distributed.connect()
 
 
 def test_hosts_that_are_not_connected_are_refused(environment, monkeypatch):
     environment({})
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(UserError, match=r"JAX_COORDINATOR_ADDRESS=None must be set: there are 4 hosts"):
-        hosts.connect()
+        distributed.connect()
 
 
 def test_platforms_that_are_not_here_and_a_coordinator_that_does_not_answer_are_a_line(
@@ -83,23 +90,23 @@ def test_platforms_that_are_not_here_and_a_coordinator_that_does_not_answer_are_
     environment({"JAX_PLATFORMS": "tpu"})
     monkeypatch.setattr(jax, "process_count", no_devices)
     message = r"^JAX_PLATFORMS='tpu' has no devices here: Unable .*: no driver$"
-    with pytest.raises(UserError, match=message), hosts.leaving_at_once(lambda: False):
-        hosts.connect()
+    with pytest.raises(UserError, match=message), distributed.leaving_at_once(lambda: False):
+        distributed.connect()
 
-    environment(ALL_GIVEN | {hosts.ADDRESS: "127.0.0.1:1"})
-    monkeypatch.setattr(hosts, "COORDINATOR_TIMEOUT", 0)
-    assert run_main(lambda argv: hosts.connect() or 0, []) == 1
+    environment(ALL_GIVEN | {distributed.ADDRESS: "127.0.0.1:1"})
+    monkeypatch.setattr(distributed, "COORDINATOR_TIMEOUT", 0)
+    assert run_main(lambda argv: distributed.connect() or 0, []) == 1
     assert capsys.readouterr().err.startswith("error: JAX_COORDINATOR_ADDRESS='127.0.0.1:1' does not answer: ")
 
 
 def test_alone_everything_agrees():
-    assert hosts.texts_of_all("äh") == ["äh"]
-    hosts.require_same({"the plan": "abc", "TrainConfig.seed": 0})
-    with hosts.refused_together():
+    assert distributed.texts_of_all("äh") == ["äh"]
+    distributed.require_same({"the plan": "abc", "TrainConfig.seed": 0})
+    with distributed.refused_together():
         pass
-    with pytest.raises(UserError, match=r"^no$"), hosts.refused_together():
+    with pytest.raises(UserError, match=r"^no$"), distributed.refused_together():
         raise UserError("no")
-    with pytest.raises(RuntimeError), hosts.leaving_at_once(lambda: False):
+    with pytest.raises(RuntimeError), distributed.leaving_at_once(lambda: False):
         raise RuntimeError
 
 
@@ -109,10 +116,10 @@ def test_a_difference_names_every_text_and_process(monkeypatch):
         others[-1] = 0
         return np.stack([mine, others, mine])
 
-    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
-    monkeypatch.setattr(hosts, "texts_of_all", lambda text: [text, "b", text])
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(distributed, "texts_of_all", lambda text: [text, "b", text])
     with pytest.raises(UserError, match=r"^the plan differs between the processes: a on 0, 2; b on 1$"):
-        hosts.require_same({"TrainConfig.seed": 0, "the plan": "a"})
+        distributed.require_same({"TrainConfig.seed": 0, "the plan": "a"})
 
 
 @pytest.mark.parametrize(
@@ -128,13 +135,13 @@ def test_a_difference_names_every_text_and_process(monkeypatch):
 )
 def test_which_errors_are_a_process_s_own(monkeypatch, error, alone):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert hosts.is_alone(error) == alone
+    assert distributed.is_alone(error) == alone
 
 
 def test_a_stop_does_not_wait_for_a_compilation(monkeypatch, capsys):
     codes = []
-    monkeypatch.setattr(hosts.os, "_exit", codes.append)
-    with hosts.leaving_at_once(lambda: True):
+    monkeypatch.setattr(distributed.os, "_exit", codes.append)
+    with distributed.leaving_at_once(lambda: True):
         raise StoppedError(7)
     assert codes == [75]
     assert capsys.readouterr().err == "stopped and saved after step 7; a run started again goes on from there\n"

@@ -16,8 +16,8 @@ import numpy as np
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from laep_jax.preflight.compiling import compile_step
 from laep_jax.sharding import make_cpu_devices
-from laep_jax.training.controller import configured_plan, imbalance, with_receive_buffer
-from laep_jax.training.surgery import cut_config
+from laep_jax.state.surgery import cut_config
+from laep_jax.training.prune.controller import configured_plan, imbalance, with_receive_buffer
 
 DEVICES = 8
 CONFIG = Config(

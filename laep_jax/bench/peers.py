@@ -31,7 +31,7 @@ from laep_jax.bench.measuring import random_batch
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 from laep_jax.errors import require
 from laep_jax.sharding import HUGE_PAGES, make_mesh, put_batch
-from laep_jax.training.state import init_state
+from laep_jax.state.tree import init_state
 from laep_jax.training.step import make_train_step
 
 ROOT = Path(__file__).parents[2]

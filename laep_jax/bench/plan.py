@@ -14,7 +14,7 @@ import numpy as np
 
 from laep_jax.config import LaepConfig
 from laep_jax.laep.placement import device_loads, lower_bound, place
-from laep_jax.training.controller import configured_plan
+from laep_jax.training.prune.controller import configured_plan
 
 LAYERS, EXPERTS, ITERATIONS = 103, 256, 1000
 PLACED_EXPERTS, DEVICES, DISTRIBUTIONS = 64, 8, 200

@@ -20,14 +20,14 @@ import jax
 import numpy as np
 
 from laep_jax.bench.measuring import in_process
+from laep_jax.checkpoint.checkpointer import Checkpoints
+from laep_jax.checkpoint.partial_read import bytes_needed
 from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_cpu_devices, make_mesh
-from laep_jax.training.checkpoint import Checkpoints
-from laep_jax.training.cut_restore import bytes_needed
+from laep_jax.state.surgery import cut_config
+from laep_jax.state.tree import abstract_state
 from laep_jax.training.start import train
-from laep_jax.training.state import abstract_state
-from laep_jax.training.surgery import cut_config
 
 DEVICES = 8
 MODEL = ModelConfig(num_layers=3, hidden_size=256, head_dim=64, ffn_size=512, num_experts=64, router_init=0.3)

@@ -20,7 +20,7 @@ from laep_jax.config import LaepConfig
 from laep_jax.laep.placement import device_loads
 from laep_jax.laep.plan import LayerPlan, Plan
 from laep_jax.laep.pruning import alpha_per_layer
-from laep_jax.training.controller import configured_plan
+from laep_jax.training.prune.controller import configured_plan
 
 VARIANTS = ("base", "pruned", "rearranged", "uniform")
 TOP_K = 2

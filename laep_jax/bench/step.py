@@ -25,7 +25,7 @@ from laep_jax.bench.moe import MATMUL, MATMULS, matmul_form
 from laep_jax.config import Config, DataConfig, ModelConfig
 from laep_jax.model.accounting import flops_by_part
 from laep_jax.sharding import HUGE_PAGES, make_cpu_devices, make_mesh, put_batch
-from laep_jax.training.state import TrainState, init_state
+from laep_jax.state.tree import TrainState, init_state
 from laep_jax.training.step import Batch, make_train_step
 
 CONFIG = Config(

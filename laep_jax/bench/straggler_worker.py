@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from laep_jax import hosts
+from laep_jax import distributed
 from laep_jax.model.dispatch import AXIS, Tokens, arrival_routes, ragged_dispatch
 from laep_jax.model.experts import experts_by_blocks
 
@@ -31,10 +31,10 @@ SMALLEST = 1024  # rows of a buffer
 
 def main(argv: Sequence[str]) -> None:
     kind, folder = argv
-    use_one_core(int(os.environ[hosts.INDEX]))
+    use_one_core(int(os.environ[distributed.INDEX]))
     with np.load(Path(folder) / "task.npz") as task:
         seconds = {"connected": connected, "alone": alone}[kind](dict(task))
-    np.save(Path(folder) / f"seconds_{os.environ[hosts.INDEX]}.npy", seconds)
+    np.save(Path(folder) / f"seconds_{os.environ[distributed.INDEX]}.npy", seconds)
 
 
 def use_one_core(index: int) -> None:
@@ -53,7 +53,7 @@ def connected(task: Mapping[str, np.ndarray]) -> np.ndarray:
 
     task: slots_VLTK, slot ids, or E for none; num_experts, hidden, ffn, num_rows of the receive buffer, repetitions.
     """
-    hosts.connect()
+    distributed.connect()
     mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
     num_experts, hidden, ffn = (int(task[name]) for name in ("num_experts", "hidden", "ffn"))
     layer = connected_layer(mesh, num_experts, int(task["num_rows"]))

@@ -14,7 +14,7 @@ import numpy as np
 from laep_jax.experiments.rows import Row
 from laep_jax.laep.plan import Plan, chosen_plan
 from laep_jax.report.run_data import read_run
-from laep_jax.training.controller import configured_plan
+from laep_jax.training.prune.controller import configured_plan
 
 Maker = Callable[[Row, Path, Path], str]
 

@@ -18,16 +18,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from laep_jax.checkpoint.checkpointer import Checkpoints
+from laep_jax.checkpoint.manifest import DamagedError, write_manifest
+from laep_jax.checkpoint.partial_read import open_leaves
 from laep_jax.config import Config
 from laep_jax.errors import require
 from laep_jax.faults.tiny import change
 from laep_jax.faults.worker import make_config
 from laep_jax.sharding import make_cpu_devices, make_mesh
-from laep_jax.training.checkpoint import Checkpoints
-from laep_jax.training.cut_restore import open_leaves
-from laep_jax.training.manifest import DamagedError, write_manifest
+from laep_jax.state.tree import TrainState, abstract_state
 from laep_jax.training.start import train
-from laep_jax.training.state import TrainState, abstract_state
 
 OLDER, NEWEST = 3, 5  # the steps that the run saves
 RANDOM = "random bit flipped"

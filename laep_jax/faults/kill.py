@@ -21,9 +21,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from laep_jax.distributed import HEARTBEAT_TIMEOUT
 from laep_jax.errors import require
 from laep_jax.faults.worker import EVENTS, RUN, Spec
-from laep_jax.hosts import HEARTBEAT_TIMEOUT
 
 PATIENCE = 1800.0  # seconds for one run, other work beside it
 LAUNCH = (

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.files import read_records
 from laep_jax.laep.recorded_loads import read_loads
 from laep_jax.sharding import make_mesh
-from laep_jax.training.checkpoint import Checkpoints
-from laep_jax.training.state import abstract_state
+from laep_jax.state.tree import abstract_state
 
 
 def tiny_config(cache_dir: str, **parts: dict[str, Any]) -> Config:

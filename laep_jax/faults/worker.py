@@ -18,23 +18,24 @@ from pathlib import Path
 
 import jax
 
+from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config
+from laep_jax.distributed import connect, leaving_at_once, num_processes
 from laep_jax.faults.tiny import end_of_run, tiny_config
-from laep_jax.hosts import connect, leaving_at_once, num_processes
 from laep_jax.sharding import make_cpu_devices
-from laep_jax.training import cut, loop, prune
-from laep_jax.training.ahead import is_compiling
-from laep_jax.training.checkpoint import Checkpoints
-from laep_jax.training.run import Run
+from laep_jax.training import loop
+from laep_jax.training.prune import transition
+from laep_jax.training.prune.compile_ahead import is_compiling
 from laep_jax.training.start import train
+from laep_jax.training.trainer import Run
 
 RUN = "run"  # the event that begins with the run
 EVENTS = {  # of a prune, in its order
     "plan": (loop, "decide"),
-    "compile": (cut, "compile_steps"),
+    "compile": (transition, "compile_steps"),
     "save": (loop, "save_and_cut"),
     "restore": (Checkpoints, "restore_cut"),
-    "first evaluation": (prune, "_report"),
+    "first evaluation": (transition, "_report"),
 }
 NUM_STEPS = 28
 

@@ -17,9 +17,9 @@ from laep_jax.chips import find_slice
 from laep_jax.config import Config
 from laep_jax.errors import UserError
 from laep_jax.sharding import make_mesh
-from laep_jax.training.state import abstract_state
+from laep_jax.state.surgery import Kept, cut_config, lower_largest_cut
+from laep_jax.state.tree import abstract_state
 from laep_jax.training.step import abstract_batch, make_train_step
-from laep_jax.training.surgery import Kept, cut_config, lower_largest_cut
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from laep_jax.model.accounting import model_size
 from laep_jax.preflight.compiling import Program
 from laep_jax.preflight.hlo import Collective, collectives, kernels
 from laep_jax.sharding import leaf_name, make_mesh
-from laep_jax.training.state import abstract_state
+from laep_jax.state.tree import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,9 @@ from laep_jax.preflight.compiling import Program, compile_cut, compile_step, top
 from laep_jax.preflight.estimate import Estimate, estimate, state_by_leaf
 from laep_jax.preflight.hlo import BETWEEN_SLICES
 from laep_jax.sharding import make_mesh
-from laep_jax.training.controller import configured_plan, imbalance, with_receive_buffer
+from laep_jax.state.surgery import Kept, cut_config
 from laep_jax.training.executable import save_step
-from laep_jax.training.surgery import Kept, cut_config
+from laep_jax.training.prune.controller import configured_plan, imbalance, with_receive_buffer
 
 LABELS = {BETWEEN_SLICES: "between slices"}
 

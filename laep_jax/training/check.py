@@ -4,15 +4,15 @@ from pathlib import Path
 
 import jax
 
+from laep_jax.checkpoint.checkpointer import META_FILE
+from laep_jax.checkpoint.lock import CHECKPOINTS, require_checkpoints, require_room
+from laep_jax.checkpoint.manifest import read_sealed
+from laep_jax.checkpoint.steps import StepDirectory
 from laep_jax.config import Config
-from laep_jax.hosts import refused_together
-from laep_jax.training.checkpoint import META_FILE
-from laep_jax.training.controller import Controller
-from laep_jax.training.exclusive import CHECKPOINTS, require_checkpoints, require_room
-from laep_jax.training.manifest import read_sealed
-from laep_jax.training.resume import find_progress
+from laep_jax.distributed import refused_together
+from laep_jax.training.prune.controller import Controller
+from laep_jax.training.run_state import find_progress
 from laep_jax.training.start import mesh_text, open_inputs, schedule_text
-from laep_jax.training.step_directory import StepDirectory
 
 
 def check(config: Config, run_dir: Path) -> list[str]:

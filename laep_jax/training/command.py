@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import laep_jax
+from laep_jax.distributed import connect, leaving_at_once, num_processes
 from laep_jax.errors import require
 from laep_jax.gin_config import add_config_arguments, load_config, operative_config, or_default, parse_arguments
-from laep_jax.hosts import connect, leaving_at_once, num_processes
 from laep_jax.paths import expanded, require_path
 from laep_jax.sharding import make_cpu_devices
 from laep_jax.switches import set_switches
-from laep_jax.training.ahead import is_compiling
 from laep_jax.training.check import check
+from laep_jax.training.prune.compile_ahead import is_compiling
 from laep_jax.training.start import train
 
 DESCRIPTION = """\

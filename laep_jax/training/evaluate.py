@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from laep_jax.sharding import Mesh, put_batch
-from laep_jax.training.state import TrainState
+from laep_jax.state.tree import TrainState
 
 HostBatch = dict[str, np.ndarray]
 

@@ -16,7 +16,7 @@ from laep_jax.config import Config
 from laep_jax.errors import UserError, require
 from laep_jax.files import parse_json, read_bytes
 from laep_jax.sharding import Mesh
-from laep_jax.training.state import abstract_state
+from laep_jax.state.tree import abstract_state
 from laep_jax.training.step import abstract_batch, make_train_step
 
 MOST_BYTES = 2**33  # of a file

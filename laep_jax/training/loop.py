@@ -13,13 +13,13 @@ import numpy as np
 from laep_jax.errors import StoppedError
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import put_batch
-from laep_jax.training.anomalies import RECENT, is_spike
+from laep_jax.state.tree import abstract_state, init_state
+from laep_jax.tracking.anomalies import RECENT, is_spike
+from laep_jax.tracking.step_record import train_record
 from laep_jax.training.evaluate import by_layer
-from laep_jax.training.prune import begin, carry_out, decide, save_and_cut
-from laep_jax.training.record import train_record
-from laep_jax.training.run import Run
-from laep_jax.training.state import abstract_state, init_state
-from laep_jax.training.stops import Stops
+from laep_jax.training.preemption import Stops
+from laep_jax.training.prune.decide import begin, carry_out, decide, save_and_cut
+from laep_jax.training.trainer import Run
 
 
 def train_to_end(run: Run, stops: Stops) -> dict:

@@ -8,20 +8,8 @@ from pathlib import Path
 
 import jax
 
-from laep_jax.chips import peak_flops
-from laep_jax.config import Config
-from laep_jax.data.dataset import Dataset, make_dataset
-from laep_jax.files import refuse_links
-from laep_jax.gin_config import operative_config
-from laep_jax.hosts import refused_together
-from laep_jax.model.attention import attention_kernel
-from laep_jax.paths import require_path
-from laep_jax.sharding import make_mesh
-from laep_jax.switches import require_switches
-from laep_jax.training.checkpoint import Checkpoints
-from laep_jax.training.console import RunConsole
-from laep_jax.training.controller import Controller
-from laep_jax.training.exclusive import (
+from laep_jax.checkpoint.checkpointer import Checkpoints
+from laep_jax.checkpoint.lock import (
     CHECKPOINTS,
     exclusive,
     require_checkpoints,
@@ -29,14 +17,26 @@ from laep_jax.training.exclusive import (
     require_savable,
     require_writable,
 )
+from laep_jax.checkpoint.manifest import DamagedError
+from laep_jax.chips import peak_flops
+from laep_jax.config import Config
+from laep_jax.data.dataset import Dataset, make_dataset
+from laep_jax.distributed import refused_together
+from laep_jax.files import refuse_links
+from laep_jax.gin_config import operative_config
+from laep_jax.model.attention import attention_kernel
+from laep_jax.paths import require_path
+from laep_jax.sharding import make_mesh
+from laep_jax.state.tree import abstract_state
+from laep_jax.switches import require_switches
+from laep_jax.tracking.console import RunConsole
+from laep_jax.tracking.run_log import NoLog, RunLog
 from laep_jax.training.executable import load_step
 from laep_jax.training.loop import train_to_end
-from laep_jax.training.manifest import DamagedError
-from laep_jax.training.resume import Progress, find_progress, require_same_run
-from laep_jax.training.run import Run
-from laep_jax.training.runlog import NoLog, RunLog
-from laep_jax.training.state import abstract_state
-from laep_jax.training.stops import Stops
+from laep_jax.training.preemption import Stops
+from laep_jax.training.prune.controller import Controller
+from laep_jax.training.run_state import Progress, find_progress, require_same_run
+from laep_jax.training.trainer import Run
 
 
 def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path | None = None) -> dict:
@@ -46,7 +46,7 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path |
     a complete run shows its table again and changes no file. `UserError`, before anything is compiled or written,
     where the config does not fit the devices, the corpus or the checkpoint. `StoppedError` after SIGTERM or Ctrl-C,
     when the step in flight is done and saved.
-    With several processes (`laep_jax.hosts`) each calls it alike; `run_dir` is one that all see.
+    With several processes (`laep_jax.distributed`) each calls it alike; `run_dir` is one that all see.
     """
     run_dir, first = Path(run_dir), jax.process_index() == 0
     dataset, state_bytes = open_inputs(config, run_dir)

@@ -17,8 +17,8 @@ from laep_jax.config import Config
 from laep_jax.model.router import update_bias
 from laep_jax.model.transformer import token_losses
 from laep_jax.sharding import Mesh, batch_sharding, whole
-from laep_jax.training.optimizer import make_optimizer, make_schedule
-from laep_jax.training.state import TrainState, abstract_state
+from laep_jax.state.optimizer import make_optimizer, make_schedule
+from laep_jax.state.tree import TrainState, abstract_state
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array | list[jax.Array] | dict[str, jax.Array]]

@@ -6,7 +6,7 @@ import pytest
 
 from laep_jax.errors import UserError
 from laep_jax.faults import command, damage, kill
-from laep_jax.training import fingerprint
+from laep_jax.state import fingerprint
 
 
 @pytest.mark.parametrize("trials", [pytest.param(1, id="short"), pytest.param(6, id="long", marks=pytest.mark.slow)])

@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config
 from laep_jax.faults.tiny import change, records, tiny_config
 from laep_jax.gin_config import operative_config
-from laep_jax.training import ahead, cut
-from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.training.prune import compile_ahead, transition
 from laep_jax.training.start import train
 
 ROOT = Path(__file__).parents[2]
@@ -65,14 +65,16 @@ def test_each_step_is_compiled_once_the_cut_models_in_the_thread(config, tmp_pat
     train(config, tmp_path)
     main = threading.main_thread().name
     assert records(tmp_path, "prune")
-    assert compilations() == [(step, thread) for step in ("eval_step", "train_step") for thread in (main, ahead.THREAD)]
+    assert compilations() == [
+        (step, thread) for step in ("eval_step", "train_step") for thread in (main, compile_ahead.THREAD)
+    ]
     seconds = {record["step"]: record["step_seconds"] for record in records(tmp_path, "train")}
     assert [step for step, value in seconds.items() if value is None] == [1]  # the only one with a compilation in it
 
 
 def test_training_goes_on_while_the_compilation_takes_its_time(whole, config, tmp_path, monkeypatch):
     done = threading.Event()
-    compile_steps, restore_cut = cut.compile_steps, Checkpoints.restore_cut
+    compile_steps, restore_cut = transition.compile_steps, Checkpoints.restore_cut
 
     def slowly(*args):
         assert done.wait(timeout=120), "the run waits for the compilation before the step of the cut"
@@ -83,7 +85,7 @@ def test_training_goes_on_while_the_compilation_takes_its_time(whole, config, tm
         done.set()
         return restore_cut(self, *args)
 
-    monkeypatch.setattr(cut, "compile_steps", slowly)
+    monkeypatch.setattr(transition, "compile_steps", slowly)
     monkeypatch.setattr(Checkpoints, "restore_cut", restore)
     train(config, tmp_path)
     assert losses(tmp_path) == losses(whole)
@@ -99,7 +101,7 @@ def test_what_goes_wrong_in_the_thread_ends_the_run_at_the_cut_and_nothing_is_lo
         raise RuntimeError("RESOURCE_EXHAUSTED: too large")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cut, "compile_steps", fail)
+        patch.setattr(transition, "compile_steps", fail)
         with pytest.raises(RuntimeError, match="too large"):
             train(config, tmp_path)
     assert len(losses(tmp_path)) == CUT_STEP
@@ -119,7 +121,7 @@ def test_without_delay_the_cut_follows_its_plan_at_once(config, tmp_path):
 def test_a_plan_whose_step_the_run_does_not_reach_is_dropped_before_anything_is_compiled(
     config, tmp_path, monkeypatch, capsys, num_steps
 ):
-    monkeypatch.setattr(cut, "compile_steps", None)
+    monkeypatch.setattr(transition, "compile_steps", None)
     summary = train(change(config, train={"num_steps": num_steps}), tmp_path)
     assert f"the run ends before step {CUT_STEP}; nothing is cut" in capsys.readouterr().out.replace("\n", " ")
     assert summary["prune_steps"] == []
@@ -146,9 +148,10 @@ def test_a_second_prune_measures_loads_with_the_step_compiled_ahead(config, tmp_
 LEAVING = """
 import sys, time
 from laep_jax.errors import run_main
-from laep_jax.training import command, cut
-from laep_jax.training.console import RunConsole
-cut.compile_steps = lambda *args: time.sleep(600)
+from laep_jax.training import command
+from laep_jax.training.prune import transition
+from laep_jax.tracking.console import RunConsole
+transition.compile_steps = lambda *args: time.sleep(600)
 def show(self, step, record):
     if step == 5:
         raise ERROR

@@ -13,10 +13,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from laep_jax.checkpoint import partial_read
+from laep_jax.checkpoint.checkpointer import Checkpoints
+from laep_jax.checkpoint.manifest import DamagedError
 from laep_jax.errors import UserError
-from laep_jax.training import cut_restore, surgery
-from laep_jax.training.checkpoint import Checkpoints
-from laep_jax.training.manifest import DamagedError
+from laep_jax.state import surgery
 
 COUNTS = (16, 16, 8, 8)
 META = {"config": {"model": {"num_experts": [16, 8], "lfa": True}}, "plan": None, "lineage": [[3, 1], []], "lr": 2e-3}
@@ -157,7 +158,7 @@ def test_experts_are_stored_one_a_chunk_and_uncompressed(states, checkpoints):
         "opt_state.1.0.mu.runs.1.moe.down_EFD",
         "params.runs.0.attention.query_DHK",
     ]
-    stored = cut_restore.open_leaves(checkpoints.directory / "1" / "state", keys)
+    stored = partial_read.open_leaves(checkpoints.directory / "1" / "state", keys)
     assert [stored[key].chunk_layout.read_chunk.shape for key in keys] == [
         (1, 1, 16, 32),  # fsdp=2 splits D=32
         (1, 1, 16, 16),
@@ -286,7 +287,7 @@ def run_script(directory: Path, body: str) -> subprocess.CompletedProcess:
     head = """
         import os, resource, signal, sys
         import jax, numpy as np
-        from laep_jax.training.checkpoint import Checkpoints
+        from laep_jax.checkpoint.checkpointer import Checkpoints
         def state(value, size=2**24):
             return {"params": {"scale_D": jax.numpy.full(size, value, np.float32)}}
         """

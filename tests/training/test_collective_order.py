@@ -12,7 +12,7 @@ import pytest
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from laep_jax.preflight.hlo import COLLECTIVES, Operation, parse
 from laep_jax.sharding import make_mesh
-from laep_jax.training.state import abstract_state
+from laep_jax.state.tree import abstract_state
 from laep_jax.training.step import abstract_batch, make_eval_step, make_train_step
 
 CONFIG = Config(

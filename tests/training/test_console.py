@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from laep_jax.config import LaepConfig
-from laep_jax.training.console import RunConsole, closing_table, progress_parts, stability_text
+from laep_jax.tracking.console import RunConsole, closing_table, progress_parts, stability_text
 
 TRAIN = {
     "loss": 2.34567,

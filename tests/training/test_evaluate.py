@@ -8,10 +8,10 @@ import pytest
 
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from laep_jax.sharding import make_mesh
+from laep_jax.state.surgery import compile_gathers, cut_config, cut_state
+from laep_jax.state.tree import abstract_state, init_state
 from laep_jax.training.evaluate import HeldoutLoss, heldout_loss, masked_loss
-from laep_jax.training.state import abstract_state, init_state
 from laep_jax.training.step import make_eval_step
-from laep_jax.training.surgery import compile_gathers, cut_config, cut_state
 
 KEPT = ((6, 1, 3, 0), (7, 6, 5, 4, 3, 2, 1, 0), (2, 5, 7, 4))  # of 8 each, in new places
 PRUNED = ((2, 4, 5, 7), (), (0, 1, 3, 6))

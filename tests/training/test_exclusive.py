@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from laep_jax.checkpoint.lock import exclusive, require_checkpoints, require_room, require_savable, require_writable
+from laep_jax.checkpoint.steps import SAVING, StepDirectory
 from laep_jax.errors import UserError
-from laep_jax.training.exclusive import exclusive, require_checkpoints, require_room, require_savable, require_writable
-from laep_jax.training.step_directory import SAVING, StepDirectory
 
 HOLDER = """
 import pathlib, sys, time
-from laep_jax.training.exclusive import exclusive
+from laep_jax.checkpoint.lock import exclusive
 with exclusive(pathlib.Path(sys.argv[1])):
     print("inside", flush=True)
     time.sleep(600)

@@ -9,10 +9,10 @@ from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainCo
 from laep_jax.errors import UserError
 from laep_jax.faults.tiny import records
 from laep_jax.sharding import make_mesh
-from laep_jax.training import run
+from laep_jax.state.tree import abstract_state
+from laep_jax.training import trainer
 from laep_jax.training.executable import load_step, save_step
 from laep_jax.training.start import train
-from laep_jax.training.state import abstract_state
 from laep_jax.training.step import abstract_batch, make_train_step
 
 CONFIG = Config(
@@ -47,7 +47,7 @@ def test_a_run_with_the_executable_compiles_no_step_and_has_the_same_losses(save
     def forbidden(*_):
         raise AssertionError("a step was compiled")
 
-    monkeypatch.setattr(run, "make_train_step", forbidden)
+    monkeypatch.setattr(trainer, "make_train_step", forbidden)
     train(config, tmp_path / "loaded", executable=saved)
     assert len(losses(tmp_path / "loaded")) == 3
     assert losses(tmp_path / "loaded") == losses(tmp_path / "compiled")

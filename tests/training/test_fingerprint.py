@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from laep_jax.training.fingerprint import (
+from laep_jax.state.fingerprint import (
     OUTSIDE,
     cut_fingerprints,
     fingerprints,

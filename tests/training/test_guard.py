@@ -7,9 +7,9 @@ import pytest
 from laep_jax.config import Config, LaepConfig
 from laep_jax.faults.tiny import change, differences, records, tiny_config
 from laep_jax.laep.plan import Plan
-from laep_jax.training import controller, prune
 from laep_jax.training.evaluate import HeldoutLoss
-from laep_jax.training.guard import softened
+from laep_jax.training.prune import controller, decide
+from laep_jax.training.prune.guard import softened
 from laep_jax.training.start import train
 
 PLAN_STEP, CUT_STEP, NUM_STEPS = 40, 42, 46
@@ -72,7 +72,7 @@ def test_a_loss_that_is_not_a_number_decides_nothing_or_is_harm(config, tmp_path
     """Without the one before there is nothing to compare with; where only the masked model's is none, that is harm."""
     measured = iter(losses)
     for name in ("heldout_loss", "masked_loss"):
-        monkeypatch.setattr(prune, name, lambda *arguments: HeldoutLoss(next(measured), {}, {}))
+        monkeypatch.setattr(decide, name, lambda *arguments: HeldoutLoss(next(measured), {}, {}))
     early = {"prune_at_step": 4, "cut_delay": 9, "placement_loads": "recorded"}
     train(change(config, laep=early, train={"num_steps": 5}), tmp_path)
     assert [record["stands"] for record in records(tmp_path, "dry_run")] == verdicts

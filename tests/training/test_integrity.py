@@ -11,12 +11,14 @@ import jax
 import numpy as np
 import pytest
 
+from laep_jax.checkpoint import manifest, steps
+from laep_jax.checkpoint.checkpointer import Checkpoints, SaveError
+from laep_jax.checkpoint.manifest import DamagedError, check_files, sealed
 from laep_jax.errors import UserError
 from laep_jax.faults.damage import DAMAGES, change_stored, flip_bit
 from laep_jax.faults.power import mounted, not_on_disk, recorded_syncs
-from laep_jax.training import cut, fingerprint, manifest, step_directory
-from laep_jax.training.checkpoint import Checkpoints, SaveError
-from laep_jax.training.manifest import DamagedError, check_files, sealed
+from laep_jax.state import fingerprint
+from laep_jax.training.prune import transition
 
 COUNTS = (16, 16, 8, 8)
 SMALL = {"params": {"scale_D": np.arange(8, dtype=np.float32)}}
@@ -146,7 +148,7 @@ def test_the_damaged_expert_is_named_and_matters_only_where_it_stays(states, sav
     with pytest.raises(DamagedError, match=r"of layer 3, expert 4 .*more places.* is not what was saved"):
         copied.verify(7, got, [*kept[:3], [4, 1, 2, 0]])
     with pytest.raises(RuntimeError, match=r"the state was not cut as planned: .* of layer 3, expert 4"):
-        cut.verify_cut(copied, 7, got, [*kept[:3], [4, 1, 2, 0]])
+        transition.verify_cut(copied, 7, got, [*kept[:3], [4, 1, 2, 0]])
 
 
 def test_a_run_goes_on_from_the_newest_step_that_validates(tmp_path):
@@ -179,22 +181,22 @@ def test_what_a_run_goes_on_from_is_validated_once(checkpoints, monkeypatch):
         checkpoints.save_now(step, small(step), {}, {})
     (checkpoints.directory / "3" / "meta.json").unlink()
     validated = []
-    check = step_directory.check_files
-    monkeypatch.setattr(step_directory, "check_files", lambda path: (validated.append(path.name), check(path)))
+    check = steps.check_files
+    monkeypatch.setattr(steps, "check_files", lambda path: (validated.append(path.name), check(path)))
     assert checkpoints.newest_valid() == 2
     assert validated == ["3", "2"]
 
 
 def full_disk(failing: list[bool], monkeypatch) -> None:
     """The next saves fail, after Orbax has written its part, where it says so."""
-    complete = step_directory.StepDirectory.complete
+    complete = steps.StepDirectory.complete
 
     def failing_complete(self, step):
         if failing.pop(0):
             raise OSError(errno.ENOSPC, "No space left on device")
         complete(self, step)
 
-    monkeypatch.setattr(step_directory.StepDirectory, "complete", failing_complete)
+    monkeypatch.setattr(steps.StepDirectory, "complete", failing_complete)
 
 
 def test_one_failed_save_is_reported_and_a_second_in_a_row_raises(tmp_path, monkeypatch):
@@ -262,8 +264,8 @@ def test_what_was_not_synced_since_its_last_change_shows(tmp_path):
 @pytest.mark.parametrize("synced", [True, False])
 def test_a_loss_of_power_after_wait_loses_nothing(tmp_path, monkeypatch, synced):
     if not synced:  # as it would be without
-        monkeypatch.setattr(step_directory, "bring_to_disk", lambda directory: None)
-        monkeypatch.setattr(step_directory, "sync", lambda path: None)
+        monkeypatch.setattr(steps, "bring_to_disk", lambda directory: None)
+        monkeypatch.setattr(steps, "sync", lambda path: None)
     image, place = tmp_path / "image", tmp_path / "disk"
     try:
         with mounted(image, place, make=True), Checkpoints(place / "checkpoints", keep=2) as checkpoints:

@@ -14,6 +14,10 @@ import jax
 import numpy as np
 import pytest
 
+from laep_jax.checkpoint.checkpointer import Checkpoints
+from laep_jax.checkpoint.lock import exclusive
+from laep_jax.checkpoint.manifest import write_manifest
+from laep_jax.checkpoint.steps import StepDirectory
 from laep_jax.config import Config, MeshConfig
 from laep_jax.data.dataset import make_dataset
 from laep_jax.errors import StoppedError, UserError
@@ -26,17 +30,13 @@ from laep_jax.laep.plan import Plan
 from laep_jax.laep.recorded_loads import read_current_counts, read_loads
 from laep_jax.preflight import run as preflight_run
 from laep_jax.sharding import make_mesh
+from laep_jax.state.tree import abstract_state
+from laep_jax.tracking.console import RunConsole
 from laep_jax.training import loop
-from laep_jax.training.checkpoint import Checkpoints
-from laep_jax.training.console import RunConsole
-from laep_jax.training.controller import Controller
 from laep_jax.training.evaluate import masked_loss
-from laep_jax.training.exclusive import exclusive
-from laep_jax.training.manifest import write_manifest
+from laep_jax.training.prune.controller import Controller
 from laep_jax.training.start import train
-from laep_jax.training.state import abstract_state
 from laep_jax.training.step import make_eval_step, make_train_step
-from laep_jax.training.step_directory import StepDirectory
 
 PLAN_STEP, CUT_STEP, NUM_STEPS = 10, 13, 20
 
@@ -217,7 +217,7 @@ def test_cutting_in_memory_gives_the_same_run_and_lets_the_old_step_go(run, conf
     verified: list[tuple] = []
     monkeypatch.setattr(Checkpoints, "restore_cut", None)
     monkeypatch.setattr(Checkpoints, "verify", verify)
-    monkeypatch.setattr("laep_jax.training.run.make_train_step", make)
+    monkeypatch.setattr("laep_jax.training.trainer.make_train_step", make)
     monkeypatch.setattr(RunConsole, "train", show)
     train(change(config, laep={"restore": "memory"}), tmp_path)
     assert alive == [False]
@@ -429,7 +429,7 @@ def test_the_receive_buffer_follows_the_loads_at_a_cut_and_stays_so_on_resuming(
         buffers.append(config.model.receive_buffer)
         return make_train_step(config, mesh)
 
-    for module in ("run", "ahead"):
+    for module in ("trainer", "prune.compile_ahead"):
         monkeypatch.setattr(f"laep_jax.training.{module}.make_train_step", recording)
     bounded = change(config, model={"dispatch": "ragged_all_to_all", "receive_buffer": 4.0}, train={"num_steps": 14})
     train(bounded, tmp_path)
@@ -451,7 +451,7 @@ def test_every_field_that_a_run_records_is_documented(run):
         return set(re.findall(r"`(\w+)`", sections[section]))
 
     written = {record["kind"]: record.keys() - {"kind", "step"} for record in records(run)}
-    for path in Path(loop.__file__).parent.glob("*.py"):  # kinds that this run has not
+    for path in Path(loop.__file__).parent.rglob("*.py"):  # kinds that this run has not
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("log.write"):
                 kind = ast.literal_eval(call.args[0]) if isinstance(call.args[0], ast.Constant) else "skipped"

@@ -4,7 +4,7 @@ import pytest
 
 from laep_jax.config import Config, OptimizerConfig, TrainConfig
 from laep_jax.errors import UserError
-from laep_jax.training.optimizer import learning_rate
+from laep_jax.state.optimizer import learning_rate
 
 
 def config(num_steps=400, **optimizer):

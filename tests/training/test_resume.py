@@ -14,8 +14,8 @@ from laep_jax.fields import settings_of
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.plan import identity_plan
 from laep_jax.laep.stability import assess, history_capacity
-from laep_jax.training.controller import Controller
-from laep_jax.training.resume import Progress, check_resumable, find_progress
+from laep_jax.training.prune.controller import Controller
+from laep_jax.training.run_state import Progress, check_resumable, find_progress
 
 WHERE = Path("run/checkpoints/7")
 CONFIG = Config(model=ModelConfig(num_layers=2, num_experts=4)).resolve(4)

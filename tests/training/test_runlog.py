@@ -12,8 +12,8 @@ from laep_jax.errors import UserError
 from laep_jax.files import parse_record, read_records, replace_file
 from laep_jax.laep import recorded_loads
 from laep_jax.laep.recorded_loads import read_loads
-from laep_jax.training import metrics_file, runlog
-from laep_jax.training.runlog import RunLog
+from laep_jax.tracking import metrics_file, run_log
+from laep_jax.tracking.run_log import RunLog
 
 LAYERS = 2
 EXPERTS = 4
@@ -173,7 +173,7 @@ def full(monkeypatch):
 
     monkeypatch.setattr(os, "write", write_half)
     monkeypatch.setattr(recorded_loads, "replace_file", no_file)
-    monkeypatch.setattr(runlog, "replace_file", no_file)
+    monkeypatch.setattr(run_log, "replace_file", no_file)
     return full
 
 

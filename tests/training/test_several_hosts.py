@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
+from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config
 from laep_jax.faults.tiny import records, timeless, tiny_config
 from laep_jax.gin_config import operative_config
 from laep_jax.laep.recorded_loads import read_loads
 from laep_jax.sharding import make_mesh
-from laep_jax.training.checkpoint import Checkpoints
+from laep_jax.state.tree import abstract_state
 from laep_jax.training.start import train
-from laep_jax.training.state import abstract_state
 
 ROOT = Path(__file__).parents[2]
 PLANNED, BETWEEN, CUT, SAVED, NUM_STEPS = 4, 5, 6, 10, 12
@@ -35,10 +35,11 @@ PATIENCE = 900  # seconds; other work may share the cores
 HOOKED = """
 import os, pathlib, signal, sys, time
 import jax
-from laep_jax import hosts
+from laep_jax import distributed
 from laep_jax.data.dataset import Dataset
 from laep_jax.errors import UserError, run_main
-from laep_jax.training import command, loop, run, start
+from laep_jax.training import command, loop, start
+from laep_jax.training import trainer
 here, arguments = pathlib.Path(sys.argv[1]), sys.argv[2:]
 index = os.environ["JAX_PROCESS_ID"]
 (here / f"{index}.pid").write_text(str(os.getpid()))
@@ -196,7 +197,7 @@ def test_two_processes_go_on_from_a_checkpoint_of_one_and_what_one_finds_damaged
     one, tmp_path, launched
 ):
     hook = """
-from laep_jax.training import checkpoint
+from laep_jax.checkpoint import checkpointer
 def read_leaves(*args, read=checkpoint.read_leaves):
     checkpoint.read_leaves = read
     raise ValueError("DATA_LOSS: a bad sector")
@@ -247,7 +248,7 @@ def restored(source: str, target: str) -> dict[str, str]:
 
 RESTORING = f"""
 import hashlib, json, pathlib, sys
-from laep_jax.hosts import connect, num_processes
+from laep_jax.distributed import connect, num_processes
 from laep_jax.sharding import make_cpu_devices, make_mesh
 make_cpu_devices(8 // num_processes(), processes=num_processes())
 connect()
@@ -255,8 +256,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from laep_jax.config import Config
-from laep_jax.training.checkpoint import Checkpoints
-from laep_jax.training.state import abstract_state
+from laep_jax.checkpoint.checkpointer import Checkpoints
+from laep_jax.state.tree import abstract_state
 CUT, NUM_STEPS = {CUT}, {NUM_STEPS}
 {inspect.getsource(restored)}
 assert jax.device_count() == 8 and jax.process_count() == num_processes()
@@ -340,7 +341,7 @@ def assert_the_same_bits(got: Path, want: Path) -> None:
 # Process 1 freezes once; started again, it alone is told to stop.
 TROUBLED = """
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's &
-hosts.HEARTBEAT_TIMEOUT = SECONDS
+distributed.HEARTBEAT_TIMEOUT = SECONDS
 again = (here / "frozen").exists()
 def train_batch(self, step, train_batch=Dataset.train_batch):
     if index == "1" and not again and step == FREEZE:

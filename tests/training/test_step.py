@@ -11,7 +11,7 @@ import pytest
 from laep_jax.config import AuxLossConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.model.transformer import token_losses
 from laep_jax.sharding import expert_axis, leaf_name, make_mesh, put_batch
-from laep_jax.training.state import init_state
+from laep_jax.state.tree import init_state
 from laep_jax.training.step import make_eval_step, make_train_step
 
 CONFIG = Config(

@@ -14,8 +14,8 @@ from laep_jax.config import TrainConfig
 from laep_jax.errors import UserError
 from laep_jax.faults.tiny import tiny_config
 from laep_jax.gin_config import operative_config
-from laep_jax.training import stops
-from laep_jax.training.stops import Stops
+from laep_jax.training import preemption
+from laep_jax.training.preemption import Stops
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -74,7 +74,7 @@ def test_beside_the_main_thread_no_signal_is_caught(default_handlers):
 
 
 def test_what_is_no_step_takes_its_time(capfd, monkeypatch):
-    monkeypatch.setattr(stops, "HEAD_START", 0.2)
+    monkeypatch.setattr(preemption, "HEAD_START", 0.2)
     with Stops(0.5) as now:
         now.begin_step()
         now.end_step()
@@ -88,9 +88,9 @@ def test_what_is_no_step_takes_its_time(capfd, monkeypatch):
 
 HOLDING = """
 import ctypes
-from laep_jax.training import stops
-stops.HEAD_START = 0.5
-with stops.Stops(0.5) as now:
+from laep_jax.training import preemption
+preemption.HEAD_START = 0.5
+with preemption.Stops(0.5) as now:
     now.begin_step()
     ctypes.PyDLL(None).sleep(600)
 """
@@ -114,7 +114,10 @@ def test_a_time_that_cannot_be_is_refused(seconds):
 SLOW = """
 import pathlib, sys, time
 from laep_jax.errors import run_main
-from laep_jax.training import command, cut, loop, run, start, stops
+from laep_jax.training import command, loop, start
+from laep_jax.training.prune import transition
+from laep_jax.training import trainer
+from laep_jax.training import preemption
 def slowly(function):
     calls = []
     def slow(*args, **kwargs):
@@ -130,7 +133,7 @@ def record(run, step, metrics, record=loop.record):
     if step == 5:
         pathlib.Path(sys.argv[1]).write_text(str(time.time()))
         time.sleep(600)
-stops.HEAD_START = 0.5
+preemption.HEAD_START = 0.5
 run.make_train_step = compiling
 run.heldout_loss = slowly(run.heldout_loss)
 run.Checkpoints.save = slowly(run.Checkpoints.save)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from laep_jax.config import Config, MeshConfig
 from laep_jax.errors import UserError
 from laep_jax.sharding import tree_shardings
-from laep_jax.training import surgery
+from laep_jax.state import surgery
 
 PLANS = {
     "layers merge into one run": ((16, 16, 8, 8), (8, 8, 8, 8)),

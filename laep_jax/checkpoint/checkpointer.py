@@ -29,15 +29,16 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.tree_util import tree_flatten_with_path, tree_unflatten
 
+from laep_jax.checkpoint import manifest
+from laep_jax.checkpoint.manifest import DamagedError
+from laep_jax.checkpoint.partial_read import open_leaves, read_leaves
+from laep_jax.checkpoint.steps import DAMAGED, SAVING, StepDirectory
+from laep_jax.distributed import is_alone, refused_together, texts_of_all
 from laep_jax.errors import UserError
 from laep_jax.files import MOST_ARRAY, parse_arrays
-from laep_jax.hosts import is_alone, refused_together, texts_of_all
 from laep_jax.sharding import expert_axis, leaf_name
-from laep_jax.training import fingerprint, manifest
-from laep_jax.training.cut_restore import open_leaves, read_leaves
-from laep_jax.training.manifest import DamagedError
-from laep_jax.training.step_directory import DAMAGED, SAVING, StepDirectory
-from laep_jax.training.surgery import Kept, LeafCut, Runs, cut_leaves, leaf_key, run_position
+from laep_jax.state import fingerprint
+from laep_jax.state.surgery import Kept, LeafCut, Runs, cut_leaves, leaf_key, run_position
 
 META_FILE, HISTORY_FILE, FINGERPRINTS_FILE = "meta.json", "history.npz", "fingerprints.npz"
 FAILURES = 2  # failed saves in a row that end the run

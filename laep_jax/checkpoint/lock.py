@@ -10,9 +10,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from laep_jax.checkpoint.manifest import sync
 from laep_jax.errors import UserError
-from laep_jax.training.manifest import sync
-from laep_jax.training.runlog import METRICS_FILE
+from laep_jax.tracking.run_log import METRICS_FILE
 
 LOCK_FILE = "run.lock"
 CHECKPOINTS = "checkpoints"  # the directory of a run's checkpoints

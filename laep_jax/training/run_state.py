@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 
 from laep_jax.config import Config
+from laep_jax.distributed import require_same
 from laep_jax.errors import UserError, require, require_type, short
 from laep_jax.fields import settings_of
-from laep_jax.hosts import require_same
 from laep_jax.laep.plan import Lineage, Plan, initial_lineage
-from laep_jax.training.optimizer import learning_rate
-from laep_jax.training.runlog import plain
+from laep_jax.state.optimizer import learning_rate
+from laep_jax.tracking.run_log import plain
 
 
 @dataclasses.dataclass

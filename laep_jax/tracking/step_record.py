@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from laep_jax.training.controller import imbalance
+from laep_jax.training.prune.controller import imbalance
 
 
 def train_record(

@@ -2,7 +2,7 @@
 
 XLA compiles without Python's lock, but cannot be stopped. A process that ends by itself waits for the compilation,
 since Python joins the thread: letting the interpreter go under XLA's feet is a crash. A program that must end at
-once leaves by `os._exit`, see `laep_jax.hosts.leaving_at_once`.
+once leaves by `os._exit`, see `laep_jax.distributed.leaving_at_once`.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from laep_jax.config import Config
 from laep_jax.sharding import Mesh
-from laep_jax.training.state import TrainState
+from laep_jax.state.tree import TrainState
 from laep_jax.training.step import abstract_batch, make_eval_step, make_train_step
 
 THREAD = "compiling ahead"

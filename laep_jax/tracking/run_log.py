@@ -15,9 +15,9 @@ import numpy as np
 
 from laep_jax.files import replace_file
 from laep_jax.laep.recorded_loads import FOLDER, METRICS_FILE, LoadsWriter
-from laep_jax.training.growing_file import Attempts
-from laep_jax.training.metrics_file import MetricsFile
-from laep_jax.training.tensorboard import MAX_ENTRIES, EventFile, scalars
+from laep_jax.tracking.growing_file import Attempts
+from laep_jax.tracking.metrics_file import MetricsFile
+from laep_jax.tracking.tensorboard import MAX_ENTRIES, EventFile, scalars
 
 
 class RunLog:

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset
 from laep_jax.gin_config import operative_config
@@ -12,16 +13,15 @@ from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.stability import history_capacity
 from laep_jax.model.accounting import model_size
 from laep_jax.sharding import make_mesh
-from laep_jax.training.ahead import Steps
-from laep_jax.training.checkpoint import Checkpoints
-from laep_jax.training.console import RunConsole
-from laep_jax.training.controller import Controller
-from laep_jax.training.cut import Cut, Pause
+from laep_jax.state.tree import TrainState
+from laep_jax.tracking.console import RunConsole
+from laep_jax.tracking.run_log import NoLog, RunLog
 from laep_jax.training.evaluate import heldout_loss
-from laep_jax.training.guard import softened
-from laep_jax.training.resume import Progress
-from laep_jax.training.runlog import NoLog, RunLog
-from laep_jax.training.state import TrainState
+from laep_jax.training.prune.compile_ahead import Steps
+from laep_jax.training.prune.controller import Controller
+from laep_jax.training.prune.guard import softened
+from laep_jax.training.prune.transition import Cut, Pause
+from laep_jax.training.run_state import Progress
 from laep_jax.training.step import make_eval_step, make_train_step
 
 

@@ -1,7 +1,7 @@
 """What a checkpoint's directory must hold: every file with its size, and the small ones with their hash.
 
 Written last, and itself protected by a hash. Large files are array data, which nobody but the hosts that need it should
-read: what is in them is covered by the fingerprints (`laep_jax.training.fingerprint`).
+read: what is in them is covered by the fingerprints (`laep_jax.state.fingerprint`).
 """
 
 import hashlib

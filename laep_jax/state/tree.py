@@ -14,7 +14,7 @@ import optax
 from laep_jax.config import Config
 from laep_jax.model.transformer import init_params
 from laep_jax.sharding import Mesh, tree_shardings
-from laep_jax.training.optimizer import make_optimizer
+from laep_jax.state.optimizer import make_optimizer
 
 
 @functools.partial(

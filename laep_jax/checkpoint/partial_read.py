@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from laep_jax.training.surgery import LeafCut
+from laep_jax.state.surgery import LeafCut
 
 ALIGNMENT = 64  # bytes
 INDEX_BYTES = 2**26  # of OCDBT's index to be kept

@@ -9,16 +9,16 @@ model. Whatever stops the run between the two, starting again applies the plan.
 import dataclasses
 import math
 
-from laep_jax.hosts import require_same
+from laep_jax.distributed import require_same
 from laep_jax.laep.plan import Plan, apply_plan_to_lineage
 from laep_jax.laep.stability import StabilityReport
-from laep_jax.training.console import stability_text
-from laep_jax.training.cut import Cut, Pause
+from laep_jax.state.optimizer import without_moments
+from laep_jax.state.tree import TrainState
+from laep_jax.tracking.console import stability_text
 from laep_jax.training.evaluate import heldout_loss, masked_loads, masked_loss
-from laep_jax.training.guard import rise
-from laep_jax.training.optimizer import without_moments
-from laep_jax.training.run import Run
-from laep_jax.training.state import TrainState
+from laep_jax.training.prune.guard import rise
+from laep_jax.training.prune.transition import Cut, Pause
+from laep_jax.training.trainer import Run
 
 
 def decide(run: Run, step: int) -> None:
@@ -71,7 +71,7 @@ def _why_not(run: Run, report: StabilityReport, plan: Plan | None) -> str:
 
 
 def _checked_plan(run: Run, step: int) -> Plan | None:
-    """A plan to prune that does no harm; None where none is left to try, see `laep_jax.training.guard`."""
+    """A plan to prune that does no harm; None where none is left to try, see `laep_jax.training.prune.guard`."""
     plan, tolerance = _make_plan(run, step), run.config.laep.guard_tolerance
     if tolerance is None or not plan.prunes:
         return plan

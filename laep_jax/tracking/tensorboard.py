@@ -13,7 +13,7 @@ import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]
 from tensorboardX.record_writer import masked_crc32c
 
-from laep_jax.training.growing_file import Attempts, GrowingFile
+from laep_jax.tracking.growing_file import Attempts, GrowingFile
 
 MAX_ENTRIES = 20  # of a field that has one number for each domain
 

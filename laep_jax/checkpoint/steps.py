@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from laep_jax.training.exclusive import HAS_CHECKPOINTS
-from laep_jax.training.manifest import DamagedError, bring_to_disk, check_files, sync, write_manifest
+from laep_jax.checkpoint.lock import HAS_CHECKPOINTS
+from laep_jax.checkpoint.manifest import DamagedError, bring_to_disk, check_files, sync, write_manifest
 
 SAVING = ".saving"  # a step that is not complete yet
 REPLACED = ".replaced"  # a step making way for a new save of the same step

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from laep_jax.files import MAX_LINE, parse_record
-from laep_jax.training.growing_file import Attempts, GrowingFile
+from laep_jax.tracking.growing_file import Attempts, GrowingFile
 
 
 class MetricsFile:

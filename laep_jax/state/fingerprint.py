@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from laep_jax.sharding import Mesh, expert_axis, leaf_name, whole
-from laep_jax.training.surgery import Kept, leaf_key, run_position
+from laep_jax.state.surgery import Kept, leaf_key, run_position
 
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of a dtype
 OUTSIDE = -1  # the layer of a leaf that belongs to none

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 
 import jax
 
+from laep_jax.checkpoint.checkpointer import Checkpoints
+from laep_jax.checkpoint.manifest import DamagedError
+from laep_jax.checkpoint.partial_read import bytes_needed, bytes_read
 from laep_jax.config import Config
 from laep_jax.laep.plan import Plan
 from laep_jax.model.accounting import model_size
 from laep_jax.sharding import Mesh
-from laep_jax.training.ahead import Steps, ahead, compile_steps
-from laep_jax.training.checkpoint import Checkpoints
-from laep_jax.training.controller import with_receive_buffer
-from laep_jax.training.cut_restore import bytes_needed, bytes_read
-from laep_jax.training.fingerprint import compile_fingerprints
-from laep_jax.training.manifest import DamagedError
-from laep_jax.training.state import TrainState, abstract_state
-from laep_jax.training.surgery import Gathers, Kept, compile_gathers, cut_config, cut_state
+from laep_jax.state.fingerprint import compile_fingerprints
+from laep_jax.state.surgery import Gathers, Kept, compile_gathers, cut_config, cut_state
+from laep_jax.state.tree import TrainState, abstract_state
+from laep_jax.training.prune.compile_ahead import Steps, ahead, compile_steps
+from laep_jax.training.prune.controller import with_receive_buffer
 
 
 class Pause:
