@@ -54,7 +54,7 @@ def require(condition: bool, field: str, value: object, rule: str) -> None:
 
 
 def require_type(field: str, value: object, hint: object) -> None:
-    """Raises `UserError` unless `value` is what an annotation says: plain types, unions, tuples of one type."""
+    """Raises `UserError` unless `value` is what an annotation says: plain types, unions, collections of one type."""
     require(_has_type(value, hint), field, value, f"must be of type {type_name(hint)}{_remedy(value, hint)}")
 
 
@@ -79,9 +79,12 @@ def _remedy(value: object, hint: object) -> str:
 def _has_type(value: object, hint: object) -> bool:
     if isinstance(hint, types.UnionType):
         return any(_has_type(value, part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        return isinstance(value, tuple) and all(_has_type(v, item) for v in value)
+    origin = typing.get_origin(hint)
+    if origin in (tuple, list):
+        return isinstance(value, origin) and all(_has_type(v, typing.get_args(hint)[0]) for v in value)
+    if origin is dict:
+        key, item = typing.get_args(hint)
+        return isinstance(value, dict) and all(_has_type(k, key) and _has_type(v, item) for k, v in value.items())
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:

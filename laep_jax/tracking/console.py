@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from laep_jax.config import LaepConfig
+from laep_jax.tracking.summary import Summary
 
 COUNTS_WIDTH = 26  # of the expert counts in the closing table
 LOSS_AT_PRUNE = "validation loss at the prune"
@@ -86,7 +87,7 @@ class RunConsole:
         """Prints one line that stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def closing_table(self, summary: dict) -> None:
+    def closing_table(self, summary: Summary) -> None:
         """Ends the progress line and prints the table of a finished run, see `closing_table`."""
         self.__exit__()
         self._console.print(closing_table(summary))
@@ -193,17 +194,13 @@ def run_lengths(counts: Sequence[int]) -> str:
     return ",".join(f"{count}x{length}" if length > 1 else str(count) for count, length in runs)
 
 
-def closing_table(summary: dict) -> Group:
+def closing_table(summary: Summary) -> Group:
     """The table at the end of a run, as a `rich` renderable.
 
-    summary: what summary.json holds: `steps`, `tokens`, `prune_steps`, `rearrange_steps`, `not_pruned`,
-    `heldout_loss_end`; and with `_before` and `_after` each: `parameters`, `experts` and `device_imbalance` (both [L]),
-    `step_seconds` (before the first change of the experts, after the last) and `heldout_loss_*_prune` (of the last
-    prune). All `_after` and both `_prune` are None where nothing was changed; so is any number that was not measured.
-    `heldout_loss_by_domain` has the newest evaluation of each kind, `heldout_targets_by_domain` how many targets
-    stand behind it.
+    `_before` is before the first change of the experts, `_after` at the end of the run, `heldout_loss_*_prune` of the
+    last prune; a dash is what was not measured.
     """
-    changed = bool(summary["prune_steps"] or summary["rearrange_steps"])
+    changed = summary.is_changed
     table = Table("", "before", "after", "change") if changed else Table("", "model")
     for name, before, after, change in _rows(summary):
         if changed:
@@ -213,23 +210,23 @@ def closing_table(summary: dict) -> Group:
     return Group(Text(_history(summary)), table)
 
 
-def _history(summary: dict) -> str:
+def _history(summary: Summary) -> str:
     """What the run did to its experts, and why where it pruned none."""
-    parts = [f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"]
+    parts = [f"{summary.steps:,} steps, {summary.tokens:,} tokens"]
     for name, what in (("prune_steps", "pruned"), ("rearrange_steps", "rearranged")):
-        if summary[name]:
-            parts.append(f"{what} after step " + ", ".join(f"{step:,}" for step in summary[name]))
+        if getattr(summary, name):
+            parts.append(f"{what} after step " + ", ".join(f"{step:,}" for step in getattr(summary, name)))
         elif name == "prune_steps":
             parts.append("nothing was pruned")
     text = "; ".join(parts)
-    return text if summary["prune_steps"] else f"{text}\nnot pruned, since {summary['not_pruned']}"
+    return text if summary.prune_steps else f"{text}\nnot pruned, since {summary.not_pruned}"
 
 
-def _rows(summary: dict) -> list[Row]:
+def _rows(summary: Summary) -> list[Row]:
     """(quantity, before, after, change), each as text."""
 
     def pair(name: str) -> tuple:
-        return summary[f"{name}_before"], summary[f"{name}_after"]
+        return getattr(summary, f"{name}_before"), getattr(summary, f"{name}_after")
 
     devices = pair("device_imbalance")
     means = tuple(values and sum(values) / len(values) for values in devices)
@@ -240,31 +237,32 @@ def _rows(summary: dict) -> list[Row]:
         ("device imbalance, max / mean:", "", "", ""),
         _row("  mean over layers", means, "{:.3f}".format, _difference),
         _row("  worst layer", worst, "{:.3f}".format, _difference),
-        *(_loss_at_prune(summary) if summary["prune_steps"] else []),
+        *(_loss_at_prune(summary) if summary.prune_steps else []),
         # Without a change: steps of training lie between, and no run without the prune is there to compare with.
-        (LOSS_AT_END, "", _number(summary["heldout_loss_end"], ".4f"), ""),
+        (LOSS_AT_END, "", _number(summary.heldout_loss_end, ".4f"), ""),
         _row("step time", pair("step_seconds"), "{:.3f} s".format, lambda before, after: f"x {after / before:.3f}"),
     ]
 
 
-def _loss_at_prune(summary: dict) -> list[Row]:
+def _loss_at_prune(summary: Summary) -> list[Row]:
     """The last prune's effect on the same model at the same step, and the domain that it cost most."""
-    losses = summary["heldout_loss_before_prune"], summary["heldout_loss_after_prune"]
-    steps = summary["prune_steps"]
+    losses = summary.heldout_loss_before_prune, summary.heldout_loss_after_prune
+    steps = summary.prune_steps
     label = LOSS_AT_PRUNE if len(steps) == 1 else f"{LOSS_AT_PRUNE} of step {steps[-1]:,}"
-    by_domain = _worst_domain(summary["heldout_loss_by_domain"], summary["heldout_targets_by_domain"])
+    by_domain = _worst_domain(summary.heldout_loss_by_domain, summary.heldout_targets_by_domain)
     return [_row(label, losses, "{:.4f}".format, _difference), *by_domain]
 
 
-def _worst_domain(losses: dict[str, dict[str, float]], targets: dict[str, int]) -> list[Row]:
+def _worst_domain(losses: dict[str, dict[str, float | None]], targets: dict[str, int]) -> list[Row]:
     """The domain whose validation loss rose most at the prune, if there was one."""
     before, after = losses.get("before_prune", {}), losses.get("after_prune", {})
-    both = [name for name in before if name in after]
-    if not both:
+    rises = {
+        name: (then, now) for name, then in before.items() if then is not None and (now := after.get(name)) is not None
+    }
+    if not rises:
         return []
-    name = max(both, key=lambda name: after[name] - before[name])
-    label = f"  most in {name} ({targets[name]:,} targets)"
-    return [_row(label, (before[name], after[name]), "{:.4f}".format, _difference)]
+    name = max(rises, key=lambda name: rises[name][1] - rises[name][0])
+    return [_row(f"  most in {name} ({targets[name]:,} targets)", rises[name], "{:.4f}".format, _difference)]
 
 
 def _row(name: str, values: tuple, show: Callable[..., str], change: Callable[..., str]) -> Row:

@@ -10,9 +10,9 @@ from laep_jax.checkpoint.manifest import read_sealed
 from laep_jax.checkpoint.steps import StepDirectory
 from laep_jax.config import Config
 from laep_jax.distributed import refused_together
-from laep_jax.training.prune.controller import Controller
-from laep_jax.training.run_state import find_progress
+from laep_jax.training.resume import find_run_state
 from laep_jax.training.start import mesh_text, open_inputs, schedule_text
+from laep_jax.training.trainer import make_controller
 
 
 def check(config: Config, run_dir: Path) -> list[str]:
@@ -31,12 +31,12 @@ def check(config: Config, run_dir: Path) -> list[str]:
         damaged: list[str] = []
         newest = steps.latest(lambda step, damage: damaged.append(damage)) if steps.path.is_dir() else None
         meta = read_sealed(steps.step(newest) / META_FILE)["meta"] if newest else None
-        progress, changed = find_progress(
+        run_state, changed = find_run_state(
             config, dataset.fingerprint, steps.step(newest or 0), meta, jax.device_count()
         )
-        current = progress.current(Config.from_dict(progress.config))
-        Controller(current, prunes=progress.prunes)
-    what = "is complete" if progress.is_complete(config) else f"resumes from step {newest}" if newest else "starts"
+        current = run_state.current(Config.from_dict(run_state.config))
+        make_controller(current, run_state, None)
+    what = "is complete" if run_state.is_complete(config) else f"resumes from step {newest}" if newest else "starts"
     lines = [f"{dataset.description}; {mesh_text(current)}", schedule_text(current), *damaged]
     lines += [f"changed since the checkpoint: {', '.join(changed)}"] if changed else []
     return [*lines, f"{run_dir}: the run {what}; nothing was trained"]

@@ -22,7 +22,7 @@ STDERR = 2  # as a number: a notebook's sys.stderr is no file
 HEAD_START = 2.0  # seconds of the line that explains the stacks over the stacks
 
 
-class Stops:
+class PreemptionGuard:
     """Whether a run is to stop; a context manager that leaves signals and timers as it found them.
 
     Signals are caught where Python can, in the main thread; one that is ignored stays so.
@@ -39,7 +39,7 @@ class Stops:
         self._over = threading.Event()
         self._teller = threading.Thread(target=self._tell, name="step timeout", daemon=True)
 
-    def __enter__(self) -> "Stops":
+    def __enter__(self) -> "PreemptionGuard":
         self._teller.start()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT,) if self._connected else (signal.SIGINT, signal.SIGTERM):

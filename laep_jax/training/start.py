@@ -24,19 +24,25 @@ from laep_jax.data.dataset import Dataset, make_dataset
 from laep_jax.distributed import refused_together
 from laep_jax.files import refuse_links
 from laep_jax.gin_config import operative_config
+from laep_jax.laep.load import LoadHistory
+from laep_jax.laep.stability import history_capacity
 from laep_jax.model.attention import attention_kernel
 from laep_jax.paths import require_path
 from laep_jax.sharding import make_mesh
-from laep_jax.state.tree import abstract_state
+from laep_jax.state.tree import abstract_state, init_state
 from laep_jax.switches import require_switches
 from laep_jax.tracking.console import RunConsole
+from laep_jax.tracking.pause import Pause
 from laep_jax.tracking.run_log import NoLog, RunLog
 from laep_jax.training.executable import load_step
 from laep_jax.training.loop import train_to_end
-from laep_jax.training.preemption import Stops
-from laep_jax.training.prune.controller import Controller
-from laep_jax.training.run_state import Progress, find_progress, require_same_run
-from laep_jax.training.trainer import Run
+from laep_jax.training.preemption import PreemptionGuard
+from laep_jax.training.prune.compile_ahead import make_steps
+from laep_jax.training.prune.smaller_model import SmallerModel
+from laep_jax.training.prune.transition import finish, restore_survivors, schedule
+from laep_jax.training.resume import find_run_state, require_same_run
+from laep_jax.training.run_state import RunState
+from laep_jax.training.trainer import Model, Trainer, make_controller
 
 
 def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path | None = None) -> dict:
@@ -65,19 +71,19 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path |
                 newest = checkpoints.newest_valid()
                 saved = checkpoints.read_meta(newest) if newest else None
                 where = checkpoints.directory / str(newest)
-                progress, changed = find_progress(config, dataset.fingerprint, where, saved, jax.device_count())
-                if progress.is_complete(config):
-                    console.closing_table(progress.summary)
-                    return progress.summary
+                run_state, changed = find_run_state(config, dataset.fingerprint, where, saved, jax.device_count())
+                if run_state.is_complete(config):
+                    console.closing_table(run_state.summary)
+                    return run_state.summary.to_dict()
+                base = Config.from_dict(run_state.config)
                 with contextlib.ExitStack() as attempt:
                     with refused_together():
-                        base = Config.from_dict(progress.config)
-                        first_step = _first_step(executable, config, base, progress)
-                        Controller(progress.current(base), prunes=progress.prunes)  # refuses a plan that does not fit
-                        log = attempt.enter_context(_open_log(run_dir, base, progress.step, console))
-                    run = Run(base, dataset, checkpoints, log, console, progress, first_step)
-                    _announce(run, config, changed)
-                    return train_to_end(run, attempt.enter_context(Stops(config.train.step_timeout)))
+                        make_controller(run_state.current(base), run_state, None)  # refuses a plan that does not fit
+                        first_step = _first_step(executable, config, base, run_state)
+                        log = attempt.enter_context(_open_log(run_dir, base, run_state.step, console))
+                    _announce(config, base, run_state, changed, dataset, log, console)
+                    trainer = _make_trainer(base, run_state, first_step, dataset, checkpoints, log, console)
+                    return train_to_end(trainer, attempt.enter_context(PreemptionGuard(config.train.step_timeout)))
             except DamagedError as error:
                 checkpoints.put_aside(error)
 
@@ -110,12 +116,47 @@ def _console(config: Config, *, show: bool) -> RunConsole:
 
 
 def _first_step(
-    executable: Path | None, config: Config, base: Config, progress: Progress
+    executable: Path | None, config: Config, base: Config, run_state: RunState
 ) -> jax.stages.Compiled | None:
     """The step from a file, for the model that the file is made for."""
-    if executable is None or progress.num_experts != config.model.experts_per_layer:
+    if executable is None or run_state.num_experts != config.model.experts_per_layer:
         return None
     return load_step(executable, base, make_mesh(base.mesh))
+
+
+def _make_trainer(
+    base: Config,
+    run_state: RunState,
+    first_step: jax.stages.Compiled | None,
+    dataset: Dataset,
+    checkpoints: Checkpoints,
+    log: RunLog | NoLog,
+    console: RunConsole,
+) -> Trainer:
+    """With a new model, that of the checkpoint, or the smaller one that the checkpoint's plan leads to."""
+    config, step, pending = run_state.current(base), run_state.step, run_state.pending
+    mesh = make_mesh(config.mesh)
+    rest = (mesh, dataset, checkpoints, log, console, run_state)
+    if not step:
+        model = Model(config, init_state(config, mesh), make_steps(config, mesh, len(dataset.domains), first_step))
+        run_state.summary.parameters_before = model.size.total
+        return Trainer(model, None, *rest)
+    again = f"; steps {step + 1} to {log.last_step} are done again" if log.last_step > step else ""
+    console.event(f"resuming from step {step}" + (", with a plan to apply" if pending else "") + again)
+    if pending and pending.due == step:
+        smaller, pause = SmallerModel(pending.plan, config, mesh, len(dataset.domains)), Pause()
+        model = restore_survivors(smaller, None, checkpoints, run_state, pause)
+        trainer = Trainer(model, None, *rest)
+        trainer.pause = pause
+        finish(trainer, smaller, model)
+        return trainer
+    history = LoadHistory.from_arrays(checkpoints.read_history(step), history_capacity(config.laep))
+    state = checkpoints.restore(step, abstract_state(config, mesh))
+    steps = make_steps(config, mesh, len(dataset.domains), first_step)
+    trainer = Trainer(Model(config, state, steps), history, *rest)
+    if pending:
+        schedule(trainer, pending.plan, pending.made, pending.due)
+    return trainer
 
 
 def _open_log(run_dir: Path, base: Config, resume_step: int, console: RunConsole) -> RunLog | NoLog:
@@ -130,16 +171,23 @@ def _open_log(run_dir: Path, base: Config, resume_step: int, console: RunConsole
     )
 
 
-def _announce(run: Run, config: Config, changed: Sequence[str]) -> None:
+def _announce(
+    config: Config,
+    base: Config,
+    run_state: RunState,
+    changed: Sequence[str],
+    dataset: Dataset,
+    log: RunLog | NoLog,
+    console: RunConsole,
+) -> None:
     """The settings beside the run, and what a person should know before the first step."""
-    run.log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
-    run.log.write_file("operative.gin", operative_config(config))
-    run.console.event(f"{run.dataset.description}; {mesh_text(run.config)}")
-    for line in (schedule_text(run.config), *run.dataset.notes):
-        run.console.event(line)
+    log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
+    log.write_file("operative.gin", operative_config(config))
+    for line in (f"{dataset.description}; {mesh_text(base)}", schedule_text(base), *dataset.notes):
+        console.event(line)
     if changed:
-        run.console.event(f"changed since the checkpoint: {', '.join(changed)}")
-        run.log.write("settings", run.progress.step, changed=changed)
+        console.event(f"changed since the checkpoint: {', '.join(changed)}")
+        log.write("settings", run_state.step, changed=changed)
 
 
 def mesh_text(config: Config) -> str:

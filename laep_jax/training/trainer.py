@@ -1,6 +1,8 @@
-"""One run in motion: the model as it is now, and everything that changes with it."""
+"""One run in motion: the model that it trains now, and everything that goes with it."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,96 +12,121 @@ from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset
 from laep_jax.gin_config import operative_config
 from laep_jax.laep.load import LoadHistory
-from laep_jax.laep.stability import history_capacity
-from laep_jax.model.accounting import model_size
-from laep_jax.sharding import make_mesh
+from laep_jax.model.accounting import ModelSize, model_size
+from laep_jax.sharding import Mesh
 from laep_jax.state.tree import TrainState
 from laep_jax.tracking.console import RunConsole
+from laep_jax.tracking.pause import Pause
 from laep_jax.tracking.run_log import NoLog, RunLog
 from laep_jax.training.evaluate import heldout_loss
-from laep_jax.training.prune.compile_ahead import Steps
+from laep_jax.training.prune.compile_ahead import CompiledSteps
 from laep_jax.training.prune.controller import Controller
 from laep_jax.training.prune.guard import softened
-from laep_jax.training.prune.transition import Cut, Pause
-from laep_jax.training.run_state import Progress
-from laep_jax.training.step import make_eval_step, make_train_step
+from laep_jax.training.prune.smaller_model import SmallerModel
+from laep_jax.training.run_state import RunState
 
 
-class Run:
-    """Without a model at first; `adopt` gives it one, again and again.
+@dataclasses.dataclass
+class Model:
+    """What is trained, replaced as a whole by a prune. config: resolved. step_seconds: None where a step compiled."""
 
-    base: config of the model that the run began with, on the mesh that it has now. first_step: the train
-    step of the model that the run goes on with, where it need not be compiled.
-    """
+    config: Config
+    state: TrainState
+    steps: CompiledSteps
+    step_seconds: list[float | None] = dataclasses.field(default_factory=list)
 
-    def __init__(
-        self,
-        base: Config,
-        dataset: Dataset,
-        checkpoints: Checkpoints,
-        log: RunLog | NoLog,
-        console: RunConsole,
-        progress: Progress,
-        first_step: jax.stages.Compiled | None,
-    ):
-        self.base, self.dataset, self.checkpoints = base, dataset, checkpoints
-        self.log, self.console, self.progress = log, console, progress
-        self.config = config = progress.current(base)
-        self.mesh = make_mesh(config.mesh)
-        self.heldout = [dataset.heldout_batch(i) for i in range(dataset.num_heldout_batches)]
-        self.cut: Cut | None = None  # the one that is announced
-        self.pause = Pause()
-        self.steps = self.new_steps(config, first_step)
-        self.state: TrainState
-        self.controller: Controller
-        self.step_seconds: list[float | None] = []
-        self.clock = 0.0
-
-    def adopt(self, config: Config, state: TrainState, controller: Controller, steps: Steps) -> None:
-        """Makes this model the run's; whatever was compiled before is let go."""
-        self.config, self.state, self.controller, self.steps = config, state, controller, steps
-        self.size = model_size(config.model, sequence_length=config.data.sequence_length)
-        self.step_seconds: list[float | None] = []
-        self.console.state("")
-        lines = [line for line in operative_config(config).splitlines() if line.startswith("ModelConfig.")]
-        self.log.write_file("model.gin", "\n".join([f"# the model after step {self.progress.step}", *lines, ""]))
+    @functools.cached_property
+    def size(self) -> ModelSize:
+        return model_size(self.config.model, sequence_length=self.config.data.sequence_length)
 
     @property
     def compiles(self) -> bool:
         """Whether the first step of this model, with its compilation in it, is still to be recorded."""
         return not self.step_seconds and not isinstance(self.steps.train, jax.stages.Compiled)
 
-    def new_steps(self, config: Config, train_step: jax.stages.Compiled | None = None) -> Steps:
-        evaluate = make_eval_step(config, self.mesh, len(self.dataset.domains))
-        return Steps(train_step or make_train_step(config, self.mesh), evaluate)
-
-    def new_controller(self, config: Config, history: LoadHistory | None = None) -> Controller:
-        laep = softened(config.laep, self.progress.retries, config.model.num_layers)
-        return Controller(dataclasses.replace(config, laep=laep), prunes=self.progress.prunes, history=history)
-
-    def read_controller(self, config: Config, step: int) -> Controller:
-        """The controller of a checkpoint."""
-        history = LoadHistory.from_arrays(self.checkpoints.read_history(step), history_capacity(config.laep))
-        return self.new_controller(config, history)
-
-    def evaluate(self, step: int, when: str) -> float:
-        """The held-out loss; told, and logged by domain."""
-        heldout = heldout_loss(self.steps.evaluate, self.state, self.heldout, self.mesh, self.dataset.domains)
-        loss, losses, targets = heldout.loss, heldout.loss_by_domain, heldout.targets_by_domain
-        if self.progress.summary["heldout_targets_by_domain"] != targets:  # once, as long as the batches stay the same
-            self.progress.summary["heldout_targets_by_domain"] = targets
-            self.log.write("heldout", step, targets_by_domain=targets)
-        self.log.write("eval", step, heldout_loss=loss, heldout_loss_by_domain=losses, when=when)
-        self.progress.summary["heldout_loss_by_domain"][when] = losses
-        self.console.event(f"step {step}: held-out loss {loss:.4f} ({when.replace('_', ' ')})")
-        return loss
-
-    def save(self, step: int, *, now: bool = False) -> None:
-        """Saves everything, or begins to. now: returns when it is on disk."""
-        self.log.save()
-        save = self.checkpoints.save_now if now else self.checkpoints.save
-        save(step, self.state, self.controller.history.to_arrays(), self.progress.to_meta())
-
     def median_step_seconds(self) -> float | None:
         measured = [seconds for seconds in self.step_seconds if seconds is not None]
         return float(np.median(measured)) if measured else None
+
+
+class Trainer:
+    """A run that can go on from where it stands.
+
+    model: as `run_state` describes it. history: of the loads of that model, None where it is new. mesh: the same for
+    all models of a run. pending: the model that a scheduled plan leads to.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        history: LoadHistory | None,
+        mesh: Mesh,
+        dataset: Dataset,
+        checkpoints: Checkpoints,
+        log: RunLog | NoLog,
+        console: RunConsole,
+        run_state: RunState,
+    ):
+        self.mesh, self.dataset, self.checkpoints = mesh, dataset, checkpoints
+        self.log, self.console, self.run_state = log, console, run_state
+        self.heldout = [dataset.heldout_batch(i) for i in range(dataset.num_heldout_batches)]
+        self.pending: SmallerModel | None = None
+        self.pause = Pause()
+        self.clock = 0.0
+        self.model, self.controller = model, make_controller(model.config, run_state, history)
+        self._write_model()
+
+    @property
+    def config(self) -> Config:
+        """Of the model as it is now."""
+        return self.model.config
+
+    def is_due(self, step: int) -> bool:
+        """Whether a scheduled plan is to be applied after this step."""
+        return self.run_state.pending is not None and self.run_state.pending.due == step
+
+    def install_model(self, model: Model) -> None:
+        """Trains another model from now on; releases what was compiled for the one before."""
+        self.model, self.controller = model, make_controller(model.config, self.run_state, None)
+        self.console.state("")
+        self._write_model()
+
+    def _write_model(self) -> None:
+        lines = [line for line in operative_config(self.config).splitlines() if line.startswith("ModelConfig.")]
+        self.log.write_file("model.gin", "\n".join([f"# the model after step {self.run_state.step}", *lines, ""]))
+
+    def soften_rule(self) -> None:
+        """After a plan that was refused: the next one is made with a softer rule."""
+        self.run_state.retries += 1
+        self.controller = make_controller(self.config, self.run_state, self.controller.history)
+
+    def evaluate(self, step: int, when: str) -> float:
+        """The validation loss; shown, and logged by domain."""
+        heldout = heldout_loss(self.model.steps.evaluate, self.model.state, *self.measured_on)
+        loss, losses, targets = heldout.loss, heldout.loss_by_domain, heldout.targets_by_domain
+        summary = self.run_state.summary
+        if summary.heldout_targets_by_domain != targets:  # once, as long as the batches stay the same
+            summary.heldout_targets_by_domain = targets
+            self.log.write("heldout", step, targets_by_domain=targets)
+        self.log.write("eval", step, heldout_loss=loss, heldout_loss_by_domain=losses, when=when)
+        summary.heldout_loss_by_domain[when] = dict(losses)
+        self.console.event(f"step {step}: validation loss {loss:.4f} ({when.replace('_', ' ')})")
+        return loss
+
+    @property
+    def measured_on(self) -> tuple[list[dict[str, np.ndarray]], Mesh, tuple[str, ...]]:
+        """The last arguments of `evaluate.heldout_loss`."""
+        return self.heldout, self.mesh, self.dataset.domains
+
+    def save(self, step: int, *, now: bool = False) -> None:
+        """Saves everything, or starts to. now: returns when it is on disk."""
+        self.log.save()
+        save = self.checkpoints.save_now if now else self.checkpoints.save
+        meta: dict[str, Any] = self.run_state.to_meta()
+        save(step, self.model.state, self.controller.history.to_arrays(), meta)
+
+
+def make_controller(config: Config, run_state: RunState, history: LoadHistory | None) -> Controller:
+    """The controller of a model. `UserError` where `LaepConfig.plan` is none for it."""
+    laep = softened(config.laep, run_state.retries, config.model.num_layers)
+    return Controller(dataclasses.replace(config, laep=laep), prunes=run_state.prunes, history=history)

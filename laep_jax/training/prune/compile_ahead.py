@@ -11,6 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+import jax
+
 from laep_jax.config import Config
 from laep_jax.sharding import Mesh
 from laep_jax.state.tree import TrainState
@@ -21,19 +23,26 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
+class CompiledSteps:
     """What a model is trained and evaluated with: `make_train_step` and `make_eval_step`, compiled or not yet."""
 
     train: Callable
     evaluate: Callable
 
 
-def compile_steps(config: Config, mesh: Mesh, abstract: TrainState, num_domains: int) -> Steps:
+def compile_steps(config: Config, mesh: Mesh, abstract: TrainState, num_domains: int) -> CompiledSteps:
     """Both steps compiled. config: resolved. abstract: the model's `abstract_state`. num_domains: of held-out text."""
     heldout = abstract_batch(config, mesh, heldout=True)
     evaluate = make_eval_step(config, mesh, num_domains).lower(abstract.params, abstract.router_bias, heldout)
     train = make_train_step(config, mesh).lower(abstract, abstract_batch(config, mesh))
-    return Steps(train.compile(), evaluate.compile())
+    return CompiledSteps(train.compile(), evaluate.compile())
+
+
+def make_steps(
+    config: Config, mesh: Mesh, num_domains: int, train_step: jax.stages.Compiled | None = None
+) -> CompiledSteps:
+    """Both steps, compiled at their first call; train_step: one that is compiled already."""
+    return CompiledSteps(train_step or make_train_step(config, mesh), make_eval_step(config, mesh, num_domains))
 
 
 def ahead(compile_programs: Callable[[], T]) -> Future[T]:

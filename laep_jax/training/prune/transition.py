@@ -1,112 +1,84 @@
-"""A cut from the making of its plan to the smaller model: compiled ahead, then restored (paper sections 3.2, 3.3)."""
+"""A plan from its making to the smaller model: scheduled, then applied (paper sections 3.2, 3.3).
 
-import contextlib
-import time
-from collections.abc import Iterator
+A plan is applied `LaepConfig.cut_delay` steps after it was made, whether the smaller model's steps, which are
+compiled meanwhile, are ready or waited for: so every process prunes after the same step, and a resumed run too. There
+are two phases: the old model is saved together with the plan; then the survivors are restored into the smaller model.
+Whatever stops the run between the two, starting again applies the plan.
+"""
 
-import jax
+import dataclasses
 
 from laep_jax.checkpoint.checkpointer import Checkpoints
-from laep_jax.checkpoint.manifest import DamagedError
-from laep_jax.checkpoint.partial_read import bytes_needed, bytes_read
-from laep_jax.config import Config
-from laep_jax.laep.plan import Plan
-from laep_jax.model.accounting import model_size
-from laep_jax.sharding import Mesh
-from laep_jax.state.fingerprint import compile_fingerprints
-from laep_jax.state.surgery import Gathers, Kept, compile_gathers, cut_config, cut_state
-from laep_jax.state.tree import TrainState, abstract_state
-from laep_jax.training.prune.compile_ahead import Steps, ahead, compile_steps
-from laep_jax.training.prune.controller import with_receive_buffer
+from laep_jax.laep.plan import Plan, apply_plan_to_lineage
+from laep_jax.state.optimizer import without_moments
+from laep_jax.state.tree import TrainState
+from laep_jax.tracking.pause import Pause
+from laep_jax.training.prune.smaller_model import SmallerModel
+from laep_jax.training.run_state import PendingPrune, RunState
+from laep_jax.training.trainer import Model, Trainer
 
 
-class Pause:
-    """The time in which a run does not train because of a cut. seconds: by part."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Adds the time inside."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.seconds.items())
-        return f"a pause of {sum(self.seconds.values()):.2f} s ({parts})"
+def schedule(trainer: Trainer, plan: Plan, made: int, due: int) -> None:
+    """Schedules a plan that was made after step `made`, unless the run ends before step `due`."""
+    if due < trainer.config.train.num_steps:
+        trainer.run_state.pending = PendingPrune(plan, made, due)
+        trainer.pending = SmallerModel(plan, trainer.config, trainer.mesh, len(trainer.dataset.domains))
+    else:
+        why = f"the run ends before step {due}, where the plan of step {made} was due"
+        trainer.run_state.pending, trainer.run_state.summary.not_pruned = None, why
+        trainer.console.event(why)
 
 
-class Cut:
-    """A plan, and the model that it leads to; the steps of that model are being compiled from the start.
-
-    old: config of the model to be cut, resolved. num_domains: of held-out text. `config`: of the cut one.
-    `UserError` where the plan does not fit the model or the mesh.
-    """
-
-    def __init__(self, plan: Plan, old: Config, mesh: Mesh, num_domains: int):
-        self.plan, self.old, self.num_domains = plan, old, num_domains
-        imbalances = [layer.imbalance_after for layer in plan.layers]
-        self.config = with_receive_buffer(cut_config(old, plan.kept), imbalances)
-        self._target = abstract_state(self.config, mesh)
-        self._programs = ahead(lambda: self._compile(mesh))
-        self._bytes: dict[str, int] = {}
-
-    @property
-    def only_moves(self) -> bool:
-        """Whether no expert goes."""
-        return not self.plan.prunes
-
-    def carry_out(
-        self, state: TrainState | None, checkpoints: Checkpoints, step: int, pause: Pause
-    ) -> tuple[TrainState, Steps]:
-        """The cut state, from the checkpoint of `step` or from memory as the config says, and its compiled steps.
-
-        state: the old one, released; None where it is on disk only. Adds `restore` to the pause, and `compile`, what
-        is left of the compilation; raises what went wrong in that.
-        """
-        if state is not None and self.old.laep.restore == "memory":
-            with pause.part("compile"):
-                steps, gathers = self._programs.result()
-            with pause.part("restore"):
-                cut = cut_state(state, gathers, self.plan.kept, self.old.model, self._target)
-                verify_cut(checkpoints, step, cut, self.plan.kept)
-                return cut, steps
-        with pause.part("restore"):
-            jax.tree.map(lambda leaf: leaf.delete(), state)
-            before = bytes_read()
-            cut = checkpoints.restore_cut(step, self._target, self.plan.kept, self.old.model.runs)
-            self._bytes = {"bytes_read": bytes_read() - before, "bytes_needed": bytes_needed(self._target)}
-            jax.block_until_ready(cut)
-        with pause.part("compile"):
-            return cut, self._programs.result()[0]
-
-    def _compile(self, mesh: Mesh) -> tuple[Steps, Gathers]:
-        compile_fingerprints(self._target)
-        return compile_steps(self.config, mesh, self._target, self.num_domains), self._gathers(mesh)
-
-    def _gathers(self, mesh: Mesh) -> Gathers:
-        """The programs that cut memory, where that is how it is done."""
-        if self.old.laep.restore != "memory":
-            return []
-        return compile_gathers(abstract_state(self.old, mesh), self.plan.kept, self.old.model, self._target)
-
-    def record(self) -> dict:
-        """Fields of the `prune` record. Bytes are of this process: what it read of the checkpoint, and had to."""
-        return {
-            "rearrange_only": self.only_moves,
-            "experts_before": self.plan.num_experts,
-            "experts_after": self.plan.num_experts_after,
-            "parameters_before": model_size(self.old.model, sequence_length=1).total,
-            "parameters_after": model_size(self.config.model, sequence_length=1).total,
-            **self._bytes,
-        }
+def apply(trainer: Trainer, smaller: SmallerModel) -> None:
+    """Both phases: the old model and the plan on disk, then the survivors in their new places."""
+    run_state, step = trainer.run_state, trainer.run_state.step
+    if smaller.plan.prunes:
+        with trainer.pause.part("evaluate"):
+            run_state.summary.heldout_loss_before_prune = trainer.evaluate(step, "before_prune")
+    if not run_state.summary.is_changed:  # "before" is before the first change
+        run_state.summary.device_imbalance_before = trainer.controller.device_imbalance()
+        run_state.summary.step_seconds_before = trainer.model.median_step_seconds()
+    with trainer.pause.part("save"):
+        trainer.save(step, now=True)
+    model = restore_survivors(smaller, trainer.model.state, trainer.checkpoints, run_state, trainer.pause)
+    finish(trainer, smaller, model)
 
 
-def verify_cut(checkpoints: Checkpoints, step: int, cut: TrainState, kept: Kept) -> None:
-    """That memory was cut as the checkpoint would have been; where not, it is not the checkpoint that is to blame."""
-    try:
-        checkpoints.verify(step, cut, kept)
-    except DamagedError as error:
-        raise RuntimeError(f"the state was not cut as planned: {error}") from error
+def restore_survivors(
+    smaller: SmallerModel, state: TrainState | None, checkpoints: Checkpoints, run_state: RunState, pause: Pause
+) -> Model:
+    """The second phase; releases the old state, None on resuming. `run_state` then describes the smaller model."""
+    restored, steps = smaller.restore(state, checkpoints, run_state.step, pause)
+    if smaller.config.laep.reset_moments:
+        restored = dataclasses.replace(restored, opt_state=without_moments(restored.opt_state))
+    run_state.lineage = apply_plan_to_lineage(run_state.lineage, smaller.plan)
+    run_state.num_experts = smaller.plan.num_experts_after
+    run_state.fitted_buffer = smaller.config.model.receive_buffer
+    run_state.prunes += smaller.plan.prunes
+    return Model(smaller.config, restored, steps)
+
+
+def finish(trainer: Trainer, smaller: SmallerModel, model: Model) -> None:
+    """Installs the smaller model, evaluates and records it."""
+    run_state = trainer.run_state
+    step, summary, pending = run_state.step, run_state.summary, run_state.pending
+    assert pending
+    if trainer.model is not model:
+        trainer.install_model(model)
+    (summary.prune_steps if smaller.plan.prunes else summary.rearrange_steps).append(step)
+    summary.parameters_after = model.size.total
+    summary.experts_after = list(run_state.num_experts)
+    if smaller.plan.prunes:
+        with trainer.pause.part("evaluate"):
+            summary.heldout_loss_after_prune = trainer.evaluate(step, "after_prune")
+    trainer.log.write(
+        "prune",
+        step,
+        plan=f"plans/{pending.made}.json",
+        plan_step=pending.made,
+        lineage=run_state.lineage,
+        seconds=trainer.pause.seconds,
+        **smaller.record(),
+    )
+    trainer.console.event(f"step {step}: {trainer.pause}")
+    trainer.pending = run_state.pending = None

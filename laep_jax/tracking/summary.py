@@ -1,0 +1,37 @@
+"""What a run comes to: the rows of its closing table, and summary.json."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass
+class Summary:
+    """The rows so far; docs/run_directory.md describes each field. None is not known yet, or not finite."""
+
+    experts_before: list[int]
+    experts_after: list[int] | None = None
+    parameters_before: int | None = None
+    parameters_after: int | None = None
+    device_imbalance_before: list[float] | None = None
+    device_imbalance_after: list[float] | None = None
+    step_seconds_before: float | None = None
+    step_seconds_after: float | None = None
+    heldout_loss_before_prune: float | None = None
+    heldout_loss_after_prune: float | None = None
+    heldout_loss_end: float | None = None
+    heldout_loss_by_domain: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
+    heldout_targets_by_domain: dict[str, int] = dataclasses.field(default_factory=dict)
+    prune_steps: list[int] = dataclasses.field(default_factory=list)
+    rearrange_steps: list[int] = dataclasses.field(default_factory=list)
+    not_pruned: str = ""
+    steps: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether experts were pruned or moved."""
+        return bool(self.prune_steps or self.rearrange_steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

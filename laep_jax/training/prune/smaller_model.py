@@ -1,0 +1,86 @@
+"""The model that a plan leads to: its steps compiled ahead, its state restored (paper sections 3.2, 3.3)."""
+
+import jax
+
+from laep_jax.checkpoint.checkpointer import Checkpoints
+from laep_jax.checkpoint.manifest import DamagedError
+from laep_jax.checkpoint.partial_read import bytes_needed, bytes_read
+from laep_jax.config import Config
+from laep_jax.laep.plan import Plan
+from laep_jax.model.accounting import model_size
+from laep_jax.sharding import Mesh
+from laep_jax.state.fingerprint import compile_fingerprints
+from laep_jax.state.surgery import Gathers, Kept, compile_gathers, cut_config, cut_state
+from laep_jax.state.tree import TrainState, abstract_state
+from laep_jax.tracking.pause import Pause
+from laep_jax.training.prune.compile_ahead import CompiledSteps, ahead, compile_steps
+from laep_jax.training.prune.controller import with_receive_buffer
+
+
+class SmallerModel:
+    """A plan, and the model that it leads to; the steps of that model are being compiled from the start.
+
+    old: config of the model to be pruned, resolved. num_domains: of the validation text. `config`: of the smaller one.
+    `UserError` where the plan does not fit the model or the mesh.
+    """
+
+    def __init__(self, plan: Plan, old: Config, mesh: Mesh, num_domains: int):
+        self.plan, self.old, self.num_domains = plan, old, num_domains
+        imbalances = [layer.imbalance_after for layer in plan.layers]
+        self.config = with_receive_buffer(cut_config(old, plan.kept), imbalances)
+        self._target = abstract_state(self.config, mesh)
+        self._programs = ahead(lambda: self._compile(mesh))
+        self._bytes: dict[str, int] = {}
+
+    def restore(
+        self, state: TrainState | None, checkpoints: Checkpoints, step: int, pause: Pause
+    ) -> tuple[TrainState, CompiledSteps]:
+        """The state, from the checkpoint of `step` or from memory as the config says, and the compiled steps.
+
+        state: the old one, released; None where it is on disk only. Adds `restore` to the pause, and `compile`, the
+        remaining compile time; raises what went wrong in the compilation.
+        """
+        if state is not None and self.old.laep.restore == "memory":
+            with pause.part("compile"):
+                steps, gathers = self._programs.result()
+            with pause.part("restore"):
+                smaller = cut_state(state, gathers, self.plan.kept, self.old.model, self._target)
+                verify_surgery(checkpoints, step, smaller, self.plan.kept)
+                return smaller, steps
+        with pause.part("restore"):
+            jax.tree.map(lambda leaf: leaf.delete(), state)
+            before = bytes_read()
+            smaller = checkpoints.restore_cut(step, self._target, self.plan.kept, self.old.model.runs)
+            self._bytes = {"bytes_read": bytes_read() - before, "bytes_needed": bytes_needed(self._target)}
+            jax.block_until_ready(smaller)
+        with pause.part("compile"):
+            return smaller, self._programs.result()[0]
+
+    def _compile(self, mesh: Mesh) -> tuple[CompiledSteps, Gathers]:
+        compile_fingerprints(self._target)
+        return compile_steps(self.config, mesh, self._target, self.num_domains), self._gathers(mesh)
+
+    def _gathers(self, mesh: Mesh) -> Gathers:
+        """The programs that prune in device memory, where that is how it is done."""
+        if self.old.laep.restore != "memory":
+            return []
+        return compile_gathers(abstract_state(self.old, mesh), self.plan.kept, self.old.model, self._target)
+
+    def record(self) -> dict:
+        """Fields of the `prune` record. Bytes are of this process: what it read of the checkpoint, and had to."""
+        return {
+            "rearrange_only": not self.plan.prunes,
+            "experts_before": self.plan.num_experts,
+            "experts_after": self.plan.num_experts_after,
+            "parameters_before": model_size(self.old.model, sequence_length=1).total,
+            "parameters_after": model_size(self.config.model, sequence_length=1).total,
+            **self._bytes,
+        }
+
+
+def verify_surgery(checkpoints: Checkpoints, step: int, state: TrainState, kept: Kept) -> None:
+    """That device memory was pruned as the checkpoint would have been; where not, the checkpoint is not to blame."""
+    try:
+        checkpoints.verify(step, state, kept)
+    except DamagedError as error:
+        raise RuntimeError(f"the state was not pruned as planned: {error}") from error
