@@ -70,8 +70,7 @@ class RunState:
         name = f"checkpoint {where}"
         try:
             values = meta | {field: _tuples(meta[field]) for field in ("num_experts", "lineage", "recent_losses")}
-            pending = meta["pending"]
-            values["pending"] = PendingPrune(**pending | {"plan": Plan.from_json(pending["plan"])}) if pending else None
+            values["pending"] = None if meta["pending"] is None else _pending(**meta["pending"])
             state = cls(**values | {"summary": Summary(**meta["summary"])})
         except (TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{name} does not fit this version of laep_jax: {error!r}") from error
@@ -119,6 +118,10 @@ class RunState:
             "due": self.pending.due,
         }
         return plain(dataclasses.asdict(dataclasses.replace(self, pending=None)) | {"pending": pending})
+
+
+def _pending(plan: str, **steps: int) -> PendingPrune:
+    return PendingPrune(Plan.from_json(plan), **steps)
 
 
 def _tuples(value: Any) -> Any:

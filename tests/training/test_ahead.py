@@ -14,7 +14,7 @@ from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config
 from laep_jax.faults.tiny import change, records, tiny_config
 from laep_jax.gin_config import operative_config
-from laep_jax.training.prune import compile_ahead, transition
+from laep_jax.training.prune import compile_ahead, smaller_model
 from laep_jax.training.start import train
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_each_step_is_compiled_once_the_cut_models_in_the_thread(config, tmp_pat
 
 def test_training_goes_on_while_the_compilation_takes_its_time(whole, config, tmp_path, monkeypatch):
     done = threading.Event()
-    compile_steps, restore_cut = transition.compile_steps, Checkpoints.restore_cut
+    compile_steps, restore_cut = smaller_model.compile_steps, Checkpoints.restore_cut
 
     def slowly(*args):
         assert done.wait(timeout=120), "the run waits for the compilation before the step of the cut"
@@ -85,7 +85,7 @@ def test_training_goes_on_while_the_compilation_takes_its_time(whole, config, tm
         done.set()
         return restore_cut(self, *args)
 
-    monkeypatch.setattr(transition, "compile_steps", slowly)
+    monkeypatch.setattr(smaller_model, "compile_steps", slowly)
     monkeypatch.setattr(Checkpoints, "restore_cut", restore)
     train(config, tmp_path)
     assert losses(tmp_path) == losses(whole)
@@ -101,7 +101,7 @@ def test_what_goes_wrong_in_the_thread_ends_the_run_at_the_cut_and_nothing_is_lo
         raise RuntimeError("RESOURCE_EXHAUSTED: too large")
 
     with monkeypatch.context() as patch:
-        patch.setattr(transition, "compile_steps", fail)
+        patch.setattr(smaller_model, "compile_steps", fail)
         with pytest.raises(RuntimeError, match="too large"):
             train(config, tmp_path)
     assert len(losses(tmp_path)) == CUT_STEP
@@ -114,16 +114,19 @@ def test_without_delay_the_cut_follows_its_plan_at_once(config, tmp_path):
     [prune] = records(tmp_path, "prune")
     assert (prune["plan_step"], prune["step"]) == (PLAN_STEP, PLAN_STEP)
     with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
-        assert checkpoints.read_meta(PLAN_STEP)["pending_plan"]
+        assert checkpoints.read_meta(PLAN_STEP)["pending"]["due"] == PLAN_STEP
 
 
 @pytest.mark.parametrize("num_steps", [6, CUT_STEP])
 def test_a_plan_whose_step_the_run_does_not_reach_is_dropped_before_anything_is_compiled(
     config, tmp_path, monkeypatch, capsys, num_steps
 ):
-    monkeypatch.setattr(transition, "compile_steps", None)
+    monkeypatch.setattr(smaller_model, "compile_steps", None)
     summary = train(change(config, train={"num_steps": num_steps}), tmp_path)
-    assert f"the run ends before step {CUT_STEP}; nothing is cut" in capsys.readouterr().out.replace("\n", " ")
+    assert (
+        f"the run ends before step {CUT_STEP}, where the plan of step {PLAN_STEP} was due"
+        in capsys.readouterr().out.replace("\n", " ")
+    )
     assert summary["prune_steps"] == []
     assert not records(tmp_path, "prune")
 
@@ -149,9 +152,9 @@ LEAVING = """
 import sys, time
 from laep_jax.errors import run_main
 from laep_jax.training import command
-from laep_jax.training.prune import transition
+from laep_jax.training.prune import smaller_model
 from laep_jax.tracking.console import RunConsole
-transition.compile_steps = lambda *args: time.sleep(600)
+smaller_model.compile_steps = lambda *args: time.sleep(600)
 def show(self, step, record):
     if step == 5:
         raise ERROR

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from laep_jax.config import LaepConfig
 from laep_jax.tracking.console import RunConsole, closing_table, progress_parts, stability_text
+from laep_jax.tracking.summary import Summary
 
 TRAIN = {
     "loss": 2.34567,
@@ -60,7 +61,7 @@ def text_of(console):
 def cells(summary):
     """{first cell: the others} of the printed table; continued lines are joined to the one above."""
     console = plain()
-    console.print(closing_table(summary))
+    console.print(closing_table(Summary(**summary)))
     rows, last = {}, ""
     for line in text_of(console).splitlines():
         if line.startswith("│"):
@@ -189,7 +190,7 @@ def test_an_output_that_fails_ends_nothing(monkeypatch, error):
     with RunConsole(2, log_every=1) as progress:
         progress.event("a domain: проза")
         progress.train(1, TRAIN)
-        progress.closing_table(PRUNED)
+        progress.closing_table(Summary(**PRUNED))
     sys.stdout.flush()
     assert (b"\\u043f" in raw.getvalue()) == (error is None)
 
@@ -213,6 +214,6 @@ def test_the_table_ends_the_progress_line():
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     with RunConsole(30, log_every=10, console=console) as progress:
         progress.train(30, TRAIN)
-        progress.closing_table(PRUNED)
+        progress.closing_table(Summary(**PRUNED))
     text = text_of(console)
     assert text.index("30/30") < text.index("\x1b[?25h") < text.index("1,638,400 tokens")

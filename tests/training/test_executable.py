@@ -10,8 +10,8 @@ from laep_jax.errors import UserError
 from laep_jax.faults.tiny import records
 from laep_jax.sharding import make_mesh
 from laep_jax.state.tree import abstract_state
-from laep_jax.training import trainer
 from laep_jax.training.executable import load_step, save_step
+from laep_jax.training.prune import compile_ahead
 from laep_jax.training.start import train
 from laep_jax.training.step import abstract_batch, make_train_step
 
@@ -47,7 +47,7 @@ def test_a_run_with_the_executable_compiles_no_step_and_has_the_same_losses(save
     def forbidden(*_):
         raise AssertionError("a step was compiled")
 
-    monkeypatch.setattr(trainer, "make_train_step", forbidden)
+    monkeypatch.setattr(compile_ahead, "make_train_step", forbidden)
     train(config, tmp_path / "loaded", executable=saved)
     assert len(losses(tmp_path / "loaded")) == 3
     assert losses(tmp_path / "loaded") == losses(tmp_path / "compiled")

@@ -18,7 +18,7 @@ from laep_jax.errors import UserError
 from laep_jax.faults.damage import DAMAGES, change_stored, flip_bit
 from laep_jax.faults.power import mounted, not_on_disk, recorded_syncs
 from laep_jax.state import fingerprint
-from laep_jax.training.prune import transition
+from laep_jax.training.prune import smaller_model
 
 COUNTS = (16, 16, 8, 8)
 SMALL = {"params": {"scale_D": np.arange(8, dtype=np.float32)}}
@@ -148,7 +148,7 @@ def test_the_damaged_expert_is_named_and_matters_only_where_it_stays(states, sav
     with pytest.raises(DamagedError, match=r"of layer 3, expert 4 .*more places.* is not what was saved"):
         copied.verify(7, got, [*kept[:3], [4, 1, 2, 0]])
     with pytest.raises(RuntimeError, match=r"the state was not cut as planned: .* of layer 3, expert 4"):
-        transition.verify_cut(copied, 7, got, [*kept[:3], [4, 1, 2, 0]])
+        smaller_model.verify_surgery(copied, 7, got, [*kept[:3], [4, 1, 2, 0]])
 
 
 def test_a_run_goes_on_from_the_newest_step_that_validates(tmp_path):

@@ -217,7 +217,7 @@ def test_cutting_in_memory_gives_the_same_run_and_lets_the_old_step_go(run, conf
     verified: list[tuple] = []
     monkeypatch.setattr(Checkpoints, "restore_cut", None)
     monkeypatch.setattr(Checkpoints, "verify", verify)
-    monkeypatch.setattr("laep_jax.training.trainer.make_train_step", make)
+    monkeypatch.setattr("laep_jax.training.prune.compile_ahead.make_train_step", make)
     monkeypatch.setattr(RunConsole, "train", show)
     train(change(config, laep={"restore": "memory"}), tmp_path)
     assert alive == [False]
@@ -429,8 +429,7 @@ def test_the_receive_buffer_follows_the_loads_at_a_cut_and_stays_so_on_resuming(
         buffers.append(config.model.receive_buffer)
         return make_train_step(config, mesh)
 
-    for module in ("trainer", "prune.compile_ahead"):
-        monkeypatch.setattr(f"laep_jax.training.{module}.make_train_step", recording)
+    monkeypatch.setattr("laep_jax.training.prune.compile_ahead.make_train_step", recording)
     bounded = change(config, model={"dispatch": "ragged_all_to_all", "receive_buffer": 4.0}, train={"num_steps": 14})
     train(bounded, tmp_path)
     plan = Plan.from_json((tmp_path / "plans" / f"{PLAN_STEP}.json").read_text())

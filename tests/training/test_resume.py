@@ -15,7 +15,8 @@ from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.plan import identity_plan
 from laep_jax.laep.stability import assess, history_capacity
 from laep_jax.training.prune.controller import Controller
-from laep_jax.training.run_state import Progress, check_resumable, find_progress
+from laep_jax.training.resume import check_resumable, find_run_state
+from laep_jax.training.run_state import PendingPrune, RunState
 
 WHERE = Path("run/checkpoints/7")
 CONFIG = Config(model=ModelConfig(num_layers=2, num_experts=4)).resolve(4)
@@ -24,13 +25,12 @@ FIELDS = [
 ]
 
 
-def progress(**changes) -> Progress:
-    return dataclasses.replace(Progress.fresh(CONFIG, "sha"), step=7, **changes)
+def run_state(**changes) -> RunState:
+    return dataclasses.replace(RunState.fresh(CONFIG, "sha"), step=7, **changes)
 
 
-def planned() -> Progress:
-    plan = identity_plan((4, 4), expert_parallel=4, top_k=2).to_json()
-    return progress(pending_plan=plan, plan_step=5, cut_step=9)
+def planned() -> RunState:
+    return run_state(pending=PendingPrune(identity_plan((4, 4), expert_parallel=4, top_k=2), made=5, due=9))
 
 
 @pytest.mark.parametrize(("part", "cls", "field"), FIELDS, ids=[f"{cls}.{field}" for _, cls, field in FIELDS])
@@ -40,28 +40,28 @@ def test_a_changed_setting_is_refused_or_told(part, cls, field):
     difference = f"{cls}.{field} {getattr(getattr(CONFIG, part), field)!r} -> 'another'"
     if settings_of(getattr(CONFIG, part))[field].fixed:
         with pytest.raises(UserError) as error:
-            check_resumable(progress(), changed, "sha", WHERE)
+            check_resumable(run_state(), changed, "sha", WHERE)
         assert str(error.value) == f"another run than that of checkpoint {WHERE}: {difference}; use another workdir"
     else:
-        assert check_resumable(progress(), changed, "sha", WHERE) == [difference]
+        assert check_resumable(run_state(), changed, "sha", WHERE) == [difference]
 
 
 @pytest.mark.parametrize(("devices", "expert"), [(8, 4), (16, 4), (2, 2), (6, 2)])
 def test_an_open_expert_axis_stays_what_the_run_had(devices, expert):
     """Resolved from the pruned counts it would be 8 on 8 devices."""
     open_mesh = Config(model=ModelConfig(num_layers=2, num_experts=12), data=DataConfig(batch_size=48))
-    pruned = progress(config=open_mesh.resolve(4).to_dict(), num_experts=(8, 8), lineage=(tuple(range(8)),) * 2)
+    pruned = run_state(config=open_mesh.resolve(4).to_dict(), num_experts=(8, 8), lineage=(tuple(range(8)),) * 2)
     meta = json.loads(json.dumps(pruned.to_meta()))
-    resumed, _ = find_progress(open_mesh, "sha", WHERE, meta, devices)
+    resumed, _ = find_run_state(open_mesh, "sha", WHERE, meta, devices)
     assert Config.from_dict(resumed.config).mesh == MeshConfig(fsdp=devices // expert, expert=expert)
 
 
 def test_another_expert_axis_must_divide_the_pruned_model():
     config = Config(model=ModelConfig(num_layers=2, num_experts=24), data=DataConfig(batch_size=48))
-    pruned = progress(config=config.resolve(4).to_dict(), num_experts=(12, 12), lineage=(tuple(range(12)),) * 2)
+    pruned = run_state(config=config.resolve(4).to_dict(), num_experts=(12, 12), lineage=(tuple(range(12)),) * 2)
     meta = json.loads(json.dumps(pruned.to_meta()))
     with pytest.raises(UserError, match=r"num_experts\[0\]=12 is not divisible by MeshConfig.expert=8"):
-        find_progress(dataclasses.replace(config, mesh=MeshConfig(expert=8)), "sha", WHERE, meta, 8)
+        find_run_state(dataclasses.replace(config, mesh=MeshConfig(expert=8)), "sha", WHERE, meta, 8)
 
 
 def test_every_difference_that_is_refused_is_named_at_once():
@@ -77,24 +77,25 @@ def test_every_difference_that_is_refused_is_named_at_once():
         "the corpus 'sha' -> 'ahs'",
     ]
     with pytest.raises(UserError) as error:
-        check_resumable(progress(), new, "ahs", WHERE)
+        check_resumable(run_state(), new, "ahs", WHERE)
     assert str(error.value).endswith(f"/7: {'; '.join(differences)}; use another workdir")
-    assert check_resumable(progress(), CONFIG, "sha", WHERE) == []
+    assert check_resumable(run_state(), CONFIG, "sha", WHERE) == []
 
 
-@pytest.mark.parametrize("make", [progress, planned])
+@pytest.mark.parametrize("make", [run_state, planned])
 def test_meta_comes_back(make):
     meta = json.loads(json.dumps(make().to_meta()))
-    assert Progress.from_meta(meta, WHERE).to_meta() == meta
+    assert RunState.from_meta(meta, WHERE).to_meta() == meta
 
 
 def test_a_loss_that_is_not_finite_leaves_the_checkpoint_readable():
-    summary = progress().summary | {"heldout_loss_end": float("nan"), "device_imbalance_before": [float("inf"), 1.0]}
-    meta = json.loads(json.dumps(progress(summary=summary).to_meta(), allow_nan=False))
-    read = Progress.from_meta(meta, WHERE).summary
-    assert (read["heldout_loss_end"], read["device_imbalance_before"]) == (None, [None, 1.0])
+    state = run_state()
+    state.summary.heldout_loss_end = float("nan")
+    meta = json.loads(json.dumps(state.to_meta(), allow_nan=False))
+    assert RunState.from_meta(meta, WHERE).summary.heldout_loss_end is None
 
 
+OTHER_PLAN = identity_plan((8, 8), expert_parallel=4, top_k=2).to_json()
 WRONG = {
     "step": [8, "7", -7, 7.0, True, "../7"],
     "config": [None, {"model": {"num_layers": "2"}}, {"model": 1}, {"modell": {}}, {"model": {"layer": 1}}],
@@ -103,22 +104,33 @@ WRONG = {
     "fitted_buffer": ["1", 0.5, True],
     "lineage": [None, [[0, 1, 2, 3]], [[0, 1, 2, 3], [0, 1, 2, 4]], [[0, 1, 2, 2]] * 2, [[0, 1, 2, "3"]] * 2, [1, 2]],
     "prunes": [-1, None],
-    "pending_plan": ["", "{}", None, identity_plan((8, 8), expert_parallel=4, top_k=2).to_json()],
-    "plan_step": [None, 8, "../x", 0],
-    "cut_step": [None, 6, "9"],
-    "summary": [None, {}, [1], planned().summary | {"tokens": None}, planned().summary | {"prune_steps": ["x"]}],
+    "pending": [
+        "x",
+        {},
+        *(planned().to_meta()["pending"] | wrong for wrong in ({"plan": "{}"}, {"plan": OTHER_PLAN}, {"made": 8})),
+        *(
+            planned().to_meta()["pending"] | wrong
+            for wrong in ({"made": "../x"}, {"made": 0}, {"due": 6}, {"due": "9"})
+        ),
+    ],
+    "summary": [
+        None,
+        {},
+        [1],
+        *(planned().summary.to_dict() | wrong for wrong in ({"tokens": None}, {"prune_steps": ["x"]}, {"y": 1})),
+    ],
 }
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
 def test_meta_of_wrong_types_or_parts_that_do_not_fit_is_refused(field, value):
     with pytest.raises(UserError):
-        Progress.from_meta(json.loads(json.dumps(planned().to_meta())) | {field: value}, WHERE)
+        RunState.from_meta(json.loads(json.dumps(planned().to_meta())) | {field: value}, WHERE)
 
 
 def test_experts_that_only_the_config_claims_take_no_memory():
     config = {"model": {"num_layers": 2, "num_experts": 2**31 - 1}}
-    assert Progress.from_meta(json.loads(json.dumps(planned().to_meta())) | {"config": config}, WHERE).step == 7
+    assert RunState.from_meta(json.loads(json.dumps(planned().to_meta())) | {"config": config}, WHERE).step == 7
 
 
 def test_any_meta_is_a_progress_or_refused(fuzz):
@@ -126,9 +138,9 @@ def test_any_meta_is_a_progress_or_refused(fuzz):
 
     def check(data):
         meta = fuzz.json(data.draw, valid)
-        read = fuzz.reads(lambda: Progress.from_meta(meta, WHERE))
+        read = fuzz.reads(lambda: RunState.from_meta(meta, WHERE))
         if read is not None:
-            assert Progress.from_meta(json.loads(json.dumps(read.to_meta())), WHERE).to_meta() == read.to_meta()
+            assert RunState.from_meta(json.loads(json.dumps(read.to_meta())), WHERE).to_meta() == read.to_meta()
             fuzz.reads(lambda: read.current(CONFIG).resolve(4))
 
     fuzz(check)

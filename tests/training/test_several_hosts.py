@@ -317,11 +317,11 @@ run.Controller.prune_plan = prune_plan
 
 def test_a_process_that_fails_takes_the_others_along(tmp_path, launched):
     hook = """
-def record(run, step, metrics, record=loop.record):
+def record(trainer, step, metrics, record=loop.record):
     if step == 2 and index == "1":
         (here / "failed").write_text(str(time.time()))
         raise OSError("no space left")
-    record(run, step, metrics)
+    record(trainer, step, metrics)
 loop.record = record
 """
     result = launched(tmp_path / "x", 2, hook=hook)
@@ -348,8 +348,8 @@ def train_batch(self, step, train_batch=Dataset.train_batch):
         (here / "frozen").touch()
         os.kill(os.getpid(), signal.SIGSTOP)
     return train_batch(self, step)
-def record(run, step, metrics, record=loop.record):
-    record(run, step, metrics)
+def record(trainer, step, metrics, record=loop.record):
+    record(trainer, step, metrics)
     if again:
         if index == "1" and step == TOLD:
             os.kill(os.getpid(), signal.SENT)

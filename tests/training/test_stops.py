@@ -15,7 +15,7 @@ from laep_jax.errors import UserError
 from laep_jax.faults.tiny import tiny_config
 from laep_jax.gin_config import operative_config
 from laep_jax.training import preemption
-from laep_jax.training.preemption import Stops
+from laep_jax.training.preemption import PreemptionGuard
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -37,7 +37,7 @@ def send(number: int) -> None:
 
 def test_a_signal_is_told_at_the_next_step_and_afterwards_nothing_is_left(default_handlers):
     for number in SIGNALS:
-        with Stops(None) as now:
+        with PreemptionGuard(None) as now:
             assert not now.asked(1)
             send(number)
             assert now.asked(2)
@@ -45,7 +45,7 @@ def test_a_signal_is_told_at_the_next_step_and_afterwards_nothing_is_left(defaul
 
 
 def test_the_second_interrupt_stops_at_once_and_no_number_of_terms_does(default_handlers):
-    with Stops(None) as now:
+    with PreemptionGuard(None) as now:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             send(number)
             assert now.asked(1)
@@ -55,14 +55,14 @@ def test_the_second_interrupt_stops_at_once_and_no_number_of_terms_does(default_
 
 def test_an_ignored_signal_stays_ignored(default_handlers):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with Stops(None) as now:
+    with PreemptionGuard(None) as now:
         send(signal.SIGINT)
         assert not now.asked(1)
 
 
 def test_beside_the_main_thread_no_signal_is_caught(default_handlers):
     def body() -> None:
-        with Stops(None) as now:
+        with PreemptionGuard(None) as now:
             found.extend(signal.getsignal(number) for number in SIGNALS)
             found.append(now.asked(1))
 
@@ -75,7 +75,7 @@ def test_beside_the_main_thread_no_signal_is_caught(default_handlers):
 
 def test_what_is_no_step_takes_its_time(capfd, monkeypatch):
     monkeypatch.setattr(preemption, "HEAD_START", 0.2)
-    with Stops(0.5) as now:
+    with PreemptionGuard(0.5) as now:
         now.begin_step()
         now.end_step()
         time.sleep(1)
@@ -90,7 +90,7 @@ HOLDING = """
 import ctypes
 from laep_jax.training import preemption
 preemption.HEAD_START = 0.5
-with preemption.Stops(0.5) as now:
+with preemption.PreemptionGuard(0.5) as now:
     now.begin_step()
     ctypes.PyDLL(None).sleep(600)
 """
@@ -113,11 +113,10 @@ def test_a_time_that_cannot_be_is_refused(seconds):
 # Everything that is no step takes longer than one may, once; then a step hangs.
 SLOW = """
 import pathlib, sys, time
+from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.errors import run_main
-from laep_jax.training import command, loop, start
-from laep_jax.training.prune import transition
-from laep_jax.training import trainer
-from laep_jax.training import preemption
+from laep_jax.training import command, loop, preemption, trainer
+from laep_jax.training.prune import compile_ahead, smaller_model
 def slowly(function):
     calls = []
     def slow(*args, **kwargs):
@@ -126,19 +125,19 @@ def slowly(function):
         calls.append(args)
         return function(*args, **kwargs)
     return slow
-def compiling(*args, make=run.make_train_step):
+def compiling(*args, make=compile_ahead.make_train_step):
     return slowly(make(*args))
-def record(run, step, metrics, record=loop.record):
-    record(run, step, metrics)
+def record(trainer, step, metrics, record=loop.record):
+    record(trainer, step, metrics)
     if step == 5:
         pathlib.Path(sys.argv[1]).write_text(str(time.time()))
         time.sleep(600)
 preemption.HEAD_START = 0.5
-run.make_train_step = compiling
-run.heldout_loss = slowly(run.heldout_loss)
-run.Checkpoints.save = slowly(run.Checkpoints.save)
-run.Checkpoints.restore_cut = slowly(run.Checkpoints.restore_cut)
-cut.compile_steps = slowly(cut.compile_steps)
+compile_ahead.make_train_step = compiling
+trainer.heldout_loss = slowly(trainer.heldout_loss)
+Checkpoints.save = slowly(Checkpoints.save)
+Checkpoints.restore_cut = slowly(Checkpoints.restore_cut)
+smaller_model.compile_steps = slowly(smaller_model.compile_steps)
 loop.record = record
 sys.exit(run_main(command.main, sys.argv[2:]))
 """
