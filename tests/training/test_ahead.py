@@ -121,7 +121,10 @@ def test_a_plan_whose_step_the_run_does_not_reach_is_dropped_before_anything_is_
 ):
     monkeypatch.setattr(cut, "compile_steps", None)
     summary = train(change(config, train={"num_steps": num_steps}), tmp_path)
-    assert f"the run ends before step {CUT_STEP}; nothing is cut" in capsys.readouterr().out.replace("\n", " ")
+    assert (
+        f"the run ends before step {CUT_STEP}, where the plan of step {PLAN_STEP} was due"
+        in capsys.readouterr().out.replace("\n", " ")
+    )
     assert summary["prune_steps"] == []
     assert not records(tmp_path, "prune")
 
