@@ -183,12 +183,15 @@ def test_other_forms_are_named(tmp_path, data, rule):
 
 
 def test_a_file_name_of_any_bytes(tmp_path):
-    for name in ("\udce4.jsonl", "\n#7 '.jsonl", "(other)", "-"):
-        write_jsonl(tmp_path / name, [{"text": "a"}])
-        assert documents("jsonl", tmp_path / name) == [(f"{name}#1", b"a")]
-    assert documents("array_record", write_records(tmp_path / "r", [b"a"]).rename(tmp_path / "\udcff")) == [
-        ("\udcff#0", b"a")
-    ]
+    """In a folder; as DataConfig.path itself, which is stored, such a name is refused."""
+    (tmp_path / "lines").mkdir()
+    names = ("\udce4.jsonl", "\n#7 '.jsonl", "(other)", "-")
+    for name in names:
+        write_jsonl(tmp_path / "lines" / name, [{"text": "a"}])
+    assert sorted(documents("jsonl", tmp_path / "lines")) == sorted((f"{name}#1", b"a") for name in names)
+    (tmp_path / "records").mkdir()
+    write_records(tmp_path / "r", [b"a"]).rename(tmp_path / "records" / "\udcff")
+    assert documents("array_record", tmp_path / "records") == [("\udcff#0", b"a")]
 
 
 def test_a_gzip_bomb_is_refused_on_the_way(tmp_path):

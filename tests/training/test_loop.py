@@ -455,7 +455,7 @@ def test_every_field_that_a_run_records_is_documented(run):
             if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("log.write"):
                 kind = ast.literal_eval(call.args[0]) if isinstance(call.args[0], ast.Constant) else "skipped"
                 written.setdefault(kind, set()).update({keyword.arg for keyword in call.keywords} - {None})
-    assert {"train", "prune", "guard", "dry_run", "skipped"} <= written.keys()
+    assert {"train", "prune", "dry_run", "settings", "skipped"} <= written.keys()
     for kind, fields in written.items():
         assert fields <= documented(kind), kind
     assert json.loads((run / "summary.json").read_text()).keys() <= documented("summary.json")
