@@ -6,13 +6,13 @@ import pytest
 
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
-from laep_jax.faults.tiny import records, tiny_config
 from laep_jax.sharding import make_mesh, put_batch
 from laep_jax.training.anomalies import FEWEST, is_spike
 from laep_jax.training.checkpoint import Checkpoints
 from laep_jax.training.start import train
 from laep_jax.training.state import abstract_state, init_state
 from laep_jax.training.step import make_train_step
+from tests.support.tiny_run import records, tiny_config
 
 NUM_STEPS, NOT_FINITE, SPIKE = 36, (24, 25), 32
 NO_TOKEN = 10**6  # the logit of what is past the end of the vocabulary reads as NaN

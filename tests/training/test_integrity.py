@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from laep_jax.errors import UserError
-from laep_jax.faults.damage import DAMAGES, change_stored, flip_bit
-from laep_jax.faults.power import mounted, not_on_disk, recorded_syncs
 from laep_jax.training import cut, fingerprint, manifest, step_directory
 from laep_jax.training.checkpoint import Checkpoints, SaveError
 from laep_jax.training.manifest import DamagedError, check_files, sealed
+from tests.fault_injection.damage import DAMAGES, change_stored, flip_bit
+from tests.fault_injection.power import mounted, not_on_disk, recorded_syncs
 
 COUNTS = (16, 16, 8, 8)
 SMALL = {"params": {"scale_D": np.arange(8, dtype=np.float32)}}
