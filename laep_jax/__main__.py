@@ -23,18 +23,6 @@ COMMANDS = {
         "laep_jax.preflight.command",
         "a config compiled for a TPU slice: memory, bounds, collectives (minutes)",
     ),
-    "bench": (
-        "laep_jax.bench.command",
-        "measurements on this machine: speed, memory, plans, the pause at a prune (minutes each)",
-    ),
-    "faults": (
-        "laep_jax.faults.command",
-        "faults injected into a tiny run, which must survive them (minutes to hours)",
-    ),
-    "experiment": (
-        "laep_jax.experiments.command",
-        "the paper's experiments, small: runs, tables, figures (minutes a row, hours in all)",
-    ),
     "report": ("laep_jax.report.command", "figures of a run directory"),
     "train-tokenizer": ("laep_jax.data.command", "a BPE tokenizer trained on a corpus"),
 }

@@ -1,10 +1,9 @@
-"""Command lines that begin with the name of a module: what there is, the one that is meant, and what it returns.
+"""Command lines that begin with the name of a module: what there is, and the one that is meant.
 
 A table has for every name its module and a line about it; only the module that is meant is imported.
 """
 
 import importlib
-import json
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
@@ -36,18 +35,3 @@ def load(module: str) -> ModuleType:
         if package == "laep_jax":
             raise
         raise UserError(f"{package} is not installed: pip install -r requirements.txt") from error
-
-
-def run_chosen(argv: Sequence[str], table: Table, noun: str, command: str) -> dict:
-    """Runs one of the modules behind `laep-jax {command}` and prints what it returns; {} after the help.
-
-    Such a module has `run(arguments) -> dict`, which takes what stands behind its name and returns figures that JSON
-    can hold, and `table(result) -> str`, which shows them to people.
-    """
-    usage = f"usage: laep-jax {command} NAME [--json] ...\n\n{{}}\n\n`laep-jax {command} NAME --help` tells more."
-    module = chosen(argv, table, noun, usage)
-    if module is None:
-        return {}
-    result = module.run([argument for argument in argv[1:] if argument != "--json"])
-    print(json.dumps(result) if "--json" in argv else module.table(result))
-    return result

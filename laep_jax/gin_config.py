@@ -46,8 +46,7 @@ def shipped(name: str) -> Path:
     """The file of a config that comes with laep_jax, by its path in `configs/` without `.gin`."""
     names = {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in sorted(SHIPPED.rglob("*.gin"))}
     if name not in names:
-        listed = [name for name in names if not name.startswith("experiments/")]
-        raise UserError(f"--config={name!r} does not come with laep_jax; {did_you_mean(name, listed)}")
+        raise UserError(f"--config={name!r} does not come with laep_jax; {did_you_mean(name, names)}")
     return names[name]
 
 

@@ -1,4 +1,4 @@
-"""The launchers of scripts/ as far as they go without Google Cloud, and that docs/tpu.md names what exists."""
+"""The launchers of scripts/ as far as they go without Google Cloud, and that the documentation names what exists."""
 
 import dataclasses
 import os
@@ -10,13 +10,23 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import BENCHMARKS
+from experiments.catalogue import EXPERIMENTS
 from laep_jax.__main__ import COMMANDS, dispatch
 from laep_jax.chips import find_chip
 from laep_jax.config import Config
+from tests.fault_injection.__main__ import FAULTS
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 PAGE = (ROOT / "docs" / "tpu.md").read_text()
+PAGES = [path for pattern in ("README.md", "docs/*.md", "[a-z]*/**/README.md") for path in ROOT.glob(pattern)]
+PROGRAMS = {
+    "laep_jax": COMMANDS,
+    "benchmarks": BENCHMARKS,
+    "experiments": {*EXPERIMENTS, "tables"},
+    "tests.fault_injection": FAULTS,
+}
 NAMED = "\n".join([PAGE, *(script.read_text() for script in SCRIPTS)])
 TPU = {"NAME": "laep", "ZONE": "us-west4-a", "TYPE": "v5litepod-16"}
 CLUSTER = {"CLUSTER": "c", "ZONE": "us-west4-a", "PROJECT": "p", "WORKLOAD": "laep", "TYPE": "v5litepod-16"}
@@ -154,10 +164,20 @@ def test_files_commands_and_slices_that_are_named_exist():
         assert (ROOT / name).is_file(), name
     for name in set(re.findall(r"requirements[\w-]*\.txt", NAMED)):
         assert (ROOT / name).is_file(), name
-    for command in set(re.findall(r"-m laep_jax ([\w-]+)", NAMED)):
-        assert command in COMMANDS
     for topology in set(re.findall(r"--topology=(\S+)", NAMED)):
         find_chip(topology)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_commands_of_a_page_lead_somewhere(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link
+    folders = "benchmarks|configs|docs|experiments|laep_jax|notebooks|scripts|tests"
+    for name in re.findall(rf"(?<![\w/.])(?:{folders})/[\w/-]+\.(?:py|md|gin|sh|json|jsonl)\b", text):
+        assert (ROOT / name).is_file() or (page.parent / name).is_file(), name
+    for program, command in re.findall(r"python -m ([\w.]+) ([a-z][\w-]*)", text):
+        assert command in PROGRAMS[program] if program in PROGRAMS else program in ("venv", "pytest", "pip"), command
 
 
 @pytest.mark.parametrize(

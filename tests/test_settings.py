@@ -24,7 +24,6 @@ MODULES = {
     "array_record": "grain",
 }  # where they differ; grain needs array-record
 OPTIONAL = {"tokenizers"}  # imported where needed, with advice
-PEERS = {"torch", "transformers"}  # of an environment that `bench peers` makes
 
 
 def test_every_field_is_printed_with_its_default_and_meaning(capsys):
@@ -60,16 +59,24 @@ def test_the_schema_describes_every_config(capsys):
     assert config_schema().keys() < schema.keys()
 
 
-def test_every_package_that_is_imported_is_required():
-    text = (ROOT / "requirements.txt").read_text()
+@pytest.mark.parametrize(
+    ("files", "requirements"),
+    [
+        (["laep_jax/**/*.py"], ["requirements.txt"]),
+        (["benchmarks/*.py", "experiments/*.py"], ["requirements.txt", "requirements-dev.txt"]),
+    ],
+    ids=["the package", "beside it"],
+)
+def test_every_package_that_is_imported_is_required(files, requirements):
+    text = "".join((ROOT / name).read_text() for name in requirements)
     required = set(re.findall(r"^([\w-]+)", text, re.MULTILINE))
     imported = set()
-    for path in (ROOT / "laep_jax").rglob("*.py"):
+    for path in (path for pattern in files for path in ROOT.glob(pattern)):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             imported |= {name.partition(".")[0] for name in names}
-    imported -= {*sys.stdlib_module_names, "laep_jax"} | OPTIONAL | PEERS
+    imported -= {*sys.stdlib_module_names, "laep_jax", "benchmarks", "experiments"} | OPTIONAL
     assert {MODULES.get(name, name) for name in imported} <= required
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from laep_jax.__main__ import dispatch
 from laep_jax.errors import run_main
-from laep_jax.faults.tiny import records
 from laep_jax.training import command
+from tests.support.tiny_run import records
 
 ROOT = Path(__file__).parents[1]
 SMALL = {

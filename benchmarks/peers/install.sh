@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs one of the programs that `python -m laep_jax bench peers` measures into an environment of its own.
+# Installs one of the programs that `python -m benchmarks peers` measures into an environment of its own.
 #
 #     bash benchmarks/peers/install.sh transformers|maxtext FOLDER
 #

@@ -1,4 +1,4 @@
-"""Trains the model of `python -m laep_jax bench peers` with MaxText's own training program.
+"""Trains the model of `python -m benchmarks peers` with MaxText's own training program.
 
 Runs in the environment that install.sh makes. Takes the setting as JSON; the last line it prints is JSON.
 `capacity_factor` null is its dropless default, `ragged_dot`; a number is the room of an expert in units of the mean

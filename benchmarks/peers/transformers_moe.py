@@ -1,4 +1,4 @@
-"""Trains the model of `python -m laep_jax bench peers` in Hugging Face Transformers (Mixtral) on PyTorch.
+"""Trains the model of `python -m benchmarks peers` in Hugging Face Transformers (Mixtral) on PyTorch.
 
 Runs in the environment that install.sh makes. Takes the setting as JSON; the last line it prints is JSON.
 """

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
+from experiments.catalogue import EXPERIMENTS
+from experiments.derived import DERIVED
+from experiments.rows import base_of, load_row, names
+from experiments.runner import branch_step
 from laep_jax.errors import UserError
-from laep_jax.experiments.catalogue import EXPERIMENTS
-from laep_jax.experiments.derived import DERIVED
-from laep_jax.experiments.rows import base_of, load_row, names
-from laep_jax.experiments.runner import branch_step
 
 USED = {entry.row for experiment in EXPERIMENTS.values() for entry in experiment.entries}
 
@@ -57,7 +57,7 @@ def test_a_digest_changes_with_every_setting_that_counts():
 
 
 def test_a_name_that_there_is_not():
-    with pytest.raises(UserError, match=r"there is no 'alpha_0\.5' in .*experiments; there are .*alpha_0\.4"):
+    with pytest.raises(UserError, match=r"there is no 'alpha_0\.5' in .*configs; there are .*alpha_0\.4"):
         load_row("alpha_0.5", 0)
     with pytest.raises(UserError, match=r"there is no .moon. in .*scales"):
         load_row("base", 0, scale="moon")

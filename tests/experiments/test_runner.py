@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import runner
+from experiments.__main__ import main
+from experiments.results import append, find, read_results
+from experiments.rows import load_row
+from experiments.runner import RunFailedError, Runner, branch_step
 from laep_jax.errors import UserError
-from laep_jax.experiments import runner
-from laep_jax.experiments.command import main
-from laep_jax.experiments.results import append, find, read_results
-from laep_jax.experiments.rows import load_row
-from laep_jax.experiments.runner import RunFailedError, Runner, branch_step
 from laep_jax.files import read_records
 from laep_jax.gin_config import load_config
 from laep_jax.laep.plan import Plan
@@ -144,7 +144,7 @@ def test_a_row_that_crashes_is_started_again_a_few_times(bindings, tmp_path, mon
 
 def test_an_interrupted_row_goes_on(bindings, tmp_path):
     settings = [f"--gin.{binding}".replace(" = ", "=") for binding in bindings]
-    command = [sys.executable, "-m", "laep_jax", "experiment", "baselines", "--only=base", "--seeds=0"]
+    command = [sys.executable, "-m", "experiments", "baselines", "--only=base", "--seeds=0"]
     command += [f"--out={tmp_path}", *settings, "--gin.TrainConfig.num_steps=150"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120

@@ -1,22 +1,19 @@
 """What is told of results: tables, the document they stand in, the numbers behind phases, placement, throughput."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from experiments import measured, placements, throughput
+from experiments.__main__ import main
+from experiments.catalogue import EXPERIMENTS
+from experiments.drawing import figures_of, filled, text
+from experiments.phases import correlations, overlaps_with_last, stable_ranks
+from experiments.results import FOLDER, append, read_results
+from experiments.tables import by_row
 from laep_jax.errors import UserError
-from laep_jax.experiments import measured, placements, throughput
-from laep_jax.experiments.catalogue import EXPERIMENTS
-from laep_jax.experiments.command import main
-from laep_jax.experiments.drawing import figures_of, filled, text
-from laep_jax.experiments.phases import correlations, overlaps_with_last, stable_ranks
-from laep_jax.experiments.results import append, read_results
-from laep_jax.experiments.tables import by_row
 from laep_jax.laep.placement import device_loads, lower_bound
-
-ROOT = Path(__file__).parents[2]
 
 
 def result(row: str, seed: int, loss: float, **fields) -> dict:
@@ -45,8 +42,8 @@ def result(row: str, seed: int, loss: float, **fields) -> dict:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_document_shows_the_results_that_are_kept(name):
-    table, document = by_row(read_results(ROOT / "results")), (ROOT / "docs" / "results.md").read_text()
-    assert filled(document, name, f"\n{text(name, table)}") == document, "python -m laep_jax experiment tables"
+    table, document = by_row(read_results(FOLDER)), (FOLDER / "README.md").read_text()
+    assert filled(document, name, f"\n{text(name, table)}") == document, "python -m experiments tables"
 
 
 def test_a_row_is_compared_with_its_base_of_the_same_seed():

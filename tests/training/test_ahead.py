@@ -12,10 +12,10 @@ import pytest
 
 from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config
-from laep_jax.faults.tiny import change, records, tiny_config
 from laep_jax.gin_config import operative_config
 from laep_jax.training.prune import compile_ahead, smaller_model
 from laep_jax.training.start import train
+from tests.support.tiny_run import change, records, tiny_config
 
 ROOT = Path(__file__).parents[2]
 PLAN_STEP, CUT_STEP, NUM_STEPS = 4, 7, 9

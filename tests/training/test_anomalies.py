@@ -7,12 +7,12 @@ import pytest
 from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
-from laep_jax.faults.tiny import records, tiny_config
 from laep_jax.sharding import make_mesh, put_batch
 from laep_jax.state.tree import abstract_state, init_state
 from laep_jax.tracking.anomalies import FEWEST, is_spike
 from laep_jax.training.start import train
 from laep_jax.training.step import make_train_step
+from tests.support.tiny_run import records, tiny_config
 
 NUM_STEPS, NOT_FINITE, SPIKE = 36, (24, 25), 32
 NO_TOKEN = 10**6  # the logit of what is past the end of the vocabulary reads as NaN

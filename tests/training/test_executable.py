@@ -7,13 +7,13 @@ import pytest
 
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from laep_jax.errors import UserError
-from laep_jax.faults.tiny import records
 from laep_jax.sharding import make_mesh
 from laep_jax.state.tree import abstract_state
 from laep_jax.training.executable import load_step, save_step
 from laep_jax.training.prune import compile_ahead
 from laep_jax.training.start import train
 from laep_jax.training.step import abstract_batch, make_train_step
+from tests.support.tiny_run import records
 
 CONFIG = Config(
     model=ModelConfig(num_layers=2, hidden_size=16, num_heads=2, head_dim=8, ffn_size=8, num_experts=8),

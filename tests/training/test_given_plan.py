@@ -10,12 +10,12 @@ import pytest
 from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config, LaepConfig
 from laep_jax.errors import UserError
-from laep_jax.faults.tiny import change, records, tiny_config
 from laep_jax.laep.plan import chosen_plan, identity_plan
 from laep_jax.sharding import make_mesh
 from laep_jax.state.tree import abstract_state
 from laep_jax.training.prune.guard import softened
 from laep_jax.training.start import train
+from tests.support.tiny_run import change, records, tiny_config
 
 CUT_STEP, NUM_STEPS = 4, 7
 PRUNED = [[1, 2, 5, 7], []]

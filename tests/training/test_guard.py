@@ -5,12 +5,12 @@ import math
 import pytest
 
 from laep_jax.config import Config, LaepConfig
-from laep_jax.faults.tiny import change, differences, records, tiny_config
 from laep_jax.laep.plan import Plan
 from laep_jax.training.evaluate import HeldoutLoss
 from laep_jax.training.prune import controller, decide
 from laep_jax.training.prune.guard import softened
 from laep_jax.training.start import train
+from tests.support.tiny_run import change, differences, records, tiny_config
 
 PLAN_STEP, CUT_STEP, NUM_STEPS = 40, 42, 46
 BETA, TOLERANCE = 0.8, 0.005

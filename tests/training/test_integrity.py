@@ -15,10 +15,10 @@ from laep_jax.checkpoint import manifest, steps
 from laep_jax.checkpoint.checkpointer import Checkpoints, SaveError
 from laep_jax.checkpoint.manifest import DamagedError, check_files, sealed
 from laep_jax.errors import UserError
-from laep_jax.faults.damage import DAMAGES, change_stored, flip_bit
-from laep_jax.faults.power import mounted, not_on_disk, recorded_syncs
 from laep_jax.state import fingerprint
 from laep_jax.training.prune import smaller_model
+from tests.fault_injection.damage import DAMAGES, change_stored, flip_bit
+from tests.fault_injection.power import mounted, not_on_disk, recorded_syncs
 
 COUNTS = (16, 16, 8, 8)
 SMALL = {"params": {"scale_D": np.arange(8, dtype=np.float32)}}

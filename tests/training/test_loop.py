@@ -21,8 +21,6 @@ from laep_jax.checkpoint.steps import StepDirectory
 from laep_jax.config import Config, MeshConfig
 from laep_jax.data.dataset import make_dataset
 from laep_jax.errors import StoppedError, UserError
-from laep_jax.faults.damage import change_stored, flip_bit
-from laep_jax.faults.tiny import change, differences, records, tiny_config
 from laep_jax.gin_config import load_config
 from laep_jax.laep import command as plan_command
 from laep_jax.laep.load import LoadHistory
@@ -37,6 +35,8 @@ from laep_jax.training.evaluate import masked_loss
 from laep_jax.training.prune.controller import Controller
 from laep_jax.training.start import train
 from laep_jax.training.step import make_eval_step, make_train_step
+from tests.fault_injection.damage import change_stored, flip_bit
+from tests.support.tiny_run import change, differences, records, tiny_config
 
 PLAN_STEP, CUT_STEP, NUM_STEPS = 10, 13, 20
 

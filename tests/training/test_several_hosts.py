@@ -18,12 +18,12 @@ from jax.experimental import multihost_utils
 
 from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config
-from laep_jax.faults.tiny import records, timeless, tiny_config
 from laep_jax.gin_config import operative_config
 from laep_jax.laep.recorded_loads import read_loads
 from laep_jax.sharding import make_mesh
 from laep_jax.state.tree import abstract_state
 from laep_jax.training.start import train
+from tests.support.tiny_run import records, timeless, tiny_config
 
 ROOT = Path(__file__).parents[2]
 PLANNED, BETWEEN, CUT, SAVED, NUM_STEPS = 4, 5, 6, 10, 12

@@ -12,10 +12,10 @@ import pytest
 
 from laep_jax.config import TrainConfig
 from laep_jax.errors import UserError
-from laep_jax.faults.tiny import tiny_config
 from laep_jax.gin_config import operative_config
 from laep_jax.training import preemption
 from laep_jax.training.preemption import PreemptionGuard
+from tests.support.tiny_run import tiny_config
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -1,0 +1,177 @@
+"""Results as Markdown: ours beside the paper's, means over the seeds with their standard deviation.
+
+A run is compared with its base of the same seed: what the seed does to both is not in the difference.
+"""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from experiments import phases
+from experiments.catalogue import Entry, Experiment
+from experiments.results import Result
+
+MISSING = "–"
+BySeed = dict[int, Result]
+Table = dict[str, BySeed]  # by row
+
+
+def by_row(results: Iterable[Result]) -> Table:
+    """The last result of each row and seed."""
+    table: Table = {}
+    for result in results:
+        table.setdefault(result["row"], {})[result["seed"]] = result
+    return table
+
+
+def losses_table(experiment: Experiment, table: Table) -> str:
+    """Parameters and held-out losses of an experiment's rows; of the paper's what it has."""
+    head = ("", "paper: parameters", "paper: loss", "change", "parameters", "experts kept", "loss", "change", "seeds")
+    rows = [_cells(entry, experiment, table) for entry in experiment.entries]
+    empty = [column for column in (1, 2, 3) if all(row[column] == MISSING for row in rows)]
+    shown = [column for column in range(len(head)) if column not in empty]
+    return markdown([head[column] for column in shown], [[row[column] for column in shown] for row in rows])
+
+
+def _cells(entry: Entry, experiment: Experiment, table: Table) -> list[str]:
+    paper_base = experiment.base(entry)
+    ours, base = table.get(entry.row, {}), table.get(entry.base, {})
+    of_itself = entry.row == entry.base
+    in_paper = [(entry.parameters, paper_base.parameters)] if entry.parameters and paper_base.parameters else []
+    parameters = [(mine["parameters"] / 1e6, theirs["parameters"] / 1e6) for mine, theirs in _pairs(ours, base)]
+    return [
+        entry.label,
+        _share(in_paper, of_itself, " B"),
+        f"{entry.loss:.3f}" if entry.loss else MISSING,
+        f"{entry.loss - paper_base.loss:+.3f}" if entry.loss and paper_base.loss and not of_itself else MISSING,
+        _share(parameters, of_itself, " M"),
+        f"{statistics.fmean(sum(r['num_experts']) for r in ours.values()):.0f}" if ours else MISSING,
+        spread([r["heldout_loss"] for r in ours.values()], ".4f"),
+        spread(changes(ours, base), "+.4f") if not of_itself else MISSING,
+        str(len(ours)) if ours else "0",
+    ]
+
+
+def phases_table(experiment: Experiment, table: Table) -> str:
+    """When the stability test fires, and how much the loads, and the set to prune, still change before and after."""
+    head = ("", "test fires at step", "by ranks alone", "rank correlation at 100", "at 250", "at the end")
+    head = (*head, "overlap with the last set at 100", "at 250", "when the test fires")
+    head = (*head, "largest load at 100", "at the end", "seeds")
+    return markdown(head, [_phases_cells(entry, table.get(entry.row, {})) for entry in experiment.entries])
+
+
+def _phases_cells(entry: Entry, by_seed: BySeed) -> list[str]:
+    results = list(by_seed.values())
+    fires = [result["stable"][0] if result["stable"] else None for result in results]
+    correlations = [phases.correlations(result) for result in results]
+    overlaps = [phases.overlaps_with_last(result) for result in results]
+    largest = [phases.largest_load(result) for result in results]
+    return [
+        entry.label,
+        _steps(fires),
+        _steps([phases.stable_ranks(result) for result in results]),
+        *(spread([by_step[step] for by_step in correlations], ".2f") for step in (100, 250)),
+        spread([by_step[max(by_step)] for by_step in correlations], ".2f"),
+        *(spread([by_step[step] for by_step in overlaps], ".2f") for step in (100, 250)),
+        spread([by_step[step] for by_step, step in zip(overlaps, fires, strict=True) if step], ".2f"),
+        spread([by_step[100] for by_step in largest], ".1f"),
+        spread([by_step[max(by_step)] for by_step in largest], ".1f"),
+        str(len(results)),
+    ]
+
+
+def _steps(steps: Sequence[int | None]) -> str:
+    """Every run's step."""
+    return ", ".join("never" if step is None else str(step) for step in steps) or MISSING
+
+
+def speeds_table(experiment: Experiment, table: Table, num_devices: int, paper: Mapping[str, float]) -> str:
+    """Speed of whole steps, and what it is of the base's. paper: its TFLOPS a device by row."""
+    rows = []
+    for entry in experiment.entries:
+        ours, base = table.get(entry.row, {}), table.get(entry.base, {})
+        ratios = [mine["tokens_per_second"] / theirs["tokens_per_second"] for mine, theirs in _pairs(ours, base)]
+        speeds = (
+            f"{paper[entry.row]:.2f}",
+            f"{paper[entry.row] / paper[entry.base]:.2f}",
+            spread([r["gflops_per_second"] / num_devices for r in ours.values()], ".2f"),
+            spread([r["tokens_per_second"] for r in ours.values()], ".0f"),
+        )
+        rows.append([entry.label, *speeds, spread(ratios, ".2f")])
+    head = ("", "paper: TFLOPS a device", "over base", "GFLOP/s a device", "tokens/s, all", "over base")
+    return markdown(head, rows)
+
+
+def measured_table(
+    columns: Mapping[str, str], measured: BySeed, labels: Mapping[str, str], paper: Mapping[str, float]
+) -> str:
+    """What was measured of rows or placements, over the seeds it was measured for.
+
+    columns: titles by field; labels: by name, as far as it has another; paper: numbers by name, of the first column.
+    """
+    names = list(next(iter(measured.values()))[next(iter(columns))]) if measured else []
+    head = ["", *(["paper"] if paper else []), *columns.values()]
+    rows = []
+    for name in names:
+        theirs = [f"{paper[name]:.3f}" if name in paper else MISSING] if paper else []
+        ours = [spread([r[field][name] for r in measured.values()], ".3f") for field in columns]
+        rows.append([labels.get(name, name), *theirs, *ours])
+    return markdown(head, rows)
+
+
+def domains_table(table: Table, rows: Sequence[str], fewest: int) -> str:
+    """Changes of the held-out loss against `base` by domain, of the domains with at least so many targets."""
+    base = table.get("base", {})
+    targets = next(iter(base.values()))["heldout_targets_by_domain"] if base else {}
+    names = sorted((name for name in targets if targets[name] >= fewest), key=lambda name: -targets[name])
+    field, cells = "heldout_loss_by_domain", []
+    for name in names:
+        line = [name, f"{targets[name]:,}"]
+        for row in rows:
+            pairs = _pairs(table.get(row, {}), base)
+            line.append(spread([mine[field][name] - theirs[field][name] for mine, theirs in pairs], "+.3f"))
+        cells.append(line)
+    return markdown(("domain", "targets", *rows), cells)
+
+
+def provenance(results: Sequence[Result]) -> str:
+    """When and on what they were run."""
+    dates = sorted({result["date"] for result in results})
+    form = "{cores} cores ({device}), Python {python}, JAX {jax}"
+    machines = sorted({form.format(**result["machine"]) for result in results})
+    return f"Run on {'; '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.\n" if results else ""
+
+
+def changes(ours: BySeed, base: BySeed) -> list[float]:
+    """Differences of the held-out loss, by seed that both have."""
+    return [mine["heldout_loss"] - theirs["heldout_loss"] for mine, theirs in _pairs(ours, base)]
+
+
+def _pairs(ours: BySeed, base: BySeed) -> list[tuple[Result, Result]]:
+    return [(ours[seed], base[seed]) for seed in sorted(ours.keys() & base.keys())]
+
+
+def _share(pairs: Sequence[tuple[float, float]], of_itself: bool, unit: str) -> str:
+    """Of numbers and those of their bases: a base's own, else the change against it."""
+    if not pairs:
+        return MISSING
+    if of_itself:
+        return f"{statistics.fmean(mine for mine, _ in pairs):.2f}{unit}"
+    return f"{statistics.fmean(mine / theirs for mine, theirs in pairs) - 1:+.1%}"
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean and standard deviation; of one value no deviation.
+
+    >>> spread([1.0, 2.0], ".1f"), spread([1.0], ".1f"), spread([], ".1f")
+    ('1.5 ± 0.7', '1.0', '–')
+    """
+    if not values:
+        return MISSING
+    text = f"{statistics.fmean(values):{form}}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):{form.lstrip('+')}}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the first column stands left, the others right."""
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

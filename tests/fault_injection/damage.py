@@ -1,0 +1,145 @@
+"""`python -m tests.fault_injection damage`: damage to the newest checkpoint of a tiny run, as by disks and people.
+
+Each of its files in turn has one bit flipped, is cut in half, emptied, deleted; then bits of the state's files are
+flipped at random. Every time the damage must be found and named when the checkpoint is read, and the one before must
+still be there to go on from. Harmless is a bit that nothing reads, so that the state is what was saved.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from laep_jax.checkpoint.checkpointer import Checkpoints
+from laep_jax.checkpoint.manifest import DamagedError, write_manifest
+from laep_jax.checkpoint.partial_read import open_leaves
+from laep_jax.config import Config
+from laep_jax.errors import require
+from laep_jax.sharding import make_cpu_devices, make_mesh
+from laep_jax.state.tree import TrainState, abstract_state
+from laep_jax.training.start import train
+from tests.fault_injection.worker import make_config
+from tests.support.tiny_run import change
+
+OLDER, NEWEST = 3, 5  # the steps that the run saves
+RANDOM = "random bit flipped"
+
+
+def flip_bit(path: Path, bit: int | None = None) -> None:
+    """Changes one bit, by default the one in the middle; size and times stay."""
+    times = path.stat()
+    content = bytearray(path.read_bytes())
+    byte, bit = divmod(4 * len(content) if bit is None else bit, 8)
+    content[byte] ^= 1 << bit
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def halve(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "one bit flipped": flip_bit,
+    "cut in half": halve,
+    "emptied": empty,
+    "deleted": Path.unlink,
+}
+
+
+def change_stored(step: Path, key: str, index: tuple[int, ...]) -> None:
+    """Changes the last bit of one float32 of a checkpoint's state; the manifest knows nothing of it.
+
+    step: the checkpoint's directory. key: of the leaf, `params.runs.0.moe.down_EFD`.
+    """
+    array = open_leaves(step / "state", [key], write=True)[key]
+    value = np.asarray(array[index].read().result(), np.float32)
+    array[index].write((value.view(np.uint32) ^ 1).view(np.float32)).result()
+    write_manifest(step)
+
+
+def run(arguments: Sequence[str]) -> dict:
+    """How many damages there were, how many were `undetected` or unnamed, and how often the step before was lost."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fault_injection damage", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--flips", type=int, default=100, metavar="N", help="random bits of the state (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bits (%(default)s)")
+    options = parser.parse_args(arguments)
+    require(options.flips >= 0, "--flips", options.flips, "must not be negative")
+    make_cpu_devices(8)
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(f"{folder}/tokens")
+        train(config, f"{folder}/run")
+        trial = Trial(Path(folder), abstract_state(config, make_mesh(config.mesh)))
+        counts = Counter(dict.fromkeys((*DAMAGES, RANDOM, "harmless", "undetected", "unnamed", "lost saves"), 0))
+        for name in trial.files:
+            for kind, damage in DAMAGES.items():
+                counts.update(trial.outcome(name, damage, kind))
+        rng = random.Random(options.seed)
+        states = [name for name in trial.files if name.startswith("state/")]
+        sizes = [(trial.step / name).stat().st_size for name in states]
+        for name in rng.choices(states, sizes, k=options.flips):
+            bit = rng.randrange(8 * (trial.step / name).stat().st_size)
+            counts.update(trial.outcome(name, lambda path, bit=bit: flip_bit(path, bit), RANDOM))
+    return dict(counts)
+
+
+def _config(cache_dir: str) -> Config:
+    """Not pruned, and wide enough for files that are known by the fingerprints of what is in them."""
+    return change(
+        make_config(cache_dir),
+        model={"hidden_size": 64, "ffn_size": 64},
+        laep={"max_prunes": 0},
+        train={"num_steps": NEWEST, "checkpoint_every": OLDER},
+    ).resolve(8)
+
+
+class Trial:
+    """The checkpoints of a run, damaged in copies. files: of the newest step, relative to it."""
+
+    def __init__(self, folder: Path, abstract: TrainState):
+        self._checkpoints, self._copy, self._abstract = folder / "run" / "checkpoints", folder / "copy", abstract
+        self.step = self._checkpoints / str(NEWEST)
+        with Checkpoints(self._checkpoints, keep=9) as checkpoints:
+            self._saved = jax.device_get(checkpoints.restore(NEWEST, abstract))
+        self.files = sorted(p.relative_to(self.step).as_posix() for p in self.step.rglob("*") if p.is_file())
+
+    def outcome(self, name: str, damage: Callable[[Path], None], kind: str) -> Counter[str]:
+        """What became of one damage to the file of that name."""
+        shutil.copytree(self._checkpoints, self._copy)
+        damage(self._copy / str(NEWEST) / name)
+        told: list[str] = []
+        restored = None
+        with Checkpoints(self._copy, keep=9, report=told.append) as checkpoints:
+            while (step := checkpoints.newest_valid()) is not None:
+                try:
+                    checkpoints.read_history(step)
+                    restored = jax.device_get(checkpoints.restore(step, self._abstract))
+                    break
+                except DamagedError as error:
+                    checkpoints.put_aside(error)
+        shutil.rmtree(self._copy)
+        if not told:
+            same = all(map(np.array_equal, jax.tree.leaves(restored), jax.tree.leaves(self._saved)))
+            return Counter({kind: 1, "harmless": same, "undetected": not same})
+        named = len(told) == 1 and (name in told[0] or " of layer " in told[0] or " is damaged: " in told[0])
+        if not named:
+            print(f"{kind}: {name}: {told}", file=sys.stderr)
+        return Counter({kind: 1, "unnamed": not named, "lost saves": step != OLDER})
+
+
+def table(result: dict) -> str:
+    """The figures for people."""
+    return "\n".join(f"{name:<20}{number:>6}" for name, number in result.items())
