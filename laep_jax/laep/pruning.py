@@ -31,7 +31,7 @@ from laep_jax.config_parts import ESTIMATORS, INEQUALITIES, ROUNDINGS
 from laep_jax.errors import require
 from laep_jax.laep.load import num_with_tokens
 
-END_ALPHA, MIDDLE_ALPHA = 0.2, 0.4  # of alpha="hybrid", paper section 4.2
+END_ALPHA, MIDDLE_ALPHA = 0.2, 0.4  # of alpha="hybrid", paper Table 5
 
 
 def alpha_per_layer(alpha: float | str | Sequence[float | str], num_layers: int) -> tuple[float, ...]:

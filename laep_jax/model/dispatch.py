@@ -1,4 +1,4 @@
-"""Bringing tokens to the devices that hold their experts, and the results back (paper 3.4.1).
+"""Bringing tokens to the devices that hold their experts, and the results back (paper 3.3).
 
 Both ways have one interface, run inside `jax.shard_map`, drop no token, and give the same result:
 

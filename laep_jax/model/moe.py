@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: router, dispatch, experts, under one `jax.shard_map` (paper 3.4.1).
+"""The mixture-of-experts layer: router, dispatch, experts, under one `jax.shard_map` (Appendix A.1).
 
 Token counts are outputs, summed over every device, padding left out; nothing is a side effect.
 Axes: B rows, S sequence, T = B S tokens of a device, D hidden, E experts, F ffn, G = 2F, K top-k slots.
