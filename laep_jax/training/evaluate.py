@@ -84,7 +84,7 @@ def masked_loads(
 ) -> list[np.ndarray]:
     """Tokens per expert summed over the training batches, int64 [E] a layer, with the pruned experts masked.
 
-    Pruning re-routes tokens, so placement balances these and not the recorded loads.
+    Pruning re-routes tokens, so these and not the recorded loads are what has to be balanced.
     """
     bias = masked_bias(state.router_bias, pruned)
     totals: list[np.ndarray] = []
