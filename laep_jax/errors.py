@@ -1,4 +1,4 @@
-"""The exceptions that are no faults of the program: what a user got wrong, and being told to stop. How it ends then."""
+"""Exceptions that are not bugs, a user's mistake and a request to stop, and how the process exits after them."""
 
 import difflib
 import io

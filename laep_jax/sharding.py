@@ -1,7 +1,7 @@
 """The mesh, and the one table from logical to mesh axes.
 
 Every parameter's name ends in its logical axes, one letter each: `down_EFD` is [experts, ffn,
-hidden]. Letters: V vocabulary, D hidden, C half of it (LFA), H heads, K head size, E experts,
+hidden]. Axes: V vocabulary, D hidden, C half of it (LFA), H heads, K head size, E experts,
 F ffn, G twice that (gate and up side by side). A stack of layers has one more dimension in front.
 """
 

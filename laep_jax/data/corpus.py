@@ -1,4 +1,4 @@
-"""A corpus as a whole: which documents are validation text, the domains of all, and a hash of everything in it."""
+"""A corpus: which documents are validation text, the domains of all documents, and a hash of their content."""
 
 import hashlib
 import itertools

@@ -1,8 +1,8 @@
 """Algorithm 2, expert rearranging (paper section 3.3): equal groups of experts with even token loads.
 
 `greedy` is the printed algorithm: heaviest expert first, each to the lightest device that has room.
-Two things in the print are mended: it marks a full device by an infinite sum, which loses the sum,
-and it never ends when the experts do not divide by the devices. The result is the permutation, not
+The code corrects two errors in the print: it marks a full device by an infinite sum, which loses the
+sum, and it never ends when the experts do not divide by the devices. The result is the permutation, not
 the reordered loads, because all that belongs to an expert has to follow it. `refined` then makes
 the best pairwise swaps.
 

@@ -1,4 +1,4 @@
-"""A plan as text for people, a line a layer."""
+"""A plan as text, one line per layer."""
 
 from collections.abc import Sequence
 

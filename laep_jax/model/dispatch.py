@@ -4,7 +4,7 @@ Both ways have one interface, run inside `jax.shard_map`, drop no token, and giv
 
 * `all_gather_dispatch`: every device of an expert-parallel group sees all tokens of the group, runs
   its own experts on those routed to it, and a reduce-scatter adds the shares. Runs everywhere.
-* `ragged_dispatch`: each row travels to its expert's device only (`jax.lax.ragged_all_to_all`; XLA
+* `ragged_dispatch`: each row is sent to its expert's device only (`jax.lax.ragged_all_to_all`; XLA
   has none for CPU, where an all-gather and the same index arithmetic stand in for it).
   `bounded_dispatch` is the same in a receive buffer of chosen size.
 

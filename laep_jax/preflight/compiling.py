@@ -1,4 +1,4 @@
-"""Compiles a run's programs for TPU chips that are not there: the train step, and the cut.
+"""Compiles a run's programs, the train step and the prune, for TPU chips without having any.
 
 The compiler is in the `libtpu` wheel; `jax.experimental.topologies` describes the slice to it. Arguments are
 shapes with shardings, so nothing is allocated.

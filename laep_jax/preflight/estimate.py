@@ -1,7 +1,7 @@
-"""What a compiled step promises: memory against the chip's, and the least time it can take.
+"""Estimates from a compiled step: its memory against the chip's, and lower bounds of its time.
 
-The time is bounded from three sides, each with the chip's published peak, as if it alone mattered: the
-model's FLOPs without recomputation, the bytes that must pass HBM, and the bytes between chips.
+There are three bounds, each from the chip's published peak as if nothing else took time: the model's FLOPs
+without recomputation, the bytes that must pass HBM, and the bytes between chips.
 """
 
 import dataclasses

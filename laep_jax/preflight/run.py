@@ -1,4 +1,4 @@
-"""Everything that `preflight` finds out about a config on a slice, and how it tells it."""
+"""What `preflight` measures for a config on a slice, and its report."""
 
 import dataclasses
 import operator

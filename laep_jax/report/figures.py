@@ -3,7 +3,7 @@
 Every function takes a `RunData` and returns a Matplotlib `Figure`; none touches pyplot's global state.
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 
-Letters: L layers, E experts of the original model, P devices of the expert axis.
+Axes: L layers, E experts of the original model, P devices of the expert axis.
 """
 
 import math

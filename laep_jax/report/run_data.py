@@ -1,9 +1,9 @@
-"""Reads a run directory back: recorded loads, metrics and cuts, checked once.
+"""Reads a run directory back: recorded loads, metrics and prunes, checked once.
 
 The files are those that docs/run_directory.md describes. Experts are named by the ids they
 had when the run began, so that one column of the loads is one expert from start to end.
 
-Letters: N recorded steps, L layers, E experts of the original model (of its widest layer).
+Axes: N recorded steps, L layers, E experts of the original model (of its widest layer).
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 Figures 1 and 2 of the paper and the device loads of its section 3.3. Loads are mean tokens a step.
 
-Letters: L layers, E experts of the original model, P devices of the expert axis, M domains.
+Axes: L layers, E experts of the original model, P devices of the expert axis, M domains.
 """
 
 import dataclasses
