@@ -1,6 +1,6 @@
-"""Subcommand dispatch: finds the module of a command and runs it.
+"""Command lines that begin with the name of a module: what there is, the one that is meant, and what it returns.
 
-A table maps each name to its module and a line of help; only the chosen module is imported.
+A table has for every name its module and a line about it; only the module that is meant is imported.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Throughput of the experts across devices, from the loads that the runs recorded (paper Table 5).
 
-Each device's rows are timed by themselves (`laep_jax.bench.straggler`), and a layer takes as long as its most
-loaded device. So this is the part of a step that waits for that device; Table 5 is of entire steps.
+Each device's rows are timed by themselves (`laep_jax.bench.straggler`), and a layer takes as long as its fullest
+device. So it is that part of a step that waits for the fullest device; Table 5 is of whole steps.
 
 Axes: L layers, G devices, S slots of a device.
 """
