@@ -176,7 +176,7 @@ def _parse_array(file: IO[bytes], size: int) -> np.ndarray:
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file beside `path`, brings it to disk and puts it in its place: whole or not at all."""
+    """Writes a file beside `path`, syncs it to disk and renames it: written completely or not at all."""
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
     with part.open("xb") as file:

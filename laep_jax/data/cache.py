@@ -85,7 +85,7 @@ def _token_settings(config: DataConfig, tokenizer: Tokenizer) -> tuple:
 
 
 def _open_recorded(record: Path, tokenizer: Tokenizer) -> Tokens | None:
-    """What a record says and its tokens; None where it is missing or damaged, or they are."""
+    """The content of a record and its tokens; None if either is missing or damaged."""
     try:
         values = _unsealed(record.read_bytes())
         runs = tuple((name, number) for name, number in values["corpus"].pop("heldout_runs"))

@@ -77,7 +77,7 @@ def make_routes(ids_TK: jax.Array, num_experts: int) -> Routes:
 
 
 def arrival_routes(counts_Pe: jax.Array, num_rows: int) -> Routes:
-    """Routes of rows that arrived by sender, then by expert: no sort, the counts say where each piece goes.
+    """Routes of rows that arrived by sender, then by expert: no sort, the counts give the place of each piece.
 
     counts_Pe: rows by [sender, expert of this device], together at most `num_rows`.
     """
@@ -153,7 +153,7 @@ combine.defvjp(
 
 
 def gather(x: jax.Array, axis_name: str, axis: int = 0) -> jax.Array:
-    """`jax.lax.all_gather`, tiled; XLA:CPU would copy what it gathers from one device."""
+    """`jax.lax.all_gather`, tiled; XLA:CPU would copy an array gathered from one device."""
     return x if jax.lax.axis_size(axis_name) == 1 else jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
 
 

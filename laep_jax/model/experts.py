@@ -77,7 +77,7 @@ def experts_by_blocks(
 ) -> jax.Array:
     """As `experts_by_ragged_dot`.
 
-    The whole SwiGLU of a block is done while it is in the cache and nothing of its middle is kept:
+    The SwiGLU of a block is completed while it is in the cache; no intermediate array is kept:
     the backward pass computes it again, block by block, but for the last product.
     """
     top_k = weights_TK.shape[1]

@@ -22,7 +22,7 @@ from laep_jax.training.state import abstract_state
 class Estimate:
     """One step on one chip. Bytes and seconds are of a chip; `seconds` are lower bounds by what limits.
 
-    chips: devices as JAX counts them, on tpu7x two of each chip. straggler: largest over mean device load, mean over
+    chips: devices as JAX counts them, on tpu7x two of each chip. straggler: device imbalance (max / mean), mean over
     layers; 1.0 where no loads are given. The bound from FLOPs has it on the experts' part.
     """
 
