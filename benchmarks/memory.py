@@ -1,8 +1,8 @@
 """`python -m benchmarks memory`: temporaries of the compiled step by the size of its receive buffer.
 
 The train step of a small model on eight emulated devices, all expert-parallel, with the ragged all-to-all: with
-room for every row of the group, with room for the fullest device of skewed loads and 10 % (more goes in parts,
-dropping nothing), and both again after the cut that these loads ask for. Bytes are of one device, from XLA's
+room for every row of the group, with room for the most loaded device of skewed loads and 10 % (more goes in parts,
+dropping nothing), and both again after the prune that these loads ask for. Bytes are of one device, from XLA's
 `memory_analysis`; nothing is executed.
 """
 

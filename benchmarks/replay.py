@@ -2,13 +2,13 @@
 
 A token's simulated router logits are the logarithms of the loads plus Gumbel noise, so that its first choice
 is expert e with probability load e / total. It takes the K highest. Pruning masks logits, as in the model
-(paper 3.2): whoever had chosen a pruned expert takes its next choice among the survivors, and every
+(paper 3.2): a token whose choice was pruned takes its next choice among the kept experts, and every
 token keeps K experts.
 
 A slot is where an expert's matrices lie. There are as many slots before and after: device g has the g-th of
 G equal parts, and after pruning the last slots of each part are empty. So one compiled program serves all.
 
-Letters: L layers, T tokens, K top-k, E experts, G devices, S slots of a device (E = G S).
+Axes: L layers, T tokens, K top-k, E experts, G devices, S slots of a device (E = G S).
 """
 
 import dataclasses

@@ -9,9 +9,9 @@ Two measurements of forward and backward pass of the experts, with the routing o
 * rank by rank: a single process does each rank's rows by itself; the largest time counts. This reaches more
   ranks than there are cores.
 
-Both are compared with the plan's model of a step's time: the largest device load, layers added up. Nothing is
-fitted. Seconds are CPU time of the busiest process, so that other work on the cores does not count; `elapsed`
-is what the clock on the wall says. Of the repetitions, which alternate between the variants, each layer's
+Both are compared with the plan's model of a step's time: the load of the most loaded device, summed over layers. No
+parameter is fitted. Seconds are CPU time of the busiest process, so that other work on the cores does not count;
+`elapsed` is wall-clock time. Of the repetitions, which alternate between the variants, each layer's
 or rank's fastest counts.
 """
 

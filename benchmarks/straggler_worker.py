@@ -6,7 +6,7 @@
 under `shard_map`. `alone`: one process times the experts of single ranks. Either reads its task from
 FOLDER/task.npz and writes FOLDER/seconds_INDEX.npy.
 
-Letters: V variants, L layers, T tokens of all devices, K top-k, E experts of all devices, S of one, R rows,
+Axes: V variants, L layers, T tokens of all devices, K top-k, E experts of all devices, S of one, R rows,
 D hidden, F ffn, G = 2F, N repetitions, X ranks.
 """
 

@@ -1,6 +1,6 @@
 """The experiments: which rows each has, in which order, and what the paper reports for them.
 
-The paper's parameters are in billions, its losses those of its own held-out text; only what changes against its base
+The paper's parameters are in billions, its losses those of its own validation text; only what changes against its base
 model can be compared with ours.
 """
 

@@ -3,7 +3,7 @@
 The first three of the baselines, which the paper lacks, are as large as LAEP's model: they take the counts of the
 base run at the same step, and the number of experts that the rule would prune there.
 
-Letters: L layers, E experts.
+Axes: L layers, E experts.
 """
 
 from collections.abc import Callable

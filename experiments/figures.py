@@ -1,6 +1,6 @@
 """Results as figures: losses against size, loads over time and by expert. None touches pyplot's global state.
 
-Letters: W windows, L layers, E experts.
+Axes: W windows, L layers, E experts.
 """
 
 import statistics

@@ -1,6 +1,6 @@
 """The two phases of paper section 3.1 in numbers: when do the loads become stable, and is it the right moment?
 
-Letters: L layers, E experts.
+Axes: L layers, E experts.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """Placing the survivors: by whose loads, and how near to the best is greedy? (paper section 3.3)
 
-Every placement is judged by the loads of the run's last window. Letters: E experts, G devices.
+Every placement is judged by the loads of the run's last window. Axes: E experts, G devices.
 """
 
 import statistics

@@ -1,7 +1,7 @@
 """What is kept of a finished run: one line of results.jsonl, enough to draw every table and figure from.
 
 Loads are mean tokens a step, rounded, by original expert: of every window of a run that does not prune, else of the
-window before the first cut, of the one after the last, and of the last. Letters: L layers, E experts.
+window before the first prune, of the one after the last, and of the last window. Axes: L layers, E experts.
 """
 
 import datetime

@@ -1,7 +1,7 @@
 """One run of an experiment: a gin file of `experiments/configs/`, a seed, and the run it branches from.
 
-A row that prunes is its base run up to the cut: where a file there describes the same run without a cut, the row goes
-on from that run's checkpoint, so that what they have in common is trained once.
+A row that prunes equals its base run up to the prune: if a file there describes the same run without one, the row
+starts from that run's checkpoint, so the common steps are trained once.
 """
 
 import dataclasses

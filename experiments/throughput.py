@@ -3,7 +3,7 @@
 Each device's rows are timed by themselves (`benchmarks.straggler`), and a layer takes as long as its fullest
 device. So it is that part of a step that waits for the fullest device; Table 5 is of whole steps.
 
-Letters: L layers, G devices, S slots of a device.
+Axes: L layers, G devices, S slots of a device.
 """
 
 import numpy as np

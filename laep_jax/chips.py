@@ -4,7 +4,7 @@ Sources: Google Cloud's pages on each generation, docs.cloud.google.com/tpu/docs
 chip: bfloat16 peak, HBM capacity and bandwidth, bandwidth of all inter-chip links in one direction). Shapes: the same
 pages (the largest v5p slice is 16x16x24), docs.cloud.google.com/tpu/docs/types-topologies (A <= B <= C, each a multiple
 of 4 from a cube of 64 chips on; what a name counts; the default shape is the one nearest to a cube). The TPU compiler
-takes more, such as v5p:4x4x6, which nobody can rent, and takes single chips of v5p and tpu7x.
+takes more, such as v5p:4x4x6, which are not offered, and single chips of v5p and tpu7x.
 """
 
 import dataclasses

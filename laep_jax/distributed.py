@@ -1,8 +1,8 @@
-"""The processes of one run: how they find each other, agree, and part. With one process nothing happens here.
+"""The processes of one run: how they connect, agree and exit. With one process nothing happens here.
 
 Every process runs the same program on its own devices and its own rows of each batch. Computations over
-the whole mesh, Orbax and `texts_of_all` wait until all have come to them, so that whatever is decided
-must be decided alike everywhere; process 0 alone writes what people read.
+the whole mesh, Orbax and `texts_of_all` wait until all processes reach them, so all processes must take
+the same decisions; only process 0 writes logs.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The exceptions that are no faults of the program: what a user got wrong, and being told to stop. How it ends then."""
+"""Exceptions that are not bugs, a user's mistake and a request to stop, and how the process exits after them."""
 
 import difflib
 import io
@@ -37,7 +37,7 @@ def printable(text: str) -> str:
 
 
 class StoppedError(Exception):
-    """A run was told to stop; everything up to `step` is saved. Entry points exit with code 75: start it again."""
+    """A run was stopped by a signal; everything up to `step` is saved. Entry points exit with code 75 (retry)."""
 
     def __init__(self, step: int):
         super().__init__(f"stopped and saved after step {step}; a run started again goes on from there")
@@ -134,8 +134,8 @@ EXPLAINED = (UserError, StoppedError, UnreachableError, KeyboardInterrupt)  # by
 def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """The exit code of `main(argv)`: after a `UserError` 2, a `StoppedError` 75, an `UnreachableError` 1, Ctrl-C 130.
 
-    Each is told in one line; what the terminal cannot print is escaped. Where nobody reads what is printed any more, as
-    behind `| head`, it ends like a program that SIGPIPE ends.
+    Each is reported in one line; characters that the terminal cannot print are escaped. If standard output is closed,
+    as behind `| head`, the program ends as after SIGPIPE.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

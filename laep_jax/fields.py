@@ -1,4 +1,4 @@
-"""What a field of the config states where it is defined: default, meaning, allowed values, and whether a run keeps it.
+"""Metadata of a config field, at its definition: default, meaning, allowed values, and whether it may change.
 
 `fixed` makes a field that is the same from a run's first step to its last, `free` one that may change on resuming.
 `check_fields` refuses a value that the field does not allow; `laep_jax.settings` prints what the fields state.

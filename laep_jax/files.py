@@ -1,7 +1,7 @@
-"""Files that nobody vouches for: opened without waiting, read up to a limit, parsed without running anything.
+"""Loading untrusted files safely: opened without blocking, read up to a limit, parsed without executing anything.
 
-What is wrong with a file is told as one `UserError`; `name` is how its message calls the file. A run's own records have
-no limit but that of a line, which is above what a run can write.
+A problem with a file raises one `UserError`; `name` is the file's name in its message. A run's own records are limited
+only in the length of a line, which is above what a run can write.
 """
 
 import itertools
@@ -176,7 +176,7 @@ def _parse_array(file: IO[bytes], size: int) -> np.ndarray:
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file beside `path`, brings it to disk and puts it in its place: whole or not at all."""
+    """Writes a file beside `path`, syncs it to disk and renames it: written completely or not at all."""
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
     with part.open("xb") as file:

@@ -1,12 +1,11 @@
-"""`laep-jax launch`: the training of several hosts, tried with processes of one machine.
+"""`laep-jax launch`: training on several hosts, emulated by processes on one machine.
 
     laep-jax launch --num-processes 2 --restarts 3 -- --gin_file=configs/tiny.gin --workdir=runs/x
 
-Starts that many `laep-jax train` with the arguments behind `--`, connected over the loopback
-interface; they share `MeshConfig.cpu_devices` emulated devices. Standard output of
-process 0 is the launcher's own; what else they print is shown at the end, in full of the processes that fail first, in
-one line of those that fail because of them. The first to fail ends all, and after a crash all are started
-again. On real hosts nothing is launched: each runs train.py itself.
+Starts that many `laep-jax train` with the arguments after `--`, connected over the loopback interface; they share
+`MeshConfig.cpu_devices` emulated devices. The standard output of process 0 is shown as it comes, other output at the
+end: in full for the processes that fail first, in one line for those that fail because of them. The first to fail ends
+all, and after a crash all are restarted. Real hosts need no launcher: each runs train.py itself.
 
 SIGTERM and Ctrl-C are passed on; the processes save and end, however long that takes. A second signal ends them
 at once.

@@ -1,4 +1,4 @@
-"""Paths as users write them: what they may not be, and what the command line makes of `~` and `$NAME`."""
+"""Paths as users write them: which are refused, and how the command line expands `~` and `$NAME`."""
 
 import os
 import re

@@ -1,7 +1,7 @@
 """The mesh, and the one table from logical to mesh axes.
 
 Every parameter's name ends in its logical axes, one letter each: `down_EFD` is [experts, ffn,
-hidden]. Letters: V vocabulary, D hidden, C half of it (LFA), H heads, K head size, E experts,
+hidden]. Axes: V vocabulary, D hidden, C half of it (LFA), H heads, K head size, E experts,
 F ffn, G twice that (gate and up side by side). A stack of layers has one more dimension in front.
 """
 
@@ -62,7 +62,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def platform(mesh: Mesh) -> str:
-    """What the mesh's devices are, and so what is compiled for: "cpu", "tpu", "gpu"."""
+    """The platform of the mesh's devices, for which programs are compiled: "cpu", "tpu", "gpu"."""
     return mesh.devices.flat[0].platform
 
 
@@ -73,7 +73,7 @@ def leaf_name(path: tuple) -> str:
 
 
 def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
-    """The letters of `name`'s suffix, with None for a leading layer dimension.
+    """The axes in `name`'s suffix, with None for a leading layer dimension.
 
     >>> logical_axes("down_EFD", 4)
     (None, 'E', 'F', 'D')
@@ -92,7 +92,7 @@ def expert_axis(name: str, ndim: int) -> int | None:
 
 
 def leaf_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Where a leaf lives. A dimension that its mesh axis does not divide stays whole."""
+    """Where a leaf lives. A dimension that its mesh axis does not divide is not split."""
     if len(shape) == 0:
         return PartitionSpec()
     spec = []
@@ -117,7 +117,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def whole(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device, and so at hand in every process."""
+    """Replicated on every device, and so available in every process."""
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -1,4 +1,4 @@
-"""JAX's switches of the whole process, which a shell or a notebook may have set, as training needs them."""
+"""Sets JAX's process-wide switches as training needs them, whatever a shell or notebook has set."""
 
 import jax
 

@@ -6,12 +6,12 @@ A `.json` record is named by the settings and by the names, sizes and modificati
 what was found in them, and which tokens file is theirs, with its size and modification time.
 
 Promised: the corpus is read and hashed when a record is made, and at no start after it, as long as no name, size or
-modification time differs; where one does, it is read again, and tokenized again only where its content is another.
+modification time differs; where one does, it is read again, and tokenized again only if its content differs.
 The tokens are hashed where the file's modification time is not the recorded one; at every opening the record, the
-header and the file's size are checked. What is damaged is made anew.
+header and the file's size are checked. Damaged files are made again.
 Not promised: to find a corpus file changed with its size and time kept, or bits of the tokens that flip on the disk.
 
-One process makes a record and its tokens while others that share the cache wait for it; they take over where it dies.
+One process makes a record and its tokens while others that share the cache wait for it; they take over if it dies.
 On a file system without locks, and with caches of their own, each makes them.
 """
 
@@ -85,7 +85,7 @@ def _token_settings(config: DataConfig, tokenizer: Tokenizer) -> tuple:
 
 
 def _open_recorded(record: Path, tokenizer: Tokenizer) -> Tokens | None:
-    """What a record says and its tokens; None where it is missing or damaged, or they are."""
+    """The content of a record and its tokens; None if either is missing or damaged."""
     try:
         values = _unsealed(record.read_bytes())
         runs = tuple((name, number) for name, number in values["corpus"].pop("heldout_runs"))

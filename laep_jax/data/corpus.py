@@ -1,4 +1,4 @@
-"""A corpus as a whole: which documents are validation text, the domains of all, and a hash of everything in it."""
+"""A corpus: which documents are validation text, the domains of all documents, and a hash of their content."""
 
 import hashlib
 import itertools
@@ -19,7 +19,7 @@ MAX_NAMED = 8  # in a message
 
 
 class Corpus(NamedTuple):
-    """What a corpus holds.
+    """The contents of a corpus.
 
     sha256: of names and texts, in order. heldout_runs: (domain, number of documents) of the validation documents, in
     order, neighbours of one domain together. unheld_domains: those without any, sorted.
@@ -34,7 +34,7 @@ class Corpus(NamedTuple):
 
 
 def is_heldout(name: str, share: float) -> bool:
-    """Whether a document is held out: its name alone decides, and `share` of all names are.
+    """Whether a document is validation text. Depends on its name only; `share` is the fraction of names that are.
 
     >>> sum(is_heldout(f"{i}.txt", 0.05) for i in range(1000))
     50
@@ -43,7 +43,7 @@ def is_heldout(name: str, share: float) -> bool:
 
 
 def domain(name: str, source: str) -> str:
-    """What a document belongs to: the first folder of its name.
+    """The domain of a document: the first folder of its name.
 
     Outside any folder it is the file that holds it, where all shards of one name are one. What lies there in `stdlib`,
     single modules, is one domain, and so are the single files of `text`. Always printable.

@@ -29,7 +29,7 @@ class Dataset:
     """One process's view of a corpus.
 
     fingerprint: SHA-256 that changes with any token or with the tokenizer. description: one line.
-    num_heldout_batches: at most `eval_batches`, and no more than cover every held-out token once. domains: what the
+    num_heldout_batches: at most `eval_batches`, and no more than cover every validation token once. domains: what the
     targets in those batches belong to, sorted, small ones pooled. notes: lines on what is pooled or missing.
     """
 
@@ -89,7 +89,7 @@ class Dataset:
         return np.concatenate([np.asarray(self.train_order[first + index]) for index in range(self.process_count)])
 
     def heldout_batch(self, index: int) -> dict[str, np.ndarray]:
-        """The same of a held-out batch, and domains_BS, for each target the index of its domain.
+        """The same of a validation batch, and domains_BS, for each target the index of its domain.
 
         Rows past the last one are padding.
         """

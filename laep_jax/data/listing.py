@@ -53,7 +53,7 @@ def corpus_text(config: DataConfig) -> str:
 
 
 def list_files(config: DataConfig) -> Listing:
-    """Names, sizes and times; no file is opened. `UserError` at what is no file, cannot be listed, or stands twice."""
+    """Names, sizes and times; no file is opened. `UserError` at a path that is no file, unlistable or doubled."""
     if config.source == "synthetic":
         return Listing((), ())
     try:

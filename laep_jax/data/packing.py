@@ -2,8 +2,8 @@
 
 The stream is every document followed by the end-of-document token. Row r holds tokens r*S to r*S+S-1,
 and as its last target the token after them, so that every token but the first of a document is a target
-exactly once; a document cut by the end of a row goes on in the next as a segment of its own.
-Letters: B rows, S sequence, T = S + 1.
+exactly once; a document split by the end of a row continues in the next as a separate segment.
+Axes: B rows, S sequence, T = S + 1.
 """
 
 import numpy as np

@@ -2,7 +2,7 @@
 
 Topics, phrases and words are drawn by Zipf's law (the r-th has weight 1/r), so that a few are frequent:
 experts that specialise get skewed loads. Built on PCG64's raw output alone, which NumPy keeps for ever.
-Letters: P phrases.
+Axes: P phrases.
 """
 
 from collections.abc import Iterator

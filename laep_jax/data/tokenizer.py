@@ -17,7 +17,7 @@ MOST_BYTES = 2**27  # of a tokenizer.json; the largest known have 40 MB
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """What the data pipeline needs of a tokenizer.
+    """The interface of a tokenizer to the data pipeline.
 
     identity: names this very vocabulary. vocab_size: one above the largest id, the end-of-document
     id `eod` included. encode: UTF-8 texts to ids, one array each, without `eod`.

@@ -9,7 +9,7 @@ NEARLY_ALL = 0.99  # of a layer's tokens
 
 
 def collapsed(tokens_E: np.ndarray, top_k: int) -> int:
-    """How many experts of a layer take nearly all of its tokens each; 0 where the router tells tokens apart.
+    """How many experts of a layer take nearly all of its tokens each; 0 where the router distinguishes tokens.
 
     A token goes to top_k different experts, so no expert takes more than all tokens: its max / mean is then E / top_k,
     the most there can be, and the token no longer decides anything about it. One such expert is enough, however evenly

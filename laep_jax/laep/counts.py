@@ -1,4 +1,4 @@
-"""Token counts from a file that any framework has written, and what one should know about them before a plan.
+"""Token counts from a file that any framework has written, and a summary of them to read before planning.
 
 Axes: N iterations, L layers, E experts of a layer.
 """

@@ -1,4 +1,4 @@
-"""The plan of one layer: which experts stay, on which device, and how even the devices then are.
+"""The plan of one layer: which experts are kept, on which device, and the resulting imbalance.
 
 Axes: E experts, G devices.
 """
@@ -18,8 +18,8 @@ class LayerPlan:
     """One layer. Device g holds the g-th of the equal parts of `kept`.
 
     kept: old slots in new device order. pruned, eligible: ascending; eligible are those the rule
-    chose before rounding. device_load: mean tokens an iteration, [G]. imbalance_*: largest over mean
-    device load, `before` with the survivors in their old order. lower_bound: of the largest
+    chose before rounding. device_load: mean tokens an iteration, [G]. imbalance_*: max / mean
+    device load, `before` with the kept experts in their old order. lower_bound: of the largest
     device load, in tokens an iteration; see `placement.lower_bound`.
     """
 
@@ -38,7 +38,7 @@ class LayerPlan:
 
     @property
     def largest_before(self) -> float:
-        """The largest device load with the survivors in their old order."""
+        """Load of the most loaded device with the kept experts in their old order."""
         return self.imbalance_before * self.mean_load
 
     def check(self, field: str, num_experts: int, expert_parallel: int, top_k: int) -> None:
@@ -63,7 +63,7 @@ class LayerPlan:
 def make_layer_plan(
     loads_E: np.ndarray, iterations: int, choice: Pruning, expert_parallel: int, method: str
 ) -> LayerPlan:
-    """Places what `choice` keeps by its loads.
+    """Places the experts that `choice` keeps by their loads.
 
     loads_E: tokens of each expert, pruned ones included, in all `iterations` together.
     """
@@ -84,5 +84,5 @@ def make_layer_plan(
 
 
 def _imbalance(loads_G: np.ndarray) -> float:
-    """Largest over mean device load; 1.0 where there is no load."""
+    """Imbalance of the devices (max / mean load); 1.0 where there is no load."""
     return float(loads_G.max() / loads_G.mean()) if loads_G.any() else 1.0

@@ -108,7 +108,7 @@ class LoadHistory:
         return np.split(np.stack(self._rows[stop - length : stop]), np.cumsum(self.num_experts)[:-1], axis=1)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """The whole history, for a checkpoint: `num_experts` [L], `steps` [N], `tokens` [N, all experts]."""
+        """The full history, for a checkpoint: `num_experts` [L], `steps` [N], `tokens` [N, all experts]."""
         tokens = np.array(self._rows, np.int64).reshape(len(self), sum(self.num_experts))
         return {
             "num_experts": np.array(self.num_experts, np.int64),
@@ -118,7 +118,7 @@ class LoadHistory:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], capacity: int) -> "LoadHistory":
-        """The history that `to_arrays` wrote, cut to its last `capacity` steps. `UserError` on anything else."""
+        """The history that `to_arrays` wrote, truncated to its last `capacity` steps. `UserError` on anything else."""
         missing = {"num_experts", "steps", "tokens"} - arrays.keys()
         require(not missing, "arrays of the history", sorted(arrays), f"lack {sorted(missing)}")
         num_experts, steps, tokens = arrays["num_experts"], arrays["steps"], arrays["tokens"]

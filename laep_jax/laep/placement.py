@@ -1,8 +1,8 @@
 """Algorithm 2, expert rearranging (paper section 3.3): equal groups of experts with even token loads.
 
 `greedy` is the printed algorithm: heaviest expert first, each to the lightest device that has room.
-Two things in the print are mended: it marks a full device by an infinite sum, which loses the sum,
-and it never ends when the experts do not divide by the devices. The result is the permutation, not
+The code corrects two errors in the print: it marks a full device by an infinite sum, which loses the
+sum, and it never ends when the experts do not divide by the devices. The result is the permutation, not
 the reordered loads, because all that belongs to an expert has to follow it. `refined` then makes
 the best pairwise swaps.
 
@@ -44,7 +44,7 @@ def device_loads(loads_E: np.ndarray, permutation: np.ndarray, num_groups: int) 
 
 
 def lower_bound(loads_E: np.ndarray, num_groups: int) -> float:
-    """What the largest device load cannot be below in equal groups, in the units of `loads_E`.
+    """A lower bound on the load of the most loaded device in equal groups, in the units of `loads_E`.
 
     With at most two experts on a device, or at most MAX_SEARCHED in all, the best placement has this load. Otherwise
     it is the mean device load, or the heaviest expert with the K - 1 lightest beside it, whichever is more.
@@ -62,7 +62,7 @@ def lower_bound(loads_E: np.ndarray, num_groups: int) -> float:
 
 
 def _least_largest(loads: list, size: int, below: float) -> float:
-    """The least that the largest group load can be, by trying all groups around the first load; at most `below`."""
+    """The least possible largest group load, by trying all groups around the first load; at most `below`."""
     if not loads:
         return 0
     first, *others = loads

@@ -1,4 +1,4 @@
-"""The plan: which experts stay in each layer and where they go, as data (paper sections 3.2, 3.3).
+"""The plan: which experts each layer keeps and where they are placed, as data (paper sections 3.2, 3.3).
 
 One plan carries both algorithms. `kept` lists, per layer, the old slots in new device order:
 new[e] = old[kept[e]] for everything that belongs to an expert. A rearrangement is a plan that prunes
@@ -27,7 +27,7 @@ Lineage = tuple[tuple[int, ...], ...]  # per layer: the original id of each slot
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to keep and where, with the settings that led there. Checked when it is made: `UserError`.
+    """The experts to keep and their places, with the settings behind them. Checked when it is made: `UserError`.
 
     num_experts: per layer, before. alpha: per layer. A plan that the pruning rule did not
     make has alpha 0, beta 0 and inequality `lt`, under which the rule chooses no experts.
@@ -70,12 +70,12 @@ class Plan:
 
     @property
     def num_experts_after(self) -> tuple[int, ...]:
-        """Per layer, experts that stay."""
+        """Per layer, the number of experts that are kept."""
         return tuple(len(layer.kept) for layer in self.layers)
 
     @property
     def prunes(self) -> bool:
-        """Whether any expert goes."""
+        """Whether any expert is pruned."""
         return any(layer.pruned for layer in self.layers)
 
     def to_json(self) -> str:
@@ -111,7 +111,7 @@ def make_plan(
     placement_loads: Sequence[np.ndarray] | None = None,
     max_runs: int | None = None,
 ) -> Plan:
-    """Both algorithms: prune by the recorded counts, then place the survivors.
+    """Both algorithms: prune by the recorded counts, then place the kept experts.
 
     max_runs: keep more experts, so that neighbouring layers form at most so many runs of equal count, or as few as
     their own numbers of experts allow.
@@ -199,7 +199,7 @@ def _without_rule(layers: Sequence[LayerPlan], expert_parallel: int, top_k: int,
 
 
 def predicted_gain(plan: Plan) -> float:
-    """The share by which placing the survivors lowers the largest device load, layers added up.
+    """The fraction by which placement lowers the load of the most loaded device, summed over layers.
 
     The layers run one after another and each waits for its most loaded device. Negative if it rises;
     rounded, so that sums of the same loads in another order are no gain.

@@ -1,6 +1,6 @@
 """The JSON form of a plan, "laep-plan" version 1, as plain data: `dump` writes it, `parse` checks types.
 
-Whether the numbers make a sound plan is for `plan.Plan` to say. JSON has no infinity, so an
+`plan.Plan` checks that the numbers make a sound plan. JSON has no infinity, so an
 unbounded alpha is written as "inf"; `num_experts` is one number if all layers have the same.
 """
 

@@ -1,4 +1,4 @@
-"""A plan as text for people, a line a layer."""
+"""A plan as text, one line per layer."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from laep_jax.laep.pruning import PruningRule
 
 
 def table(rule: PruningRule, placement: str, layers: Sequence[LayerPlan]) -> str:
-    """The settings, what the columns mean, a line a layer and a total, which adds up the layers' loads."""
+    """The settings, the meaning of the columns, one line per layer, and a total over the summed loads of the layers."""
     lines = [
         f"beta {rule.beta:g}, estimator {rule.estimator}, inequality {rule.inequality}, rounding {rule.rounding}; "
         f"placement {placement} on {rule.expert_parallel} devices, top {rule.top_k}",

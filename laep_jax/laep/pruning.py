@@ -6,14 +6,14 @@ Expdis -> `num_chosen`, iter -> the axis N.
 * Experts are sorted by (load, index). One is eligible while the running sum is at most
   beta * C (equation 3) and its own load at most alpha * C / E (equation 2), C being the layer's
   tokens. The print has `<` in the algorithm and `<=` in the equations: `inequality` is either.
-* The running sum starts anew for every iteration and layer; the print never resets it.
+* The running sum starts at zero for every iteration and layer; the print never resets it.
 * Marks belong to experts, not to ranks: the print's `Marker[layer, expert]` would prune a heavily
   used expert with a low index.
 * The number to prune is the mean number marked over the iterations, rounded down; the print never
   divides its sum.
 * An iteration in which the layer got no tokens says nothing about its experts: it marks none (0 <= 0 would
   mark all) and does not count in that mean.
-* The survivors must split evenly over the expert-parallel devices, which the paper does not say.
+* The kept experts must split evenly over the expert-parallel devices, which the paper does not say.
 
 All comparisons are between integers, so multiplying every count by an integer changes nothing.
 
@@ -31,7 +31,7 @@ from laep_jax.config_parts import ESTIMATORS, INEQUALITIES, ROUNDINGS
 from laep_jax.errors import require
 from laep_jax.laep.load import num_with_tokens
 
-END_ALPHA, MIDDLE_ALPHA = 0.2, 0.4  # of alpha="hybrid", paper section 4.2
+END_ALPHA, MIDDLE_ALPHA = 0.2, 0.4  # of alpha="hybrid", paper Table 5
 
 
 def alpha_per_layer(alpha: float | str | Sequence[float | str], num_layers: int) -> tuple[float, ...]:
@@ -60,9 +60,9 @@ class PruningRule:
     """Everything Algorithm 1 needs beside the counts. `UserError` on a value out of range.
 
     alpha: per layer. estimator: `vote` decides in every iteration and counts marks, `mean` decides
-    once on the average loads. rounding: where the survivors do not divide by `expert_parallel`,
+    once on the average loads. rounding: where the kept experts do not divide by `expert_parallel`,
     `restore` keeps more; `prune` keeps fewer if enough others were eligible in some iteration. Never
-    fewer than max(top_k, expert_parallel) stay.
+    fewer than max(top_k, expert_parallel) are kept.
     """
 
     alpha: tuple[float, ...]
@@ -101,7 +101,7 @@ class PruningRule:
 
 @dataclasses.dataclass(frozen=True)
 class Pruning:
-    """What goes from one layer, as ascending expert ids: chosen by the rule, and after rounding."""
+    """The experts to prune from one layer, as ascending ids: chosen by the rule, and after rounding."""
 
     eligible: tuple[int, ...]
     pruned: tuple[int, ...]
@@ -110,7 +110,7 @@ class Pruning:
 def eligible_experts(tokens: np.ndarray, alpha: float, beta: float, inequality: str) -> np.ndarray:
     """Which experts equations 2 and 3 allow to prune.
 
-    tokens: integers [..., E]; every row is judged by itself, and one without tokens allows none. Returns booleans of
+    tokens: integers [..., E]; every row is checked separately, and one without tokens allows none. Returns booleans of
     the same shape.
 
     >>> eligible_experts(np.array([40, 1, 30, 2, 27]), alpha=0.4, beta=0.1, inequality="le").tolist()

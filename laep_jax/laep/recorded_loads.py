@@ -57,7 +57,7 @@ class LoadsWriter:
         self._rows.append(row_LE)
 
     def save(self) -> None:
-        """Writes the last file anew, with the rows since; lets go of the rows of a file that is full."""
+        """Rewrites the last file with the rows since; frees the rows of a file that is full."""
         while self._rows:
             rows = self._rows[:CHUNK]
             self._write(self._first, np.stack(rows))
@@ -135,7 +135,7 @@ def read_current_counts(run_dir: Path) -> tuple[list[np.ndarray], str]:
 
 
 def check_lineage(value: Any, before: Lineage, name: str) -> Lineage:
-    """Per layer the ids of the experts in slot order after a cut, each of them there before it."""
+    """Per layer the ids of the experts in slot order after a prune, each of them there before it."""
     lists = isinstance(value, list) and len(value) == len(before) and all(isinstance(ids, list) for ids in value)
     require(lists, name, value, f"must be one list for each of {len(before)} layers")
     for ids, old in zip(value, before, strict=True):

@@ -61,7 +61,7 @@ def count_runs(kept: Sequence[int]) -> int:
 
 
 def cost_of_merging(before: Sequence[int], after: Sequence[int], max_runs: int) -> str:
-    """What it took to make fewer runs, for people.
+    """The cost of merging runs, as text.
 
     >>> cost_of_merging((24, 16, 24), (24, 24, 24), 1)
     '3 runs of equal layers became 1; 8 experts more (+12.5%)'

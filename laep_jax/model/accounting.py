@@ -56,7 +56,7 @@ def model_size(config: ModelConfig, *, sequence_length: int) -> ModelSize:
         vectors += hidden // 2 + hidden
 
     def layers(experts_of_token: tuple[int, ...]) -> int:
-        """Matrices of all layers, with that many experts in each but every router whole."""
+        """Matrices of all layers, with that many experts in each and all columns of every router."""
         routers = hidden * sum(experts)
         return config.num_layers * _attention_matrices(config) + routers + one_expert * sum(experts_of_token)
 

@@ -2,8 +2,8 @@
 
 Scores of all positions at once would be S x S for each head. On TPU they stay inside JAX's splash kernel
 (`jax.experimental.pallas.ops.tpu.splash_attention`, after FlashAttention, arXiv 2205.14135), on GPU inside cuDNN's.
-What does not have the sizes of a kernel is padded: with zeros, which add nothing to a product, and with positions of a
-document of their own. `attention_kernel` says what runs.
+Arrays that do not fit the sizes of a kernel are padded: with zeros, which add nothing to a product, and with
+positions of a separate document. `attention_kernel` names the kernel that runs.
 Axes: B batch rows, S sequence, D hidden, H heads, K head size.
 """
 

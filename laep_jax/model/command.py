@@ -1,4 +1,4 @@
-"""`laep-jax describe`: what a config amounts to, from shapes alone. Allocates nothing, needs no JAX."""
+"""`laep-jax describe`: parameter and FLOP counts of a config, from shapes alone. Allocates nothing, needs no JAX."""
 
 import argparse
 import dataclasses

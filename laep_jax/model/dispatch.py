@@ -1,10 +1,10 @@
-"""Bringing tokens to the devices that hold their experts, and the results back (paper 3.4.1).
+"""Bringing tokens to the devices that hold their experts, and the results back (paper 3.3).
 
 Both ways have one interface, run inside `jax.shard_map`, drop no token, and give the same result:
 
 * `all_gather_dispatch`: every device of an expert-parallel group sees all tokens of the group, runs
   its own experts on those routed to it, and a reduce-scatter adds the shares. Runs everywhere.
-* `ragged_dispatch`: each row travels to its expert's device only (`jax.lax.ragged_all_to_all`; XLA
+* `ragged_dispatch`: each row is sent to its expert's device only (`jax.lax.ragged_all_to_all`; XLA
   has none for CPU, where an all-gather and the same index arithmetic stand in for it).
   `bounded_dispatch` is the same in a receive buffer of chosen size.
 
@@ -77,7 +77,7 @@ def make_routes(ids_TK: jax.Array, num_experts: int) -> Routes:
 
 
 def arrival_routes(counts_Pe: jax.Array, num_rows: int) -> Routes:
-    """Routes of rows that arrived by sender, then by expert: no sort, the counts say where each piece goes.
+    """Routes of rows that arrived by sender, then by expert: no sort, the counts give the place of each piece.
 
     counts_Pe: rows by [sender, expert of this device], together at most `num_rows`.
     """
@@ -153,7 +153,7 @@ combine.defvjp(
 
 
 def gather(x: jax.Array, axis_name: str, axis: int = 0) -> jax.Array:
-    """`jax.lax.all_gather`, tiled; XLA:CPU would copy what it gathers from one device."""
+    """`jax.lax.all_gather`, tiled; XLA:CPU would copy an array gathered from one device."""
     return x if jax.lax.axis_size(axis_name) == 1 else jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
 
 

@@ -40,10 +40,12 @@ def _loop(routes: Routes, begin, block_of_rows, end, carry):
     """Goes through the experts that have rows, in order, and through the rows of each in blocks.
 
     Calls `matrices, sums = begin(expert)`, for each block `sums, carry = block_of_rows(block, start, rows in use,
-    matrices, sums, carry)`, and `carry = end(expert, sums, carry)`. An expert's rows are blocks of BLOCK, but for
-    its first ones, which are what these leave over, in blocks of REST_BLOCK. The last of the latter may be longer
-    than what is left: its surplus rows are computed with the wrong expert and written, and written again by whom they
-    belong to, whose turn is later.
+    matrices, sums, carry)`, and `carry = end(expert, sums, carry)`. The rows of an expert are processed
+    remainder first, in blocks of REST_BLOCK, then in full blocks of BLOCK. The last block of a remainder may overlap
+    rows that follow; it writes wrong values there, which their owner overwrites, since its turn is later.
+
+        rows of one expert   [ REST_BLOCK | REST_BLOCK.. ][   BLOCK   ][   BLOCK   ]
+                               size % BLOCK rows    ^^^^ overlap: overwritten by the next block
     """
     sizes_E = routes.group_sizes_E
     first_E = jnp.cumsum(sizes_E) - sizes_E
@@ -75,7 +77,7 @@ def experts_by_blocks(
 ) -> jax.Array:
     """As `experts_by_ragged_dot`.
 
-    The whole SwiGLU of a block is done while it is in the cache and nothing of its middle is kept:
+    The SwiGLU of a block is completed while it is in the cache; no intermediate array is kept:
     the backward pass computes it again, block by block, but for the last product.
     """
     top_k = weights_TK.shape[1]

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: router, dispatch, experts, under one `jax.shard_map` (paper 3.4.1).
+"""The mixture-of-experts layer: router, dispatch, experts, under one `jax.shard_map` (Appendix A.1).
 
 Token counts are outputs, summed over every device, padding left out; nothing is a side effect.
 Axes: B rows, S sequence, T = B S tokens of a device, D hidden, E experts, F ffn, G = 2F, K top-k slots.
@@ -79,7 +79,7 @@ class MoE(nnx.Module):
 def _with_idle_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
     """The same sharding with mesh axes of size 1 named in the first dimension.
 
-    shard_map adds gradients up over axes that a spec does not name; XLA:CPU copies what it adds up on one device.
+    shard_map sums gradients over axes that a spec does not name; XLA:CPU copies an array summed over one device.
     """
     idle = tuple(axis for axis, size in mesh.shape.items() if size == 1 and axis not in spec)
     first = (spec[0],) if spec[0] else ()
@@ -87,7 +87,7 @@ def _with_idle_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
 
 
 def _gather_fsdp(weight: jax.Array, spec: PartitionSpec, dtype) -> jax.Array:
-    """This device's experts, whole along fsdp, in the compute dtype (cast first: fewer bytes travel)."""
+    """This device's experts, gathered along fsdp, in the compute dtype (cast first: fewer bytes travel)."""
     weight = weight.astype(dtype)
     for axis, name in enumerate(spec):
         if name == "fsdp":

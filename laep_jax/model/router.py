@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, how much each counts, and what balances them.
+"""The router: the experts of each token, their weights, and the losses and bias that balance them.
 
 All arithmetic is float32. Choosing looks at logits + bias; weighting looks at the logits alone, of experts whose
 bias is not minus infinity: such a bias masks an expert exactly as pruning it would.

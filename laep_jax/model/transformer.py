@@ -71,7 +71,7 @@ def init_params(config: ModelConfig, aux_losses: AuxLossConfig, key: jax.Array) 
 
 
 def _gathered(tree, dtype, mesh: Mesh):
-    """Matrices in the compute dtype, whole on every device; vectors (norm scales) stay float32."""
+    """Matrices in the compute dtype, replicated; vectors (norm scales) stay float32."""
     whole = NamedSharding(mesh, PartitionSpec())
     cast = jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, tree)
     return jax.lax.with_sharding_constraint(cast, whole)

@@ -1,8 +1,8 @@
-"""`python -m laep_jax preflight`: a config compiled for a TPU slice that need not be there.
+"""`python -m laep_jax preflight`: compiles a config for a TPU slice without having one.
 
 python -m laep_jax preflight --gin_file=configs/paper/1515b.gin --topology=v5p:8x8x16
 
-Exit code 0 where the step and the cut fit into the chips' memory, 1 where they do not, 2 on bad input.
+Exit code 0 if the step and the prune fit into the chips' memory, 1 if they do not, 2 on bad input.
 """
 
 import argparse

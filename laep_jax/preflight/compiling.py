@@ -1,4 +1,4 @@
-"""Compiles a run's programs for TPU chips that are not there: the train step, and the cut.
+"""Compiles a run's programs, the train step and the prune, for TPU chips without having any.
 
 The compiler is in the `libtpu` wheel; `jax.experimental.topologies` describes the slice to it. Arguments are
 shapes with shardings, so nothing is allocated.
@@ -83,7 +83,7 @@ def compile_program(lowered: jax.stages.Lowered) -> Program:
 
 
 def compile_cut(config: Config, devices: list[jax.Device], kept: Kept) -> Program:
-    """The part of the cut (`surgery.cut_state`) that needs most memory: it runs beside the whole old state."""
+    """The part of the cut (`surgery.cut_state`) that needs most memory: it runs beside the full old state."""
     mesh = make_mesh(config.mesh, devices)
     old, new = abstract_state(config, mesh), abstract_state(cut_config(config, kept), mesh)
     return compile_program(lower_largest_cut(old, kept, config.model, new))

@@ -1,7 +1,7 @@
-"""What a compiled step promises: memory against the chip's, and the least time it can take.
+"""Estimates from a compiled step: its memory against the chip's, and lower bounds of its time.
 
-The time is bounded from three sides, each with the chip's published peak, as if it alone mattered: the
-model's FLOPs without recomputation, the bytes that must pass HBM, and the bytes between chips.
+There are three bounds, each from the chip's published peak as if nothing else took time: the model's FLOPs
+without recomputation, the bytes that must pass HBM, and the bytes between chips.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from laep_jax.state.tree import abstract_state
 class Estimate:
     """One step on one chip. Bytes and seconds are of a chip; `seconds` are lower bounds by what limits.
 
-    chips: devices as JAX counts them, on tpu7x two of each chip. straggler: largest over mean device load, mean over
+    chips: devices as JAX counts them, on tpu7x two of each chip. straggler: device imbalance (max / mean), mean over
     layers; 1.0 where no loads are given. The bound from FLOPs has it on the experts' part.
     """
 

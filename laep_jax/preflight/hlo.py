@@ -114,7 +114,7 @@ def executed(text: str) -> Iterator[tuple[Operation, int]]:
 
 
 def collectives(text: str) -> dict[str, Collective]:
-    """What runs between chips in one execution, by kind."""
+    """Transfers between chips in one execution, by kind."""
     found: dict[str, Collective] = {}
     for op, times in executed(text):
         kind = op.opcode.removesuffix("-start")

@@ -1,4 +1,4 @@
-"""Everything that `preflight` finds out about a config on a slice, and how it tells it."""
+"""What `preflight` measures for a config on a slice, and its report."""
 
 import dataclasses
 import operator
@@ -28,7 +28,7 @@ LABELS = {BETWEEN_SLICES: "between slices"}
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model to compile. imbalances: largest over mean device load, by layer; none where no loads are known."""
+    """A model to compile. imbalances: of the devices (max / mean load), by layer; none where no loads are known."""
 
     config: Config
     imbalances: tuple[float, ...] = ()
@@ -117,7 +117,7 @@ def _read_counts(config: Config, loads: Path) -> tuple[Config, list[np.ndarray],
 
 
 def _with_loads(config: Config, counts: Sequence[np.ndarray]) -> tuple[Model, Kept, Model, str]:
-    """The model, the cut that these loads ask for, the model after it, and what `max_runs` costs there."""
+    """The model, the prune that these loads ask for, the model after it, and what `max_runs` costs there."""
     expert_parallel = config.mesh.expert or 1
 
     def plan_with(max_runs: int | None):

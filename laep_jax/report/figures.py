@@ -3,7 +3,7 @@
 Every function takes a `RunData` and returns a Matplotlib `Figure`; none touches pyplot's global state.
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 
-Letters: L layers, E experts of the original model, P devices of the expert axis.
+Axes: L layers, E experts of the original model, P devices of the expert axis.
 """
 
 import math
@@ -125,7 +125,7 @@ def _draw_cumulative(axes: Axes, load: series.CumulativeLoad) -> None:
 
 
 def draw_device_loads(run: RunData) -> Figure:
-    """Tokens on each device before and after the last cut, and what the cut did without rearranging."""
+    """Tokens on each device before and after the last prune, and what the prune did without rearranging."""
     layers = series.chosen_layers(run.num_layers, MAX_LAYERS)
     loads = series.device_loads(run)
     groups = [(loads.before, GREY, "before the cut" if run.cuts else "at the end")]
@@ -200,7 +200,7 @@ def draw_load_heatmap(run: RunData) -> Figure:
 
 
 def draw_loss(run: RunData) -> Figure:
-    """Training loss, raw and smoothed, with the held-out points and the cuts."""
+    """Training loss, raw and smoothed, with validation losses and prunes."""
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     axes = figure.add_subplot()
     steps = np.array([record["step"] for record in run.train])
@@ -233,7 +233,7 @@ def draw_loss(run: RunData) -> Figure:
 
 
 def draw_domains(run: RunData) -> Figure:
-    """Each domain's held-out loss: what the last prune did to it, and what became of it; the worst on top."""
+    """Validation loss by domain: its change at the last prune and at the end; the worst on top."""
     losses = series.domain_losses(run)
     names, targets_M = losses.names[:MAX_DOMAINS], losses.targets_M[:MAX_DOMAINS]
     figure = Figure(figsize=(12, 1.8 + 0.24 * max(len(names), 5)), layout="constrained")

@@ -1,9 +1,9 @@
-"""Reads a run directory back: recorded loads, metrics and cuts, checked once.
+"""Reads a run directory back: recorded loads, metrics and prunes, checked once.
 
 The files are those that docs/run_directory.md describes. Experts are named by the ids they
 had when the run began, so that one column of the loads is one expert from start to end.
 
-Letters: N recorded steps, L layers, E experts of the original model (of its widest layer).
+Axes: N recorded steps, L layers, E experts of the original model (of its widest layer).
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class RunData:
 
     steps: [N], ascending. tokens_NLE: by original id, 0 where an expert is not there. num_experts: of each layer before
     any prune. window: steps that a mean load is taken over. alpha, beta: of the config. train, evals: records in the
-    order they were written. targets: how many held-out targets each domain has, empty before the first evaluation.
+    order they were written. targets: how many validation targets each domain has, empty before the first evaluation.
     """
 
     steps: np.ndarray
@@ -65,7 +65,7 @@ class RunData:
 
     @property
     def prunes(self) -> tuple[Cut, ...]:
-        """The cuts that took experts away."""
+        """The prunes that removed experts."""
         return tuple(cut for cut in self.cuts if not cut.rearrange_only)
 
     @property
@@ -89,7 +89,7 @@ class RunData:
     def mean_loads(self, last: int, first: int | None = None) -> np.ndarray:
         """[L, E]: mean tokens a step over the recorded steps first..last.
 
-        Without `first` the window that ends with `last`, cut short where the model changed in it.
+        Without `first` the window that ends with `last`, shortened where the model changed in it.
         """
         if first is None:
             changes = [cut.step + 1 for cut in self.cuts if cut.step < last]
@@ -143,7 +143,7 @@ def _losses(records: list[dict], kind: str, field: str) -> tuple[dict, ...]:
 
 
 def _read_cuts(run_dir: Path, prunes: list[dict], loads: RecordedLoads) -> tuple[Cut, ...]:
-    """The cuts that come after recorded steps, oldest first."""
+    """The prunes that come after recorded steps, oldest first."""
     recorded, devices = set(loads.steps.tolist()), loads.expert_parallel
     order = initial_lineage(loads.num_experts)
     cuts: list[Cut] = []

@@ -2,7 +2,7 @@
 
 Figures 1 and 2 of the paper and the device loads of its section 3.3. Loads are mean tokens a step.
 
-Letters: L layers, E experts of the original model, P devices of the expert axis, M domains.
+Axes: L layers, E experts of the original model, P devices of the expert axis, M domains.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from laep_jax.report.run_data import Cut, RunData
 class ExpertLine:
     """Tokens of one expert over the run: means over neighbouring steps, each placed at the last of them.
 
-    pruned: whether it went before the end; its line stops at the cut.
+    pruned: whether it was pruned before the end; its line stops at the prune.
     """
 
     expert: int
@@ -50,8 +50,8 @@ class CumulativeLoad:
 class DeviceLoads:
     """Tokens a step on each device, [L, P].
 
-    before: up to the cut. in_order: after it, had the survivors kept their order. placed: after it,
-    as they were placed. The latter two share out the same tokens; both are None without a cut.
+    before: up to the prune. in_order: after it, had the kept experts stayed in order. placed: after it,
+    as they were placed. The latter two share out the same tokens; both are None without a prune.
     """
 
     before: np.ndarray
@@ -61,7 +61,7 @@ class DeviceLoads:
 
 @dataclasses.dataclass(frozen=True)
 class DomainLosses:
-    """Held-out loss by domain, in nats per token; the largest of the first row comes first.
+    """Validation loss by domain, in nats per token; the largest of the first row comes first.
 
     targets_M: how many are behind each loss. rows: each [M] with a label, right after the last prune and in the newest
     evaluation, less the loss before the prune; where there was none the newest alone, as it is.
@@ -83,7 +83,7 @@ def chosen_layers(num_layers: int, limit: int) -> list[int]:
 
 
 def step_bins(run: RunData, limit: int = 150) -> list[slice]:
-    """Rows of the recorded loads in at most about `limit` equal groups; none reaches across a cut."""
+    """Rows of the recorded loads in at most about `limit` equal groups; none reaches across a prune."""
     size = -(-len(run.steps) // limit)
     borders = [0, *(int(np.searchsorted(run.steps, cut.step, "right")) for cut in run.cuts), len(run.steps)]
     return [
@@ -157,7 +157,7 @@ def device_sums(loads_LE: np.ndarray, order: Sequence[Sequence[int]], num_device
 
 
 def device_loads(run: RunData) -> DeviceLoads:
-    """Loads around the last cut, in the windows that end and begin there; of the last window without one."""
+    """Loads around the last prune, in the windows that end and begin there; of the last window without one."""
     if not run.cuts:
         last = int(run.steps[-1])
         return DeviceLoads(device_sums(run.mean_loads(last), run.order(last), run.expert_parallel), None, None)
@@ -172,7 +172,7 @@ def device_loads(run: RunData) -> DeviceLoads:
 
 
 def loads_after(run: RunData, cut: Cut) -> np.ndarray:
-    """[L, E]: mean loads of the window that begins with the cut, or ends there where nothing follows."""
+    """[L, E]: mean loads of the window that begins with the prune, or ends there where nothing follows."""
     later = run.steps[run.steps > cut.step]
     if not len(later):
         return run.mean_loads(cut.step)
@@ -181,7 +181,7 @@ def loads_after(run: RunData, cut: Cut) -> np.ndarray:
 
 
 def survivors_in_order(cut: Cut) -> list[list[int]]:
-    """Per layer the experts a cut left, in the slot order they had before it."""
+    """Per layer the experts a prune left, in the slot order they had before it."""
     return [
         [expert for expert in before if expert in set(after)]
         for before, after in zip(cut.before, cut.after, strict=True)

@@ -38,7 +38,7 @@ def paper_size(name: str, **changes):
         ("1142b", "total_without_embeddings", 1141.67, 2),
     ],
 )
-def test_totals_of_the_notes(name, field, billions, decimals):
+def test_totals_of_the_paper_page(name, field, billions, decimals):
     assert round(getattr(paper_size(name), field) / 1e9, decimals) == billions
 
 

@@ -16,7 +16,7 @@ def _losses(logits_BSE, valid_BS, top_k):
     return counts_E, balance_losses(balance_sums(logits_BSE, ids_BSK, valid_BS, ALL), counts_E, top_k, ALL)
 
 
-def test_worked_example_of_the_notes():
+def test_worked_example_of_the_paper_page():
     logits = [[[2, 1, 0, -1], [0, 2, 1, -1], [2, -1, 1, 0]]]
     counts_E, losses = _losses(logits, jnp.ones((1, 3), bool), top_k=2)
     assert counts_E.tolist() == [2, 2, 2, 0]
