@@ -97,7 +97,7 @@ def record(run: Run, step: int, metrics: dict) -> None:
         seconds=run.step_seconds[-1],
         tokens=tokens,
         flops_per_token=run.size.flops_per_token,
-        expert_parallel=run.controller.expert_parallel,
+        expert_parallel=run.controller.rule.expert_parallel,
     )
     run.log.write("train", step, **fields)
     run.console.train(step, fields)

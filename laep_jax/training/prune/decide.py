@@ -52,7 +52,7 @@ def _why_not(run: Run, report: StabilityReport, plan: Plan | None) -> str:
     if plan:
         chosen = max(len(layer.eligible) for layer in plan.layers)
         return (
-            f"the rule chose at most {chosen} experts of a layer, which go by {run.controller.expert_parallel} "
+            f"the rule chose at most {chosen} experts of a layer, which go by {run.controller.rule.expert_parallel} "
             "(MeshConfig.expert): raise LaepConfig.alpha or LaepConfig.beta"
         )
     if run.controller.prunes >= laep.max_prunes:
