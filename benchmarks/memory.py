@@ -14,10 +14,12 @@ import jax
 import numpy as np
 
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from laep_jax.laep.balance import device_loads, imbalance
+from laep_jax.laep.plan import make_plan
+from laep_jax.laep.rule import PruneRule
 from laep_jax.preflight.compiling import compile_step
 from laep_jax.sharding import make_cpu_devices
-from laep_jax.state.surgery import cut_config
-from laep_jax.training.prune.controller import configured_plan, imbalance, with_receive_buffer
+from laep_jax.state.surgery import cut_config, with_receive_buffer
 
 DEVICES = 8
 CONFIG = Config(
@@ -56,8 +58,9 @@ def _variants() -> dict[str, Config]:
     rng = np.random.default_rng(0)
     shares_LE = np.exp(SIGMA * rng.standard_normal((4, 64)))
     counts_NLE = np.rint(TOKENS * shares_LE / shares_LE.sum(axis=1, keepdims=True)).astype(np.int64)[None]
-    plan = configured_plan(counts_NLE, config.laep, config.model.top_k, DEVICES)
-    before = with_receive_buffer(config, [imbalance(tokens_E, DEVICES) for tokens_E in counts_NLE[0]])
+    layers, top_k = counts_NLE.shape[1], config.model.top_k
+    plan = make_plan(counts_NLE, PruneRule.from_settings(config.laep, layers, top_k=top_k, expert_parallel=DEVICES))
+    before = with_receive_buffer(config, [imbalance(device_loads(tokens_E, DEVICES)) for tokens_E in counts_NLE[0]])
     after = with_receive_buffer(cut_config(config, plan.kept), [layer.imbalance_after for layer in plan.layers])
     return {
         "worst case, before": _with_room_for_all(before),

@@ -19,6 +19,7 @@ from flax import nnx
 
 from benchmarks.measuring import in_process, parse_repetitions
 from laep_jax.config import AuxLossConfig, MeshConfig, ModelConfig
+from laep_jax.laep.balance import imbalance
 from laep_jax.model.moe import MoE
 from laep_jax.sharding import batch_sharding, make_cpu_devices, make_mesh, put_batch, tree_shardings
 
@@ -103,7 +104,7 @@ def layer_form(num_experts: int, devices: int, grouped_matmul: str, loads: dict[
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     counts_E = gradients(params, batch["x"])[1]
-    loads[f"E{num_experts}"] = float(counts_E.max() / counts_E.mean())
+    loads[f"E{num_experts}"] = imbalance(np.asarray(counts_E))
     return lambda: gradients(params, batch["x"])
 
 

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from laep_jax.config import LaepConfig
-from laep_jax.laep.placement import device_loads, lower_bound, place
-from laep_jax.training.prune.controller import configured_plan
+from laep_jax.laep.balance import device_loads, lower_bound
+from laep_jax.laep.placement import place
+from laep_jax.laep.plan import make_plan
+from laep_jax.laep.rule import PruneRule
 
 LAYERS, EXPERTS, ITERATIONS = 103, 256, 1000
 PLACED_EXPERTS, DEVICES, DISTRIBUTIONS = 64, 8, 200
@@ -35,10 +37,12 @@ def run(arguments: Sequence[str]) -> dict:
 def _plan_seconds(rng: np.random.Generator) -> dict[str, float]:
     loads_LE = 100 * np.exp(rng.standard_normal((LAYERS, EXPERTS)))
     counts_NLE = rng.poisson(loads_LE, (ITERATIONS, LAYERS, EXPERTS))
+    laep = LaepConfig(placement="refined")
+    rule = PruneRule.from_settings(laep, LAYERS, top_k=TOP_K, expert_parallel=DEVICES)
     seconds = []
     for _ in range(REPETITIONS):
         start = time.perf_counter()
-        configured_plan(counts_NLE, LaepConfig(placement="refined"), TOP_K, DEVICES)
+        make_plan(counts_NLE, rule)
         seconds.append(time.perf_counter() - start)
     return {"fastest": min(seconds), "median": float(np.median(seconds))}
 
@@ -49,7 +53,7 @@ def _placements(rng: np.random.Generator) -> dict[str, float | int]:
         loads_E = np.exp(rng.uniform(*SIGMAS) * rng.standard_normal(PLACED_EXPERTS))
         orders = [place(loads_E, DEVICES, method) for method in ("refined", "greedy")]
         largest.append(
-            [*(device_loads(loads_E, order, DEVICES).max() for order in orders), lower_bound(loads_E, DEVICES)]
+            [*(device_loads(loads_E[order], DEVICES).max() for order in orders), lower_bound(loads_E, DEVICES)]
         )
     refined, eplb, bound = np.array(largest).T
     return {

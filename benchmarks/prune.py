@@ -34,9 +34,9 @@ MODEL = ModelConfig(num_layers=3, hidden_size=256, head_dim=64, ffn_size=512, nu
 PLAN_STEP, CUT_DELAY, AFTER = 4, 12, 4  # steps until the plan, until the cut, and after it
 REPETITIONS = 3  # of a read
 VARIANTS = {
-    "checkpoint": {"restore": "orbax", "cut_delay": CUT_DELAY},
-    "checkpoint, compiled in the pause": {"restore": "orbax", "cut_delay": 0},
-    "memory": {"restore": "memory", "cut_delay": CUT_DELAY},
+    "checkpoint": {"prune_via": "checkpoint", "cut_delay": CUT_DELAY},
+    "checkpoint, compiled in the pause": {"prune_via": "checkpoint", "cut_delay": 0},
+    "memory": {"prune_via": "memory", "cut_delay": CUT_DELAY},
 }
 PARTS = ("plan", "evaluate", "save", "restore", "compile", "first step")
 

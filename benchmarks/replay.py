@@ -17,10 +17,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from laep_jax.config import LaepConfig
-from laep_jax.laep.placement import device_loads
-from laep_jax.laep.plan import LayerPlan, Plan
-from laep_jax.laep.pruning import alpha_per_layer
-from laep_jax.training.prune.controller import configured_plan
+from laep_jax.laep.balance import device_loads
+from laep_jax.laep.plan import LayerPlan, Plan, make_plan
+from laep_jax.laep.rule import PruneRule, alpha_per_layer
 
 VARIANTS = ("base", "pruned", "rearranged", "uniform")
 TOP_K = 2
@@ -87,20 +86,21 @@ class Replay:
 
     @property
     def num_devices(self) -> int:
-        return self.plan.expert_parallel
+        return self.plan.rule.expert_parallel
 
 
 def make_replay(logits_LTE: np.ndarray, alpha: Sequence[float], expert_parallel: int) -> Replay:
     """The plan of `LaepConfig`'s defaults with `alpha` by layer, placed by the loads of the masked routing."""
     num_experts = logits_LTE.shape[2]
     laep = LaepConfig(alpha=tuple(alpha))
+    rule = PruneRule.from_settings(laep, len(alpha), top_k=TOP_K, expert_parallel=expert_parallel)
     ids_LTK = np.stack([choose(logits_TE) for logits_TE in logits_LTE])
     tokens_LE = np.stack([count(ids_TK, num_experts) for ids_TK in ids_LTK])
-    first = configured_plan(tokens_LE[None], laep, TOP_K, expert_parallel)
+    first = make_plan(tokens_LE[None], rule)
     pruned = [layer.pruned for layer in first.layers]
     masked_ids_LTK = np.stack([choose(*layer) for layer in zip(logits_LTE, pruned, strict=True)])
     masked_LE = [count(ids_TK, num_experts) for ids_TK in masked_ids_LTK]
-    plan = configured_plan(tokens_LE[None], laep, TOP_K, expert_parallel, masked_LE)
+    plan = make_plan(tokens_LE[None], rule, placement_loads=masked_LE)
     return Replay(plan, ids_LTK, masked_ids_LTK, tokens_LE)
 
 
@@ -164,9 +164,8 @@ def group_sizes(replay: Replay) -> dict[str, np.ndarray]:
 def largest_loads(replay: Replay) -> dict[str, float]:
     """The plan's model of a step's time, in rows, by variant: the largest device load, layers added up."""
     layers, devices = replay.plan.layers, replay.num_devices
-    in_place = np.arange(replay.num_experts)
     return {
-        "base": float(sum(device_loads(tokens_E, in_place, devices).max() for tokens_E in replay.tokens_LE)),
+        "base": float(sum(device_loads(tokens_E, devices).max() for tokens_E in replay.tokens_LE)),
         "pruned": sum(layer.largest_before for layer in layers),
         "rearranged": sum(max(layer.device_load) for layer in layers),
         "uniform": sum(layer.mean_load for layer in layers),

@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks import replay
 from benchmarks.replay import Replay, to_base
-from laep_jax.errors import require
+from laep_jax.errors import require, require_divisible
 from laep_jax.laep.counts import read_counts
 from laep_jax.launch import launch
 
@@ -74,7 +74,7 @@ def _recorded(path: Path) -> np.ndarray:
     require(len(widths) == 1, "num_experts", widths, "must be the same in every layer")
     loads_LE = np.stack(counts).sum(axis=1)
     layers, num_experts = loads_LE.shape
-    require(num_experts % EXPERT_PARALLEL[0] == 0, "num_experts", num_experts, f"must divide by {EXPERT_PARALLEL[0]}")
+    require_divisible("num_experts", num_experts, "expert_parallel", EXPERT_PARALLEL[0])
     require(bool(loads_LE.any(axis=1).all()), "--counts", str(path), f"has a layer without tokens among its {layers}")
     return loads_LE
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments.rows import Row
-from laep_jax.laep.plan import Plan, chosen_plan
+from laep_jax.laep.plan import Plan, chosen_plan, make_plan
+from laep_jax.laep.rule import PruneRule
 from laep_jax.report.run_data import read_run
-from laep_jax.training.prune.controller import configured_plan
 
 Maker = Callable[[Row, Path, Path], str]
 
@@ -25,7 +25,10 @@ def rule_plan(row: Row, base_dir: Path) -> tuple[Plan, np.ndarray]:
     assert laep.prune_at_step is not None
     rows = (run.steps > laep.prune_at_step - laep.window) & (run.steps <= laep.prune_at_step)
     tokens_NLE = run.tokens_NLE[rows]
-    return configured_plan(tokens_NLE, laep, row.config.model.top_k, run.expert_parallel), tokens_NLE.mean(axis=0)
+    rule = PruneRule.from_settings(
+        laep, tokens_NLE.shape[1], top_k=row.config.model.top_k, expert_parallel=run.expert_parallel
+    )
+    return make_plan(tokens_NLE, rule, max_runs=laep.max_runs), tokens_NLE.mean(axis=0)
 
 
 def random_plan(row: Row, base_dir: Path, folder: Path) -> str:
@@ -39,16 +42,15 @@ def random_plan(row: Row, base_dir: Path, folder: Path) -> str:
 def frequency_plan(row: Row, base_dir: Path, folder: Path) -> str:
     """As many experts as the rule prunes, the least used, but as many in each layer."""
     plan, loads_LE = rule_plan(row, base_dir)
-    a_device = sum(len(layer.pruned) for layer in plan.layers) / len(plan.layers) / plan.expert_parallel
-    number = round(a_device) * plan.expert_parallel
+    devices = plan.rule.expert_parallel
+    number = round(sum(len(layer.pruned) for layer in plan.layers) / len(plan.layers) / devices) * devices
     pruned = [np.argsort(loads_E, kind="stable")[:number].tolist() for loads_E in loads_LE]
     return _given(plan, loads_LE, pruned, folder)
 
 
 def _given(plan: Plan, loads_LE: np.ndarray, pruned: list[list[int]], folder: Path) -> str:
-    devices = {"expert_parallel": plan.expert_parallel, "top_k": plan.top_k, "placement": plan.placement}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").write_text(chosen_plan([*loads_LE], pruned, **devices).to_json())
+    (folder / "plan.json").write_text(chosen_plan([*loads_LE], pruned, plan.rule).to_json())
     return f"LaepConfig.plan = {str(folder / 'plan.json')!r}"
 
 

@@ -3,6 +3,7 @@
 Axes: L layers, E experts.
 """
 
+import dataclasses
 import itertools
 import statistics
 
@@ -10,10 +11,12 @@ import numpy as np
 
 from experiments.results import Result
 from laep_jax.config import LaepConfig
-from laep_jax.laep.pruning import PruningRule, alpha_per_layer, prune_layer
+from laep_jax.laep.balance import imbalance
+from laep_jax.laep.pruning import prune_layer
+from laep_jax.laep.rule import PruneRule
 from laep_jax.laep.stability import overlap, rank_correlation
 
-RULE = LaepConfig()  # the paper's: alpha hybrid, beta 0.1
+LAEP = LaepConfig()  # the paper's: alpha hybrid, beta 0.1
 
 
 def windows(result: Result) -> dict[int, np.ndarray]:
@@ -31,18 +34,17 @@ def stable_ranks(result: Result) -> int | None:
     """The step after which every layer's correlation has reached the test's threshold in two windows; None: never."""
     in_a_row = 0
     for (_, old_LE), (step, new_LE) in itertools.pairwise(windows(result).items()):
-        reached = min(map(rank_correlation, new_LE, old_LE)) >= RULE.rank_correlation
+        reached = min(map(rank_correlation, new_LE, old_LE)) >= LAEP.rank_correlation
         in_a_row = in_a_row + 1 if reached else 0
-        if in_a_row == RULE.stable_windows:
+        if in_a_row == LAEP.stable_windows:
             return step
     return None
 
 
 def chosen(loads_LE: np.ndarray) -> list[tuple[int, ...]]:
     """The experts of each layer that the rule would prune, not rounded to devices."""
-    rule = PruningRule(
-        alpha_per_layer(RULE.alpha, len(loads_LE)), RULE.beta, "mean", RULE.inequality, RULE.rounding, 1, 1
-    )
+    laep = dataclasses.replace(LAEP, estimator="mean")
+    rule = PruneRule.from_settings(laep, len(loads_LE), top_k=1, expert_parallel=1)
     return [prune_layer(loads_E[None], rule, layer).eligible for layer, loads_E in enumerate(loads_LE)]
 
 
@@ -54,8 +56,5 @@ def overlaps_with_last(result: Result) -> dict[int, float]:
 
 
 def largest_load(result: Result) -> dict[int, float]:
-    """The fullest expert's tokens over the mean, the mean over the layers, by window."""
-    return {
-        step: statistics.fmean((loads_LE.max(axis=1) / loads_LE.mean(axis=1)).tolist())
-        for step, loads_LE in windows(result).items()
-    }
+    """Imbalance (max / mean) of the experts, the mean over the layers, by window."""
+    return {step: statistics.fmean(map(imbalance, loads_LE)) for step, loads_LE in windows(result).items()}

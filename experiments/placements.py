@@ -10,7 +10,8 @@ import scipy.optimize
 
 from experiments.phases import windows
 from experiments.results import Result
-from laep_jax.laep.placement import METHODS, device_loads, place
+from laep_jax.laep.balance import device_loads, imbalance
+from laep_jax.laep.placement import METHODS, place
 
 SOLVER = {"time_limit": 20.0, "mip_rel_gap": 1e-3}  # a layer
 
@@ -43,7 +44,7 @@ def optimal(loads_E: np.ndarray, num_groups: int) -> np.ndarray:
 
 
 def measure(results: dict[str, Result], num_devices: int) -> dict[str, dict[str, float]]:
-    """Largest over mean device load, the mean over the layers, by placement of what `alpha_hybrid` keeps."""
+    """Imbalance (max / mean) of the devices, the mean over the layers, by placement of what `alpha_hybrid` keeps."""
     result = results["alpha_hybrid"]
     before, after, last = (windows(result)[step] for step in sorted(windows(result)))
     found: dict[str, list[float]] = {}
@@ -56,6 +57,6 @@ def measure(results: dict[str, Result], num_devices: int) -> dict[str, dict[str,
             placements[f"optimal, {name}"] = optimal(loads_E, num_devices)
         placements["of the run"] = np.searchsorted(kept, order)
         for name, places in placements.items():
-            loads_G = device_loads(last[layer][kept], places, num_devices)
-            found.setdefault(name, []).append(float(loads_G.max() / loads_G.mean()))
+            loads_G = device_loads(last[layer][kept][places], num_devices)
+            found.setdefault(name, []).append(imbalance(loads_G))
     return {"device_load": {name: statistics.fmean(ratios) for name, ratios in found.items()}}

@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.straggler import ALONE, rank_seconds
 from experiments.phases import windows
 from experiments.results import Result
+from laep_jax.laep.balance import imbalance
 
 ROWS = ALONE.rows_per_expert * 64  # of a layer, whatever it keeps
 NOT_REARRANGED = "not rearranged"
@@ -28,7 +29,7 @@ def device_rows(result: Result, order: list[list[int]], num_devices: int) -> np.
 
 
 def measure(results: dict[str, Result], num_devices: int) -> dict[str, dict[str, float]]:
-    """Throughput over that of `base`, and largest over mean device load, of each row and of LAEP without Algorithm 2.
+    """Throughput over that of `base`, and imbalance of the devices, of each row and of LAEP without Algorithm 2.
 
     results: by row, of one seed, `base` and `alpha_hybrid` among them.
     """
@@ -41,7 +42,5 @@ def measure(results: dict[str, Result], num_devices: int) -> dict[str, dict[str,
     step = {name: sum(max(seconds[tuple(d)] for d in layer.tolist()) for layer in r) for name, r in rows.items()}
     return {
         "throughput": {name: step["base"] / time for name, time in step.items()},
-        "device_load": {
-            name: float((r.sum(axis=2).max(axis=1) / r.sum(axis=2).mean(axis=1)).mean()) for name, r in rows.items()
-        },
+        "device_load": {name: float(np.mean([*map(imbalance, r.sum(axis=2))])) for name, r in rows.items()},
     }

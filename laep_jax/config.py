@@ -10,7 +10,7 @@ import math
 import typing
 
 from laep_jax.config_parts import AuxLossConfig, DataConfig, LaepConfig, OptimizerConfig, TrainConfig
-from laep_jax.errors import UserError, require
+from laep_jax.errors import UserError, require, require_divisible
 from laep_jax.fields import check_fields, fixed, free
 
 MAX_LAYERS, MAX_CPU_DEVICES = 10_000, 1_024  # more are a slip, and would take memory before anything is checked
@@ -145,12 +145,7 @@ class MeshConfig:
             f"makes {self.data * fsdp * expert} places, but there are {num_devices} devices",
         )
         for layer, count in enumerate(num_experts):
-            require(
-                count % expert == 0,
-                f"ModelConfig.num_experts[{layer}]",
-                count,
-                f"is not divisible by MeshConfig.expert={expert}",
-            )
+            require_divisible(f"ModelConfig.num_experts[{layer}]", count, "MeshConfig.expert", expert)
         return dataclasses.replace(self, fsdp=fsdp, expert=expert)
 
 

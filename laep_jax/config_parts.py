@@ -9,9 +9,6 @@ import math
 from laep_jax.errors import require
 from laep_jax.fields import check_fields, fixed, free
 
-ESTIMATORS = ("vote", "mean")
-INEQUALITIES = ("le", "lt")
-ROUNDINGS = ("restore", "prune")
 PLACEMENTS = ("greedy", "refined")
 SOURCES_WITH_PATH = ("text", "jsonl", "array_record")
 
@@ -50,11 +47,13 @@ class LaepConfig:
     estimator: str = free(
         "vote",
         "decide in each iteration of the window and count votes, or decide on the mean loads",
-        choices=ESTIMATORS,
+        choices=("vote", "mean"),
     )
-    inequality: str = free("le", "of both bounds: at most, or less than", choices=INEQUALITIES)
+    inequality: str = free("le", "of both bounds: at most, or less than", choices=("le", "lt"))
     rounding: str = free(
-        "restore", "where the survivors do not divide by the devices: keep more, or prune more", choices=ROUNDINGS
+        "keep_more",
+        "where the survivors do not divide by the devices: keep more, or prune more",
+        choices=("keep_more", "prune"),
     )
     placement: str = free(
         "refined", "of the survivors: the paper's greedy algorithm, or that and the best swaps", choices=PLACEMENTS
@@ -85,7 +84,11 @@ class LaepConfig:
         None, "keep more experts until neighbouring layers form at most this many runs of equal count; None: any", low=1
     )
     cut_delay: int = free(20, "steps between plan and cut, while the smaller model's step compiles", low=0)
-    restore: str = free("orbax", "cut through the checkpoint, or in device memory", choices=("orbax", "memory"))
+    prune_via: str = free(
+        "checkpoint",
+        "read the survivors from the checkpoint, or gather them in device memory",
+        choices=("checkpoint", "memory"),
+    )
     reset_moments: bool = free(False, "zero the optimizer's moments at a cut, instead of moving them with the experts")
     guard_tolerance: float | None = free(
         0.2,

@@ -4,16 +4,16 @@ python -m laep_jax plan --counts counts.npz --expert-parallel 8 --top-k 2 --alph
 """
 
 import argparse
-import functools
+import typing
 from pathlib import Path
 
 from laep_jax.config import LaepConfig
 from laep_jax.errors import UserError
+from laep_jax.fields import settings_of
 from laep_jax.laep.counts import FORMS, describe, read_counts
-from laep_jax.laep.placement import METHODS
 from laep_jax.laep.plan import make_plan
-from laep_jax.laep.pruning import ESTIMATORS, INEQUALITIES, ROUNDINGS
 from laep_jax.laep.recorded_loads import read_current_counts
+from laep_jax.laep.rule import SETTINGS, PruneRule
 from laep_jax.laep.runs import cost_of_merging
 
 
@@ -26,22 +26,12 @@ def main(argv: list[str]) -> int:
     else:
         counts = read_counts(args.counts)
     print("\n".join(describe(counts, args.top_k)))
-    make = functools.partial(
-        make_plan,
-        counts,
-        expert_parallel=args.expert_parallel,
-        top_k=args.top_k,
-        alpha=_alpha(args.alpha),
-        beta=args.beta,
-        estimator=args.estimator,
-        inequality=args.inequality,
-        rounding=args.rounding,
-        placement=args.placement,
-    )
-    plan = make(max_runs=args.max_runs)
+    args.alpha = _alpha(args.alpha)
+    rule = PruneRule.from_settings(args, len(counts), top_k=args.top_k, expert_parallel=args.expert_parallel)
+    plan = make_plan(counts, rule, max_runs=args.max_runs)
     print(plan.table())
     if args.max_runs:
-        print(cost_of_merging(make().num_experts_after, plan.num_experts_after, args.max_runs))
+        print(cost_of_merging(make_plan(counts, rule).num_experts_after, plan.num_experts_after, args.max_runs))
     if args.out:
         try:
             args.out.write_text(plan.to_json(), encoding="utf-8")
@@ -55,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="laep-jax plan",
         description="Which experts to prune and where to place the others, from recorded token counts.",
+        epilog="--alpha takes one number a layer as 0.2,0.4,inf.",
     )
     required = parser.add_argument_group("required")
     required.add_argument(
@@ -67,19 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     required.add_argument("--expert-parallel", type=int, required=True, metavar="G", help="devices to spread over")
     required.add_argument("--top-k", type=int, required=True, metavar="K", help="experts chosen for each token")
     add = parser.add_argument
-    add(
-        "--alpha",
-        default=LaepConfig.alpha,
-        help="number, inf, hybrid, or one number a layer: 0.2,0.4,inf (%(default)s)",
-    )
-    add("--beta", type=float, default=LaepConfig.beta, help="largest share of a layer's tokens to prune (%(default)s)")
-    for name, allowed, text in (
-        ("estimator", ESTIMATORS, "decide in each iteration, or on the mean loads"),
-        ("inequality", INEQUALITIES, "of both bounds"),
-        ("rounding", ROUNDINGS, "where the survivors do not divide, keep more or fewer"),
-        ("placement", METHODS, "of the survivors on the devices"),
-    ):
-        add(f"--{name}", choices=allowed, default=getattr(LaepConfig, name), help=f"{text} (%(default)s)")
+    hints = typing.get_type_hints(LaepConfig)
+    for name in SETTINGS:
+        setting, is_text = settings_of(LaepConfig)[name], hints[name] is str
+        add(
+            f"--{name}",
+            type=float if hints[name] is float else str,
+            choices=setting.choices if is_text else None,
+            default=getattr(LaepConfig, name),
+            help=f"{setting.meaning} (%(default)s)",
+        )
     add(
         "--max-runs",
         type=int,

@@ -1,23 +1,18 @@
 """Algorithm 2, expert rearranging (paper section 3.3): equal groups of experts with even token loads.
 
 `greedy` is the printed algorithm: heaviest expert first, each to the lightest device that has room.
-The code corrects two errors in the print: it marks a full device by an infinite sum, which loses the
-sum, and it never ends when the experts do not divide by the devices. The result is the permutation, not
+Two things in the print are mended: it marks a full device by an infinite sum, which loses the sum,
+and it never ends when the experts do not divide by the devices. The result is the permutation, not
 the reordered loads, because all that belongs to an expert has to follow it. `refined` then makes
 the best pairwise swaps.
 
 Axes: E experts, G devices, K slots of a device; slot s lies on device s // K.
 """
 
-import itertools
-import math
-
 import numpy as np
 
 from laep_jax.config_parts import PLACEMENTS as METHODS
-from laep_jax.errors import require
-
-MAX_SEARCHED = 12  # experts: at most 15,400 placements, some milliseconds
+from laep_jax.laep.balance import group_size
 
 
 def place(loads_E: np.ndarray, num_groups: int, method: str) -> np.ndarray:
@@ -29,59 +24,13 @@ def place(loads_E: np.ndarray, num_groups: int, method: str) -> np.ndarray:
     >>> place(np.array([9, 8, 7, 1, 1, 1]), num_groups=3, method="greedy").tolist()
     [0, 5, 1, 4, 2, 3]
     """
-    require(method in METHODS, "placement", method, f"must be one of {', '.join(METHODS)}")
-    size = _group_size(len(loads_E), num_groups)
+    assert method in METHODS, method
+    size = group_size(len(loads_E), num_groups)
     loads_E = _integers(np.asarray(loads_E))
     slots_GK = _greedy(loads_E, num_groups, size)
     if method == "refined":
         _refine(loads_E, slots_GK)
     return slots_GK.ravel()
-
-
-def device_loads(loads_E: np.ndarray, permutation: np.ndarray, num_groups: int) -> np.ndarray:
-    """Tokens on each device, [G], with expert `permutation[s]` in slot s."""
-    return loads_E[permutation].reshape(num_groups, _group_size(len(loads_E), num_groups)).sum(axis=1)
-
-
-def lower_bound(loads_E: np.ndarray, num_groups: int) -> float:
-    """A lower bound on the load of the most loaded device in equal groups, in the units of `loads_E`.
-
-    With at most two experts on a device, or at most MAX_SEARCHED in all, the best placement has this load. Otherwise
-    it is the mean device load, or the heaviest expert with the K - 1 lightest beside it, whichever is more.
-
-    >>> lower_bound(np.array([9, 8, 7, 1, 1, 1]), num_groups=3)
-    10.0
-    """
-    size = _group_size(len(loads_E), num_groups)
-    ascending = np.sort(loads_E)
-    if size == 2:  # the heaviest with the lightest, and so on
-        return float((ascending + ascending[::-1]).max())
-    if len(loads_E) <= MAX_SEARCHED:
-        return float(_least_largest(ascending[::-1].tolist(), size, math.inf))
-    return max(float(ascending.sum() / num_groups), float(ascending[-1] + ascending[: size - 1].sum()))
-
-
-def _least_largest(loads: list, size: int, below: float) -> float:
-    """The least possible largest group load, by trying all groups around the first load; at most `below`."""
-    if not loads:
-        return 0
-    first, *others = loads
-    for group in itertools.combinations(range(len(others)), size - 1):
-        load = first + sum(others[i] for i in group)
-        if load < below:
-            rest = [other for i, other in enumerate(others) if i not in group]
-            below = min(below, max(load, _least_largest(rest, size, below)))
-    return below
-
-
-def _group_size(num_experts: int, num_groups: int) -> int:
-    require(
-        num_experts > 0 and num_experts % num_groups == 0,
-        "num_experts",
-        num_experts,
-        f"is not divisible by expert_parallel={num_groups}",
-    )
-    return num_experts // num_groups
 
 
 def _integers(loads_E: np.ndarray) -> np.ndarray:

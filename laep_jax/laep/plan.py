@@ -1,4 +1,4 @@
-"""The plan: which experts each layer keeps and where they are placed, as data (paper sections 3.2, 3.3).
+"""The plan: which experts stay in each layer and where they go, as data (paper sections 3.2, 3.3).
 
 One plan carries both algorithms. `kept` lists, per layer, the old slots in new device order:
 new[e] = old[kept[e]] for everything that belongs to an expert. A rearrangement is a plan that prunes
@@ -14,54 +14,36 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from laep_jax.config import LaepConfig
 from laep_jax.errors import require
 from laep_jax.laep import plan_json, plan_table
 from laep_jax.laep.layer_plan import LayerPlan, make_layer_plan
 from laep_jax.laep.load import as_counts, num_with_tokens
-from laep_jax.laep.placement import METHODS
-from laep_jax.laep.pruning import Pruning, PruningRule, alpha_per_layer, prune_layer
-from laep_jax.laep.runs import restore
+from laep_jax.laep.pruning import Pruning, prune_layer
+from laep_jax.laep.rule import PruneRule
+from laep_jax.laep.runs import unprune
 
 Lineage = tuple[tuple[int, ...], ...]  # per layer: the original id of each slot
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The experts to keep and their places, with the settings behind them. Checked when it is made: `UserError`.
+    """What to keep and where, with the rule that led there. Checked when it is made: `UserError`.
 
-    num_experts: per layer, before. alpha: per layer. A plan that the pruning rule did not
-    make has alpha 0, beta 0 and inequality `lt`, under which the rule chooses no experts.
+    num_experts: per layer, before. rule: under that of a plan which Algorithm 1 did not make, no expert is eligible.
     """
 
     num_experts: tuple[int, ...]
-    expert_parallel: int
-    top_k: int
-    alpha: tuple[float, ...]
-    beta: float
-    estimator: str
-    inequality: str
-    rounding: str
-    placement: str
+    rule: PruneRule
     layers: tuple[LayerPlan, ...]
 
     def __post_init__(self):
         num_layers = len(self.num_experts)
         require(num_layers > 0, "num_layers", num_layers, "must be at least 1")
-        for field in ("alpha", "layers"):
-            entries = len(getattr(self, field))
-            require(entries == num_layers, f"entries of {field}", entries, f"must be {num_layers=}")
-        require(self.placement in METHODS, "placement", self.placement, f"must be one of {', '.join(METHODS)}")
-        rule = self.rule
+        self.rule.check_model(self.num_experts)
+        require(len(self.layers) == num_layers, "entries of layers", len(self.layers), f"must be {num_layers=}")
         for index, (num_experts, layer) in enumerate(zip(self.num_experts, self.layers, strict=True)):
-            rule.check_experts(num_experts, index)
-            layer.check(f"layers[{index}]", num_experts, self.expert_parallel, self.top_k)
-
-    @property
-    def rule(self) -> PruningRule:
-        """The settings of Algorithm 1."""
-        return PruningRule(
-            self.alpha, self.beta, self.estimator, self.inequality, self.rounding, self.top_k, self.expert_parallel
-        )
+            layer.check(f"layers[{index}]", num_experts, self.rule)
 
     @property
     def kept(self) -> tuple[tuple[int, ...], ...]:
@@ -70,12 +52,12 @@ class Plan:
 
     @property
     def num_experts_after(self) -> tuple[int, ...]:
-        """Per layer, the number of experts that are kept."""
+        """Per layer, experts that stay."""
         return tuple(len(layer.kept) for layer in self.layers)
 
     @property
     def prunes(self) -> bool:
-        """Whether any expert is pruned."""
+        """Whether any expert goes."""
         return any(layer.pruned for layer in self.layers)
 
     def to_json(self) -> str:
@@ -86,7 +68,8 @@ class Plan:
     def from_json(cls, text: str) -> "Plan":
         """Reads `to_json`. `UserError` on anything that is not a sound plan."""
         fields = plan_json.parse(text)
-        return cls(**fields | {"layers": tuple(LayerPlan(**layer) for layer in fields["layers"])})
+        layers = tuple(LayerPlan(**layer) for layer in fields["layers"])
+        return cls(fields["num_experts"], PruneRule(**fields["rule"]), layers)
 
     def sha256(self) -> str:
         """Of the JSON text: equal on two hosts if, and only if, they hold the same plan."""
@@ -94,112 +77,73 @@ class Plan:
 
     def table(self) -> str:
         """The plan for people: a line a layer and a total, which adds up the layers' loads."""
-        return plan_table.table(self.rule, self.placement, self.layers)
+        return plan_table.table(self.rule, self.layers)
 
 
 def make_plan(
     tokens: np.ndarray | Sequence[np.ndarray],
+    rule: PruneRule,
     *,
-    expert_parallel: int,
-    top_k: int,
-    alpha: float | str | Sequence[float | str],
-    beta: float,
-    estimator: str,
-    inequality: str,
-    rounding: str,
-    placement: str,
     placement_loads: Sequence[np.ndarray] | None = None,
     max_runs: int | None = None,
 ) -> Plan:
-    """Both algorithms: prune by the recorded counts, then place the kept experts.
+    """Both algorithms: prune by the recorded counts, then place the survivors.
 
     max_runs: keep more experts, so that neighbouring layers form at most so many runs of equal count, or as few as
     their own numbers of experts allow.
     tokens: counts [N, L, E], or [N, E] of each layer. placement_loads: mean tokens an iteration, [E]
     of each layer, measured with the pruned experts masked; by default the recorded means, which leave
     out that the tokens of pruned experts go elsewhere. Iterations in which a layer got no tokens are left out
-    for that layer. `UserError` on bad counts or settings, and on a layer without any tokens.
+    for that layer. `UserError` on bad counts, on a rule for another model, and on a layer without any tokens.
     """
     counts = as_counts(tokens)
     idle = [layer for layer, tokens_NE in enumerate(counts) if not tokens_NE.any()]
     hint = "cannot be pruned: leave dense layers out of the counts, and check what counts the others"
     require(not idle, "layers without tokens", idle, hint)
-    rule = PruningRule(
-        alpha_per_layer(alpha, len(counts)), beta, estimator, inequality, rounding, top_k, expert_parallel
-    )
+    num_experts = tuple(tokens_NE.shape[1] for tokens_NE in counts)
+    rule.check_model(num_experts)
     choices = [prune_layer(tokens_NE, rule, layer) for layer, tokens_NE in enumerate(counts)]
+    totals = [tokens_NE.sum(axis=0) for tokens_NE in counts]
     if max_runs is not None:
         require(max_runs >= 1, "max_runs", max_runs, "must be at least 1")
-        choices = restore(choices, [tokens_NE.sum(axis=0) for tokens_NE in counts], max_runs)
+        choices = unprune(choices, totals, max_runs)
     if placement_loads is None:  # whole sums instead of means: ties and order are then exact
-        loads, iterations = [tokens_NE.sum(axis=0) for tokens_NE in counts], [*map(num_with_tokens, counts)]
+        loads, iterations = totals, [*map(num_with_tokens, counts)]
     else:
         loads, iterations = [np.asarray(loads_E) for loads_E in placement_loads], [1] * len(counts)
-    for loads_E, tokens_NE in zip(loads, counts, strict=True):
-        assert loads_E.shape == tokens_NE.shape[1:], (loads_E.shape, tokens_NE.shape)
-    return Plan(
-        num_experts=tuple(tokens_NE.shape[1] for tokens_NE in counts),
-        expert_parallel=expert_parallel,
-        top_k=top_k,
-        alpha=rule.alpha,
-        beta=float(beta),
-        estimator=estimator,
-        inequality=inequality,
-        rounding=rounding,
-        placement=placement,
-        layers=tuple(
-            make_layer_plan(loads_E, number, choice, expert_parallel, placement)
-            for loads_E, number, choice in zip(loads, iterations, choices, strict=True)
-        ),
-    )
+    shapes = tuple(loads_E.shape for loads_E in loads)
+    assert shapes == tuple((count,) for count in num_experts), (shapes, num_experts)
+    parts = zip(loads, iterations, choices, strict=True)
+    return Plan(num_experts, rule, tuple(make_layer_plan(*part, rule) for part in parts))
 
 
-def chosen_plan(
-    loads: Sequence[np.ndarray],
-    pruned: Sequence[Sequence[int]],
-    *,
-    expert_parallel: int,
-    top_k: int,
-    placement: str,
-) -> Plan:
-    """Prunes these slots of each layer and places the others by `loads`: mean tokens a step, [E] of each layer."""
+def chosen_plan(loads: Sequence[np.ndarray], pruned: Sequence[Sequence[int]], rule: PruneRule) -> Plan:
+    """Prunes these slots of each layer and places the others by `loads`: mean tokens a step, [E] of each layer.
+
+    rule: for the devices, `top_k` and how to place; its bounds are not used.
+    """
     choices = [Pruning(eligible=(), pruned=tuple(sorted(slots))) for slots in pruned]
     layers = [
-        make_layer_plan(np.asarray(loads_E), 1, choice, expert_parallel, placement)
-        for loads_E, choice in zip(loads, choices, strict=True)
+        make_layer_plan(np.asarray(loads_E), 1, choice, rule) for loads_E, choice in zip(loads, choices, strict=True)
     ]
-    return _without_rule(layers, expert_parallel, top_k, placement)
+    return Plan(tuple(map(len, loads)), rule.choosing_none(), tuple(layers))
 
 
-def rearrange_plan(loads: Sequence[np.ndarray], *, expert_parallel: int, top_k: int, placement: str) -> Plan:
-    """Keeps every expert and places it by `loads`: mean tokens a step, [E] of each layer."""
-    return chosen_plan(loads, [()] * len(loads), expert_parallel=expert_parallel, top_k=top_k, placement=placement)
+def rearrange_plan(loads: Sequence[np.ndarray], rule: PruneRule) -> Plan:
+    """Keeps every expert and places it by `loads`: mean tokens a step, [E] of each layer. rule: as of `chosen_plan`."""
+    return chosen_plan(loads, [()] * len(loads), rule)
 
 
 def identity_plan(num_experts: Sequence[int], *, expert_parallel: int, top_k: int) -> Plan:
     """Keeps every expert of each layer where it is; knows no loads, so they are all 0."""
     zeros = (0.0,) * expert_parallel
     layers = [LayerPlan(tuple(range(count)), (), (), zeros, 1.0, 1.0, 0.0) for count in num_experts]
-    return _without_rule(layers, expert_parallel, top_k, "greedy")
-
-
-def _without_rule(layers: Sequence[LayerPlan], expert_parallel: int, top_k: int, placement: str) -> Plan:
-    return Plan(
-        num_experts=tuple(len(layer.kept) + len(layer.pruned) for layer in layers),
-        expert_parallel=expert_parallel,
-        top_k=top_k,
-        alpha=(0.0,) * len(layers),
-        beta=0.0,
-        estimator="vote",
-        inequality="lt",
-        rounding="restore",
-        placement=placement,
-        layers=tuple(layers),
-    )
+    rule = PruneRule.from_settings(LaepConfig(), len(layers), top_k=top_k, expert_parallel=expert_parallel)
+    return Plan(tuple(num_experts), rule.choosing_none(), tuple(layers))
 
 
 def predicted_gain(plan: Plan) -> float:
-    """The fraction by which placement lowers the load of the most loaded device, summed over layers.
+    """The share by which placing the survivors lowers the largest device load, layers added up.
 
     The layers run one after another and each waits for its most loaded device. Negative if it rises;
     rounded, so that sums of the same loads in another order are no gain.
@@ -221,15 +165,10 @@ def compose(first: Plan, second: Plan) -> Plan:
         second.num_experts,
         f"does not follow a plan that keeps {first.num_experts_after}",
     )
-    rules = second if second.prunes else first
-    return dataclasses.replace(
-        rules,
-        num_experts=first.num_experts,
-        expert_parallel=second.expert_parallel,
-        top_k=second.top_k,
-        placement=second.placement,
-        layers=tuple(map(_compose_layer, first.layers, second.layers)),
-    )
+    rule, last = (second if second.prunes else first).rule, second.rule
+    devices = {"expert_parallel": last.expert_parallel, "top_k": last.top_k, "placement": last.placement}
+    layers = tuple(map(_compose_layer, first.layers, second.layers))
+    return Plan(first.num_experts, dataclasses.replace(rule, **devices), layers)
 
 
 def _compose_layer(first: LayerPlan, second: LayerPlan) -> LayerPlan:

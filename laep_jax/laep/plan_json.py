@@ -1,9 +1,10 @@
-"""The JSON form of a plan, "laep-plan" version 1, as plain data: `dump` writes it, `parse` checks types.
+"""The JSON form of a plan, "laep-plan" version 2, as plain data: `dump` writes it, `parse` checks types.
 
 `plan.Plan` checks that the numbers make a sound plan. JSON has no infinity, so an
 unbounded alpha is written as "inf"; `num_experts` is one number if all layers have the same.
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -11,39 +12,26 @@ from typing import Any
 
 from laep_jax.errors import require
 from laep_jax.files import MOST_JSON, parse_json
+from laep_jax.laep.rule import PruneRule
 
-FORMAT, VERSION = "laep-plan", 1
-SETTINGS = ("estimator", "inequality", "rounding", "placement")
+FORMAT, VERSION = "laep-plan", 2
+OTHER_VERSION = f'must be {VERSION} (for 1: write 2, and "keep_more" where the rounding is "restore")'
+RULE = tuple(field.name for field in dataclasses.fields(PruneRule))
 IDS = ("kept", "pruned", "eligible")
 LOADS = ("imbalance_before", "imbalance_after", "lower_bound")
 LAYER = {*IDS, "device_load", *LOADS}
-PLAN = {
-    "format",
-    "version",
-    "num_layers",
-    "num_experts",
-    "expert_parallel",
-    "top_k",
-    "alpha",
-    "beta",
-    *SETTINGS,
-    "layers",
-}
+PLAN = {"format", "version", "num_layers", "num_experts", *RULE, "layers"}
 
 
 def dump(plan: dict[str, Any]) -> str:
     """JSON text of a plan given as `dataclasses.asdict` makes it, a line a layer."""
-    counts = plan["num_experts"]
+    counts, rule = plan["num_experts"], plan["rule"]
     head = {
         "format": FORMAT,
         "version": VERSION,
         "num_layers": len(counts),
         "num_experts": counts[0] if len(set(counts)) == 1 else counts,
-        "expert_parallel": plan["expert_parallel"],
-        "top_k": plan["top_k"],
-        "alpha": ["inf" if math.isinf(alpha) else alpha for alpha in plan["alpha"]],
-        "beta": plan["beta"],
-        **{name: plan[name] for name in SETTINGS},
+        **rule | {"alpha": ["inf" if math.isinf(alpha) else alpha for alpha in rule["alpha"]]},
     }
     layers = ",\n".join(json.dumps(layer, allow_nan=False) for layer in plan["layers"])
     return f'{json.dumps(head, allow_nan=False)[:-1]}, "layers": [\n{layers}\n]}}\n'
@@ -56,19 +44,26 @@ def parse(text: str) -> dict[str, Any]:
     require(isinstance(plan, dict), "plan", type(plan).__name__, "must be a JSON object")
     require(plan.get("format") == FORMAT, "plan format", plan.get("format"), f"must be {FORMAT!r}")
     version = plan.get("version")
-    require(type(version) is int and version == VERSION, "plan version", version, f"must be {VERSION}")
+    require(type(version) is int and version == VERSION, "plan version", version, OTHER_VERSION)
     _check_keys(plan, PLAN, "plan")
     num_layers, counts = _integer(plan["num_layers"], "num_layers"), plan["num_experts"]
     layers = _list(plan["layers"], "layers")
     require(len(layers) == num_layers, "num_layers", num_layers, f"does not fit {len(layers)} layers")
-    alphas = _list(plan["alpha"], "alpha")
     return {
         "num_experts": _integers(counts if isinstance(counts, list) else [counts] * num_layers, "num_experts"),
+        "rule": _rule(plan),
+        "layers": [_layer(layer, f"layers[{index}]") for index, layer in enumerate(layers)],
+    }
+
+
+def _rule(plan: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the rule; which texts are allowed is for `PruneRule` to say."""
+    alphas = _list(plan["alpha"], "alpha")
+    return {
+        **{name: plan[name] for name in RULE},
         **{name: _integer(plan[name], name) for name in ("expert_parallel", "top_k")},
         "alpha": tuple(math.inf if alpha == "inf" else _number(alpha, "alpha") for alpha in alphas),
         "beta": _number(plan["beta"], "beta"),
-        **{name: plan[name] for name in SETTINGS},
-        "layers": [_layer(layer, f"layers[{index}]") for index, layer in enumerate(layers)],
     }
 
 

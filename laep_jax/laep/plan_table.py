@@ -1,16 +1,16 @@
-"""A plan as text, one line per layer."""
+"""A plan as text for people, a line a layer."""
 
 from collections.abc import Sequence
 
 from laep_jax.laep.layer_plan import LayerPlan
-from laep_jax.laep.pruning import PruningRule
+from laep_jax.laep.rule import PruneRule
 
 
-def table(rule: PruningRule, placement: str, layers: Sequence[LayerPlan]) -> str:
-    """The settings, the meaning of the columns, one line per layer, and a total over the summed loads of the layers."""
+def table(rule: PruneRule, layers: Sequence[LayerPlan]) -> str:
+    """The settings, what the columns mean, a line a layer and a total, which adds up the layers' loads."""
     lines = [
         f"beta {rule.beta:g}, estimator {rule.estimator}, inequality {rule.inequality}, rounding {rule.rounding}; "
-        f"placement {placement} on {rule.expert_parallel} devices, top {rule.top_k}",
+        f"placement {rule.placement} on {rule.expert_parallel} devices, top {rule.top_k}",
         "eligible: by alpha and beta; kept: rounded to a multiple of "
         f"{rule.expert_parallel}, at least {rule.min_kept}, more with max_runs; pruned: the others",
         "imbalance: max / mean load of the devices, before with the kept experts in their old order, after as placed",

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from laep_jax.errors import UserError, require
+from laep_jax.errors import UserError, require, require_divisible
 from laep_jax.files import read_array, read_json, read_records, replace_file
 from laep_jax.laep.plan import Lineage, initial_lineage
 
@@ -149,13 +149,14 @@ def _read_experts(path: Path) -> tuple[tuple[int, ...], int]:
     if not path.exists():
         raise UserError(f"{path} does not exist, so {path.parents[1]} is not the directory of a run")
     experts = read_json(path, str(path))
-    counts, devices = (experts.get(name) for name in ("num_experts", "expert_parallel"))
+    counts, devices = experts.get("num_experts"), experts.get("expert_parallel", 0)
     counts = tuple(counts) if isinstance(counts, list) else ()
     sound = bool(counts) and all(type(count) is int and 0 < count < 2**20 for count in counts)
     require(sound, f"{path} num_experts", experts.get("num_experts"), "must be the number of experts of each layer")
-    divides = isinstance(devices, int) and devices > 0 and not any(count % devices for count in counts)
-    require(divides, f"{path} expert_parallel", devices, f"must divide {counts}")
-    return counts, int(devices or 0)
+    require(type(devices) is int and devices > 0, f"{path} expert_parallel", devices, "must be a number of devices")
+    for layer, count in enumerate(counts):
+        require_divisible(f"{path} num_experts[{layer}]", count, "expert_parallel", devices)
+    return counts, devices
 
 
 def _files(folder: Path) -> list[tuple[int, Path]]:

@@ -73,17 +73,17 @@ def cost_of_merging(before: Sequence[int], after: Sequence[int], max_runs: int) 
     )
 
 
-def restore(choices: Sequence[Pruning], totals: Sequence[np.ndarray], max_runs: int) -> list[Pruning]:
+def unprune(choices: Sequence[Pruning], totals: Sequence[np.ndarray], max_runs: int) -> list[Pruning]:
     """The same choices with the heaviest pruned experts kept after all, so that at most `max_runs` runs are left.
 
     totals: tokens of each expert, [E] of each layer.
     """
     sizes = [len(totals_E) for totals_E in totals]
     kept = [size - len(choice.pruned) for size, choice in zip(sizes, choices, strict=True)]
-    restored = []
+    fewer = []
     for choice, totals_E, new in zip(choices, totals, merge_runs(kept, sizes, max_runs), strict=True):
         pruned = np.array(choice.pruned, np.int64)
         lightest_first = pruned[np.argsort(totals_E[pruned], kind="stable")]
         gone = lightest_first[: len(totals_E) - new]
-        restored.append(Pruning(choice.eligible, tuple(np.sort(gone).tolist())))
-    return restored
+        fewer.append(Pruning(choice.eligible, tuple(np.sort(gone).tolist())))
+    return fewer

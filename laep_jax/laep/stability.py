@@ -17,7 +17,8 @@ import numpy as np
 
 from laep_jax.config import LaepConfig
 from laep_jax.laep.load import LoadHistory
-from laep_jax.laep.pruning import PruningRule, alpha_per_layer, prune_layer
+from laep_jax.laep.pruning import prune_layer
+from laep_jax.laep.rule import PruneRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,7 @@ def history_capacity(laep: LaepConfig) -> int:
 def assess(history: LoadHistory, laep: LaepConfig) -> StabilityReport:
     """Tests the last recorded windows. Meant to be asked whenever a window of steps is complete."""
     num_layers = len(history.num_experts)
-    alpha = alpha_per_layer(laep.alpha, num_layers)
-    rule = PruningRule(alpha, laep.beta, laep.estimator, laep.inequality, laep.rounding, top_k=1, expert_parallel=1)
+    rule = PruneRule.from_settings(laep, num_layers, top_k=1, expert_parallel=1)
     num_windows = min(len(history) // laep.window, laep.stable_windows + 1)
     windows = [history.window(laep.window, back) for back in range(num_windows)]
     if num_windows < 2:

@@ -10,8 +10,11 @@ import numpy as np
 from laep_jax.chips import GIB, Chip
 from laep_jax.config import Config
 from laep_jax.errors import require
+from laep_jax.laep.balance import device_loads, imbalance
 from laep_jax.laep.counts import read_counts
+from laep_jax.laep.plan import make_plan
 from laep_jax.laep.recorded_loads import read_current_counts
+from laep_jax.laep.rule import PruneRule
 from laep_jax.laep.runs import cost_of_merging, merge_runs
 from laep_jax.model.accounting import model_size
 from laep_jax.model.attention import attention_kernel
@@ -19,9 +22,8 @@ from laep_jax.preflight.compiling import Program, compile_cut, compile_step, top
 from laep_jax.preflight.estimate import Estimate, estimate, state_by_leaf
 from laep_jax.preflight.hlo import BETWEEN_SLICES
 from laep_jax.sharding import make_mesh
-from laep_jax.state.surgery import Kept, cut_config
+from laep_jax.state.surgery import Kept, cut_config, with_receive_buffer
 from laep_jax.training.executable import save_step
-from laep_jax.training.prune.controller import configured_plan, imbalance, with_receive_buffer
 
 LABELS = {BETWEEN_SLICES: "between slices"}
 
@@ -120,15 +122,12 @@ def _with_loads(config: Config, counts: Sequence[np.ndarray]) -> tuple[Model, Ke
     """The model, the prune that these loads ask for, the model after it, and what `max_runs` costs there."""
     expert_parallel = config.mesh.expert or 1
 
-    def plan_with(max_runs: int | None):
-        laep = dataclasses.replace(config.laep, max_runs=max_runs)
-        return configured_plan(counts, laep, config.model.top_k, expert_parallel)
-
-    plan = plan_with(config.laep.max_runs)
-    old = tuple(imbalance(tokens_NE.mean(axis=0), expert_parallel) for tokens_NE in counts)
+    rule = PruneRule.from_settings(config.laep, len(counts), top_k=config.model.top_k, expert_parallel=expert_parallel)
+    plan = make_plan(counts, rule, max_runs=config.laep.max_runs)
+    old = tuple(imbalance(device_loads(tokens_NE.mean(axis=0), expert_parallel)) for tokens_NE in counts)
     new = tuple(layer.imbalance_after for layer in plan.layers)
     cut = cut_config(config, plan.kept)
-    merging = _cost_of_merging(cut_config(config, plan_with(None).kept), cut) if config.laep.max_runs else ""
+    merging = _cost_of_merging(cut_config(config, make_plan(counts, rule).kept), cut) if config.laep.max_runs else ""
     return (
         Model(with_receive_buffer(config, old), old),
         plan.kept,

@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from laep_jax.laep.balance import imbalance
 from laep_jax.report import series
 from laep_jax.report.run_data import Cut, RunData
 
@@ -159,13 +160,11 @@ def _draw_devices(axes: Axes, groups: list[tuple[np.ndarray, str]]) -> None:
 
 def _draw_imbalance(axes: Axes, groups: list[tuple[np.ndarray, str]]) -> None:
     for (load_LP, color), marker in zip(groups, "sDo", strict=False):
-        mean_L = load_LP.mean(1)
-        imbalance_L = np.divide(load_LP.max(1), mean_L, out=np.ones_like(mean_L), where=mean_L > 0)
-        axes.plot(imbalance_L, color=color, marker=marker, markersize=5, linewidth=1)
+        axes.plot([imbalance(load_P) for load_P in load_LP], color=color, marker=marker, markersize=5, linewidth=1)
     axes.axhline(1, color="black", linestyle="--", linewidth=1)
     axes.xaxis.set_major_locator(MaxNLocator(25, integer=True))
     axes.margins(x=0.02)
-    axes.set(title="every layer: largest over mean device load", xlabel="layer", ylabel="largest / mean")
+    axes.set(title="every layer: imbalance of the devices", xlabel="layer", ylabel="max / mean")
 
 
 def draw_load_heatmap(run: RunData) -> Figure:

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from laep_jax.errors import UserError, require, require_type
+from laep_jax.errors import UserError, require, require_divisible, require_type
 from laep_jax.files import read_json, read_records
 from laep_jax.laep.plan import Lineage, initial_lineage
-from laep_jax.laep.pruning import alpha_per_layer
 from laep_jax.laep.recorded_loads import METRICS_FILE, RecordedLoads, check_lineage, read_loads
+from laep_jax.laep.rule import alpha_per_layer
 
 MOST = 1e30  # of a loss or an alpha, so that products are finite
 
@@ -160,10 +160,8 @@ def _read_cuts(run_dir: Path, prunes: list[dict], loads: RecordedLoads) -> tuple
         )
         plan = read_json(run_dir / file, str(run_dir / file))
         after = check_lineage(record["lineage"], order, f"{name}: lineage")
-        counts = [len(ids) for ids in after]
-        require(
-            not any(count % devices for count in counts), f"{name} experts", counts, f"must divide by {devices} devices"
-        )
+        for layer, ids in enumerate(after):
+            require_divisible(f"{name}: experts of layer {layer}", len(ids), "expert_parallel", devices)
         alphas = _alphas(plan["alpha"], len(order))
         cuts.append(Cut(step, plan_step, bool(moves), order, after, alphas, _beta(plan["beta"])))
         order = after

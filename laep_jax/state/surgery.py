@@ -25,6 +25,7 @@ from laep_jax.config import Config, ModelConfig
 from laep_jax.errors import require
 from laep_jax.sharding import expert_axis, leaf_name
 
+BUFFER_MARGIN = 1.1  # of a receive buffer over the largest mean load of a device, since loads waver
 Kept = Sequence[Sequence[int]]  # per layer: old slots in new order
 Runs = Sequence[tuple[int, int]]  # per run: layers, experts (ModelConfig.runs)
 
@@ -124,6 +125,17 @@ def cut_config(config: Config, kept: Kept) -> Config:
     cut = config.with_num_experts(tuple(len(slots) for slots in kept))
     sizes = (cut.mesh.data, cut.mesh.fsdp, cut.mesh.expert)
     return cut if None in sizes else cut.resolve(math.prod(size or 1 for size in sizes))
+
+
+def with_receive_buffer(config: Config, imbalances: Sequence[float]) -> Config:
+    """The config with room for the most loaded device of the worst layer, where its receive buffer is bounded.
+
+    imbalances: max / mean of the devices, by layer.
+    """
+    if config.model.receive_buffer is None:
+        return config
+    room = min(BUFFER_MARGIN * max(imbalances), float(config.mesh.expert or 1))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, receive_buffer=room))
 
 
 Gathers = list[jax.stages.Compiled | None]  # by leaf of the cut state; None for one that stays as it is

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from laep_jax.training.prune.controller import imbalance
+from laep_jax.laep.balance import device_loads, imbalance
 
 
 def train_record(
@@ -30,7 +30,7 @@ def train_record(
         "tokens_per_second": speed,
         "gflops_per_second": speed and speed * flops_per_token / 1e9,
         "step_seconds": seconds,
-        "expert_imbalance": [imbalance(loads_E, len(loads_E)) for loads_E in counts],
-        "device_imbalance": [imbalance(loads_E, expert_parallel) for loads_E in counts],
+        "expert_imbalance": [imbalance(loads_E) for loads_E in counts],
+        "device_imbalance": [imbalance(device_loads(loads_E, expert_parallel)) for loads_E in counts],
         **{f"aux_{name}": float(value) for name, value in metrics["aux"].items()},
     }

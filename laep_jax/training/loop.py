@@ -76,7 +76,7 @@ def record(trainer: Trainer, step: int, metrics: dict) -> None:
         seconds=trainer.model.step_seconds[-1],
         tokens=tokens,
         flops_per_token=trainer.model.size.flops_per_token,
-        expert_parallel=trainer.controller.expert_parallel,
+        expert_parallel=trainer.controller.rule.expert_parallel,
     )
     trainer.log.write("train", step, **fields)
     trainer.console.train(step, fields)

@@ -141,7 +141,7 @@ def test_bad_names_and_numbers_are_refused(tmp_path):
     with pytest.raises(UserError, match="--num-processes=1 must be 2 to"):
         straggler.run(["--num-processes", "1"])
     np.save(tmp_path / "counts.npy", np.ones((2, 3, 12), int))
-    with pytest.raises(UserError, match="num_experts=12 must divide by 8"):
+    with pytest.raises(UserError, match="num_experts=12 is not divisible by expert_parallel=8"):
         straggler.run(["--counts", str(tmp_path / "counts.npy")])
     np.savez(tmp_path / "counts.npz", layer_0=np.ones(8, int), layer_1=np.ones(16, int))
     with pytest.raises(UserError, match=r"num_experts=\[8, 16\] must be the same in every layer"):

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import strategies as st
 
 import laep_jax
+from laep_jax.config import LaepConfig
 from laep_jax.errors import UserError
 from laep_jax.laep import command
 from laep_jax.laep.counts import describe
 from laep_jax.laep.plan import Plan, make_plan
+from laep_jax.laep.rule import PruneRule
 
 KEYS = {
     *("format", "version", "num_layers", "num_experts", "expert_parallel", "top_k", "alpha", "beta"),
@@ -67,8 +69,8 @@ def run(folder, *options, counts="counts.npz", **flags) -> None:
 
 def planned(tokens=TOKENS_NLE, **changes) -> Plan:
     """What the command's defaults should make."""
-    defaults = {"expert_parallel": 2, "top_k": 2, "alpha": "hybrid", "beta": 0.1, "estimator": "vote"}
-    return make_plan(tokens, **defaults | {"inequality": "le", "rounding": "restore", "placement": "refined"} | changes)
+    devices = {name: changes.pop(name, 2) for name in ("top_k", "expert_parallel")}
+    return make_plan(tokens, PruneRule.from_settings(LaepConfig(**changes), 6, **devices))
 
 
 def printed(folder) -> list[str]:
@@ -101,7 +103,7 @@ def test_json_has_exactly_these_keys(folder):
     fields = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     assert fields.keys() == KEYS
     assert [layer.keys() for layer in fields["layers"]] == [LAYER_KEYS] * 6
-    assert (fields["format"], fields["version"], fields["num_layers"], fields["num_experts"]) == ("laep-plan", 1, 6, 8)
+    assert (fields["format"], fields["version"], fields["num_layers"], fields["num_experts"]) == ("laep-plan", 2, 6, 8)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ UNREADABLE = "^counts '.*{}' does not read as an? .*npz file of numbers: "
     ("counts", "message"),
     [
         ("missing.npz", r"^counts '.*missing.npz' cannot be read: No such file or directory$"),
-        (".", "^counts '.*' is not a regular file$"),
+        (".", "^.*experts.json does not exist, so .* is not the directory of a run$"),
         ("x" * 300, "^counts '.*x' cannot be read: File name too long$"),
         ("text.npz", UNREADABLE.format("text.npz")),
         ("empty.npz", UNREADABLE.format("empty.npz")),
@@ -221,7 +223,7 @@ def test_bad_counts_are_refused_in_one_line(bad, counts, message, capsys):
         ({"top-k": 9}, r"^num_experts\[0\]=8 is below top_k=9$"),
         ({"top-k": 0}, "^top_k=0 must be at least 1$"),
         ({"beta": -0.1}, "^beta=-0.1 must lie between 0 and 1$"),
-        ({"beta": "nan"}, "^beta=nan must lie between 0 and 1$"),
+        ({"beta": "nan"}, "^beta=nan must be a finite number$"),
         ({"alpha": "much"}, "^--alpha='much' must be a number, inf, hybrid or numbers with commas between$"),
         ({"alpha": "0.2,,0.4"}, "^--alpha='0.2,,0.4' must be a number"),
         ({"alpha": "0.2,0.4"}, r"^alpha=\(0.2, 0.4\) needs one entry for each of 6 layers$"),

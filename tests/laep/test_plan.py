@@ -5,6 +5,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from laep_jax.config import LaepConfig
 from laep_jax.errors import UserError
 from laep_jax.laep.plan import (
     Plan,
@@ -17,14 +18,21 @@ from laep_jax.laep.plan import (
     rearrange_plan,
 )
 from laep_jax.laep.pruning import prune_layer
+from laep_jax.laep.rule import PruneRule
 
 WORKED_NE = [[10, 90, 5, 1, 200, 30, 60, 4], [35, 90, 5, 2, 180, 24, 60, 4]]  # 400 tokens each
 ARBITRARY = st.integers(0, 2**32)
 
 
+def rule(num_layers, *, expert_parallel=2, top_k=2, alpha=0.4, **settings) -> PruneRule:
+    laep = LaepConfig(alpha=alpha, **settings)
+    return PruneRule.from_settings(laep, num_layers, top_k=top_k, expert_parallel=expert_parallel)
+
+
 def planned(tokens, **changes) -> Plan:
-    defaults = {"expert_parallel": 2, "top_k": 2, "alpha": 0.4, "beta": 0.1, "estimator": "vote", "inequality": "le"}
-    return make_plan(tokens, **defaults | {"rounding": "restore", "placement": "refined"} | changes)
+    loads = changes.pop("placement_loads", None)
+    num_layers = tokens.shape[1] if isinstance(tokens, np.ndarray) else len(tokens)
+    return make_plan(tokens, rule(num_layers, **changes), placement_loads=loads)
 
 
 def worked(**changes) -> Plan:
@@ -50,7 +58,7 @@ def cases(draw, most_layers=3):
         "beta": st.sampled_from([0.05, 0.1, 0.5]),
         "estimator": st.sampled_from(["vote", "mean"]),
         "inequality": st.sampled_from(["le", "lt"]),
-        "rounding": st.sampled_from(["restore", "prune"]),
+        "rounding": st.sampled_from(["keep_more", "prune"]),
         "placement": st.sampled_from(["greedy", "refined"]),
     }
     return tokens, {name: draw(values) for name, values in choices.items()}
@@ -89,7 +97,7 @@ def test_kept_and_pruned_are_all_experts(case):
     plan = planned(tokens, **choices)
     for layer, tokens_NE in zip(plan.layers, tokens, strict=True):
         assert sorted(layer.kept + layer.pruned) == list(range(tokens_NE.shape[1]))
-        assert len(layer.kept) % plan.expert_parallel == 0
+        assert len(layer.kept) % plan.rule.expert_parallel == 0
     assert plan.num_experts_after == tuple(len(kept) for kept in plan.kept)
 
 
@@ -119,7 +127,7 @@ def test_layers_without_tokens_are_refused_by_name():
 def test_alpha_belongs_to_the_layer():
     tokens_NLE = np.tile([[15, 15, 100, 100, 100, 100]], (2, 6, 1))  # mean load 71.7: 15 is 0.209 of it
     plan = planned(tokens_NLE, alpha="hybrid")
-    assert plan.alpha == (0.2, 0.4, 0.4, 0.4, 0.4, 0.2)
+    assert plan.rule.alpha == (0.2, 0.4, 0.4, 0.4, 0.4, 0.2)
     assert plan.num_experts_after == (6, 4, 4, 4, 4, 6)
 
 
@@ -128,7 +136,7 @@ def test_alpha_belongs_to_the_layer():
 def test_reported_loads_against_direct_computation(case):
     tokens, choices = case
     plan = planned(tokens, **choices)
-    devices = plan.expert_parallel
+    devices = plan.rule.expert_parallel
     for layer, tokens_NE in zip(plan.layers, tokens, strict=True):
         size = len(layer.kept) // devices
         mean = {expert: sum(tokens_NE[:, expert].tolist()) / len(tokens_NE) for expert in layer.kept}
@@ -178,7 +186,7 @@ def test_relabelling_experts_relabels_the_plan(case, seed, iterations):
 def rearranged(loads_E, pruned):
     """Where `rearrange_plan` puts the experts that are not pruned, by their old ids."""
     survivors = np.delete(np.arange(len(loads_E)), pruned)
-    (slots,) = rearrange_plan([loads_E[survivors]], expert_parallel=2, top_k=2, placement="refined").kept
+    (slots,) = rearrange_plan([loads_E[survivors]], rule(1)).kept
     return (tuple(survivors[list(slots)].tolist()),)
 
 
@@ -254,25 +262,24 @@ def test_identity_plan_moves_no_one():
 @pytest.mark.parametrize("placement", ["greedy", "refined"])
 def test_rearranging_keeps_everyone(placement):
     loads = [np.array([8, 7, 6, 5, 4, 0]), np.array([0.5, 0.25, 4, 1])]
-    plan = rearrange_plan(loads, expert_parallel=2, top_k=2, placement=placement)
+    plan = rearrange_plan(loads, rule(2, placement=placement))
     assert plan.num_experts_after == (6, 4)
     assert all(layer.pruned == layer.eligible == () for layer in plan.layers)
     assert plan.layers[0].device_load == {"greedy": (17, 13), "refined": (15, 15)}[placement]
     assert plan.layers[1].device_load == (4.25, 1.5)
-    counts = [np.eye(1, 6, dtype=int), np.eye(1, 4, dtype=int)]  # the rule it is filed under chooses not even zeros
-    assert all(prune_layer(tokens_NE, plan.rule, layer).eligible == () for layer, tokens_NE in enumerate(counts))
+    assert plan.rule == rule(2, placement=placement).choosing_none()
 
 
 def test_predicted_gain_adds_up_the_fullest_devices():
     # 9 + 6 and 8 + 3 before, 9 + 1 and 8 + 0 after
     loads = [np.array([9, 6, 4, 1]), np.array([8, 3, 1, 0])]
-    plan = rearrange_plan(loads, expert_parallel=2, top_k=2, placement="refined")
+    plan = rearrange_plan(loads, rule(2))
     assert [max(layer.device_load) for layer in plan.layers] == [10, 8]
     assert predicted_gain(plan) == pytest.approx(1 - 18 / 26)
 
 
 def test_a_layer_without_tokens_is_balanced():
-    plan = rearrange_plan([np.zeros(4)], expert_parallel=2, top_k=2, placement="refined")
+    plan = rearrange_plan([np.zeros(4)], rule(1))
     (layer,) = plan.layers
     assert (layer.imbalance_before, layer.imbalance_after, layer.lower_bound) == (1.0, 1.0, 0.0)
     assert predicted_gain(plan) == 0.0
@@ -283,6 +290,6 @@ def test_a_layer_without_tokens_is_balanced():
 def test_placing_again_what_is_placed_gains_exactly_nothing(seed):
     rng = np.random.default_rng(seed)
     loads = [rng.integers(0, 500, (25, 8)).mean(axis=0) for _ in range(3)]
-    arguments = {"expert_parallel": 4, "top_k": 2, "placement": "greedy"}
-    placed = gathered(loads, rearrange_plan(loads, **arguments))
-    assert predicted_gain(rearrange_plan(placed, **arguments)) == 0.0
+    greedy = rule(3, expert_parallel=4, placement="greedy")
+    placed = gathered(loads, rearrange_plan(loads, greedy))
+    assert predicted_gain(rearrange_plan(placed, greedy)) == 0.0

@@ -7,22 +7,17 @@ import re
 import numpy as np
 import pytest
 
+from laep_jax.config import LaepConfig
 from laep_jax.laep.plan import identity_plan, make_plan, rearrange_plan
+from laep_jax.laep.rule import PruneRule
 
 WORKED_NE = [[10, 90, 5, 1, 200, 30, 60, 4], [35, 90, 5, 2, 180, 24, 60, 4]]  # test_plan.py's worked example
-SETTINGS = {
-    "expert_parallel": 2,
-    "top_k": 2,
-    "estimator": "vote",
-    "inequality": "le",
-    "rounding": "restore",
-    "placement": "greedy",
-}
 
 
 def test_table_is_a_line_a_layer_in_columns():
     tokens = [np.array(WORKED_NE), np.array([[1000] + [0] * 15] * 2)]
-    plan = make_plan(tokens, alpha=(0.4, 0.123456), beta=0.1, **SETTINGS)
+    laep = LaepConfig(alpha=(0.4, 0.123456), placement="greedy")
+    plan = make_plan(tokens, PruneRule.from_settings(laep, 2, top_k=2, expert_parallel=2))
     about, counts, imbalance, bound, header, first, second, total = plan.table().splitlines()
     assert about.startswith("beta 0.1, ")
     assert "kept: rounded to a multiple of 2, at least 2, " in counts
@@ -40,13 +35,15 @@ def test_table_is_a_line_a_layer_in_columns():
 
 
 def test_table_of_a_plan_without_loads_is_finite():
-    plan = dataclasses.replace(identity_plan((4,), expert_parallel=2, top_k=1), alpha=(math.inf,))
+    plan = identity_plan((4,), expert_parallel=2, top_k=1)
+    plan = dataclasses.replace(plan, rule=dataclasses.replace(plan.rule, alpha=(math.inf,)))
     assert plan.table().splitlines()[5].split()[-4:] == ["1.0000", "1.0000", "1.0000", "0.00%"]
     assert " inf " in plan.table()
 
 
 def test_gap_of_sums_that_differ_by_rounding_is_not_negative():
     rng = np.random.default_rng(0)
+    rule = PruneRule.from_settings(LaepConfig(), 1, top_k=1, expert_parallel=4)
     for _ in range(200):
         loads_E = rng.choice([0.1, 0.2, 0.3, 0.7], 16)
-        assert "-" not in rearrange_plan([loads_E], expert_parallel=4, top_k=1, placement="refined").table()
+        assert "-" not in rearrange_plan([loads_E], rule).table()

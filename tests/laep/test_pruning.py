@@ -1,5 +1,6 @@
 """Algorithm 1: worked examples, brute force over prefixes, and what must not depend on what."""
 
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -8,19 +9,18 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from laep_jax.errors import UserError
-from laep_jax.laep.pruning import Pruning, PruningRule, alpha_per_layer, eligible_experts, prune_layer
+from laep_jax.laep.pruning import Pruning, eligible_experts, prune_layer
+from laep_jax.laep.rule import PruneRule
 
 SHARES = st.sampled_from([0.0, 0.05, 0.1, 0.29, 1 / 3, 0.5, 1.0])
 BOUNDS = st.sampled_from([0.0, 0.1, 0.2, 0.4, 0.7, 1.0, 2.5, math.inf])
 INEQUALITY = st.sampled_from(["le", "lt"])
 COUNTS_E = np.array([10, 90, 5, 1, 200, 30, 60, 4])  # 400 tokens, 50 an expert
+RULE = PruneRule(1, 1, (math.inf,), 0.1, "vote", "le", "keep_more", "refined")
 
 
-def rule(**changes) -> PruningRule:
-    settings = {"beta": 0.1, "estimator": "vote", "inequality": "le", "rounding": "restore"}
-    alpha = (changes.pop("alpha", math.inf),)
-    return PruningRule(alpha=alpha, **settings | {"top_k": 1, "expert_parallel": 1} | changes)
+def rule(alpha=math.inf, **changes) -> PruneRule:
+    return dataclasses.replace(RULE, alpha=(alpha,), **changes)
 
 
 def prune(tokens, **changes) -> Pruning:
@@ -43,7 +43,7 @@ def rules(draw, devices, num_experts):
         beta=draw(SHARES),
         estimator=draw(st.sampled_from(["vote", "mean"])),
         inequality=draw(INEQUALITY),
-        rounding=draw(st.sampled_from(["restore", "prune"])),
+        rounding=draw(st.sampled_from(["keep_more", "prune"])),
         top_k=draw(st.integers(1, min(3, num_experts))),
         expert_parallel=devices,
     )
@@ -135,7 +135,7 @@ def test_an_iteration_without_tokens_changes_nothing(layer, data):
 
 
 @pytest.mark.parametrize("estimator", ["vote", "mean"])
-@pytest.mark.parametrize("rounding", ["restore", "prune"])
+@pytest.mark.parametrize("rounding", ["keep_more", "prune"])
 def test_a_layer_without_tokens_keeps_all(estimator, rounding):
     assert prune([[0] * 8] * 3, estimator=estimator, rounding=rounding, expert_parallel=2) == Pruning((), ())
 
@@ -151,11 +151,11 @@ def test_estimators_differ_where_loads_swing():
 def test_estimators_agree_on_one_iteration(layer, data):
     tokens_NE, devices = layer
     chosen = data.draw(rules(devices, tokens_NE.shape[1]))
-    votes, mean = (rule(**vars(chosen) | {"alpha": chosen.alpha[0], "estimator": e}) for e in ("vote", "mean"))
+    votes, mean = (dataclasses.replace(chosen, estimator=estimator) for estimator in ("vote", "mean"))
     assert prune_layer(tokens_NE, votes, 0) == prune_layer(tokens_NE, mean, 0)
 
 
-def test_restore_puts_the_heaviest_back():
+def test_keep_more_puts_the_heaviest_back():
     pruning = prune(COUNTS_E, expert_parallel=4)  # 4 eligible: loads 10, 5, 1, 4
     assert pruning == Pruning(eligible=(0, 2, 3, 7), pruned=(0, 2, 3, 7))
     pruning = prune(COUNTS_E, beta=0.03, expert_parallel=2)  # running sums to 12: 1, 4, 5
@@ -168,7 +168,7 @@ def test_prune_takes_more_but_only_who_was_eligible():
     uneven = [[1, 30, 40, 29], [1, 2, 57, 40], [40, 30, 5, 25]]  # marks {0}, {0, 1}, {2}: 4 // 3
     assert prune(uneven, expert_parallel=2) == Pruning(eligible=(0,), pruned=())
     assert prune(uneven, expert_parallel=2, rounding="prune") == Pruning(eligible=(0,), pruned=(0, 1))
-    only_one = [[1, 30, 40, 29]] * 3  # nobody else is ever eligible: as restore
+    only_one = [[1, 30, 40, 29]] * 3  # nobody else is ever eligible: as keep_more
     assert prune(only_one, expert_parallel=2, rounding="prune") == Pruning(eligible=(0,), pruned=())
 
 
@@ -192,7 +192,7 @@ def test_what_stays_divides_and_suffices(layer, data):
     assert kept >= max(chosen.top_k, devices)
     assert list(pruning.pruned) == sorted(set(pruning.pruned))
     assert list(pruning.eligible) == sorted(set(pruning.eligible))
-    if chosen.rounding == "restore":
+    if chosen.rounding == "keep_more":
         assert set(pruning.pruned) <= set(pruning.eligible)
     marks_NE = eligible_experts(tokens_NE, chosen.alpha[0], chosen.beta, chosen.inequality)
     if chosen.estimator == "vote":
@@ -213,7 +213,7 @@ def test_scaling_all_counts_changes_nothing(layer, data, factor):
 def test_larger_bounds_never_prune_fewer(layer, data, alpha, beta):
     tokens_NE, devices = layer
     low = data.draw(rules(devices, tokens_NE.shape[1]))
-    high = rule(**vars(low) | {"alpha": max(low.alpha[0], alpha), "beta": max(low.beta, beta)})
+    high = dataclasses.replace(low, alpha=(max(low.alpha[0], alpha),), beta=max(low.beta, beta))
     few, many = prune_layer(tokens_NE, low, 0), prune_layer(tokens_NE, high, 0)
     assert len(few.eligible) <= len(many.eligible)
     assert len(few.pruned) <= len(many.pruned)
@@ -234,40 +234,3 @@ def test_relabelling_experts_relabels_the_result(iterations, seed, data):
     pruning, relabelled = prune_layer(tokens_NE, chosen, 0), prune_layer(relabelled_NE, chosen, 0)
     assert sorted(new_ids[list(pruning.pruned)]) == list(relabelled.pruned)
     assert sorted(new_ids[list(pruning.eligible)]) == list(relabelled.eligible)
-
-
-@pytest.mark.parametrize(("num_layers", "ends"), [(12, 2), (48, 8), (103, 17), (5, 0), (6, 1), (1, 0)])
-def test_hybrid_alpha(num_layers, ends):
-    alphas = alpha_per_layer("hybrid", num_layers)
-    assert alphas == (0.2,) * ends + (0.4,) * (num_layers - 2 * ends) + (0.2,) * ends
-
-
-def test_other_alphas():
-    assert alpha_per_layer("inf", 2) == alpha_per_layer(math.inf, 2) == (math.inf, math.inf)
-    assert alpha_per_layer(1, 2) == (1.0, 1.0)
-    assert alpha_per_layer([0.1, math.inf], 2) == (0.1, math.inf)
-
-
-@pytest.mark.parametrize("alpha", [-0.1, math.nan, "abc", (0.1,), (0.1, 0.2, 0.3), (0.1, math.nan)])
-def test_bad_alpha_is_refused(alpha):
-    with pytest.raises(UserError, match="alpha="):
-        alpha_per_layer(alpha, 2)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"beta": 1.5}, "beta=1.5 must lie between 0 and 1"),
-        ({"beta": math.nan}, "beta=nan"),
-        ({"estimator": "median"}, "estimator='median' must be one of vote, mean"),
-        ({"inequality": "ge"}, "inequality='ge'"),
-        ({"rounding": "up"}, "rounding='up'"),
-        ({"top_k": 0}, "top_k=0"),
-        ({"expert_parallel": 0}, "expert_parallel=0"),
-        ({"expert_parallel": 3}, r"num_experts\[0\]=8 is not divisible by expert_parallel=3"),
-        ({"top_k": 9}, r"num_experts\[0\]=8 is below top_k=9"),
-    ],
-)
-def test_bad_settings_are_refused(changes, message):
-    with pytest.raises(UserError, match=message):
-        prune(COUNTS_E, **changes)

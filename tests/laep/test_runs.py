@@ -1,4 +1,4 @@
-"""Merging runs of equal layers: against brute force, and what it restores."""
+"""Merging runs of equal layers: against brute force, and what it puts back."""
 
 import itertools
 
@@ -6,8 +6,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from laep_jax.config import LaepConfig
 from laep_jax.laep.plan import make_plan
+from laep_jax.laep.rule import PruneRule
 from laep_jax.laep.runs import cost_of_merging, merge_runs
+
+MEAN = LaepConfig(alpha="inf", estimator="mean", placement="greedy")
 
 
 def num_runs(counts) -> int:
@@ -49,25 +53,23 @@ def test_the_released_model_in_half_of_its_runs():
     assert sum(counts) == 4360 < sum(merged) < 103 * 48
 
 
-def test_a_plan_restores_the_heaviest():
+def test_a_plan_puts_the_heaviest_back():
     counts_LE = np.array([[100, 100, 1, 2], [100, 100, 100, 100], [100, 100, 5, 100]])
-    settings = {"expert_parallel": 1, "top_k": 1, "alpha": "inf", "beta": 0.1, "estimator": "mean"}
-    settings |= {"inequality": "le", "rounding": "restore", "placement": "greedy"}
-    free = make_plan(counts_LE[None], **settings)
+    rule = PruneRule.from_settings(MEAN, 3, top_k=1, expert_parallel=1)
+    free = make_plan(counts_LE[None], rule)
     assert free.num_experts_after == (2, 4, 3)
-    merged = make_plan(counts_LE[None], **settings, max_runs=2)
+    merged = make_plan(counts_LE[None], rule, max_runs=2)
     assert merged.num_experts_after == (2, 4, 4)
-    one = make_plan(counts_LE[None], **settings, max_runs=1)
+    one = make_plan(counts_LE[None], rule, max_runs=1)
     assert one.num_experts_after == (4, 4, 4)
     assert [layer.eligible for layer in one.layers] == [(2, 3), (), (2,)]
 
 
 def test_layers_of_unequal_size_take_back_their_own_experts_only():
     loads = [np.repeat([100, 1], [12, 12]), np.repeat([100, 1], [28, 4])]
-    settings = {"expert_parallel": 4, "top_k": 1, "alpha": "inf", "beta": 0.1, "estimator": "mean"}
-    settings |= {"inequality": "le", "rounding": "restore", "placement": "greedy", "max_runs": 1}
-    plan = make_plan([loads_E[None] for loads_E in loads], **settings)
+    rule = PruneRule.from_settings(MEAN, 2, top_k=1, expert_parallel=4)
+    plan = make_plan([loads_E[None] for loads_E in loads], rule, max_runs=1)
     assert plan.num_experts_after == (12, 28)  # layer 0 has 24 experts
     assert cost_of_merging((12, 28), plan.num_experts_after, 1).endswith("max_runs=1 is out of reach")
     loads[1][16:] = 1
-    assert make_plan([loads_E[None] for loads_E in loads], **settings).num_experts_after == (16, 16)
+    assert make_plan([loads_E[None] for loads_E in loads], rule, max_runs=1).num_experts_after == (16, 16)

@@ -1,5 +1,6 @@
 """What a cut may be told beyond the rule: a plan from a file, moments that begin anew; and where no one is to go."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config, LaepConfig
 from laep_jax.errors import UserError
 from laep_jax.laep.plan import chosen_plan, identity_plan
+from laep_jax.laep.rule import PruneRule
 from laep_jax.sharding import make_mesh
 from laep_jax.state.tree import abstract_state
 from laep_jax.training.prune.guard import softened
@@ -19,6 +21,7 @@ from tests.support.tiny_run import change, records, tiny_config
 
 CUT_STEP, NUM_STEPS = 4, 7
 PRUNED = [[1, 2, 5, 7], []]
+RULE = PruneRule.from_settings(LaepConfig(placement="greedy"), 2, top_k=2, expert_parallel=4)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def config(tmp_path_factory) -> Config:
 def plan_file(tmp_path) -> Path:
     loads = [np.arange(8.0)] * 2
     path = tmp_path / "plan.json"
-    path.write_text(chosen_plan(loads, PRUNED, expert_parallel=4, top_k=2, placement="greedy").to_json())
+    path.write_text(chosen_plan(loads, PRUNED, RULE).to_json())
     return path
 
 
@@ -54,7 +57,7 @@ def test_a_plan_that_does_not_fit(config, plan_file, tmp_path):
         LaepConfig(plan="x.json")
     with pytest.raises(UserError, match=r"missing\.json cannot be read"):
         train(change(config, laep={"plan": str(tmp_path / "missing.json")}), tmp_path / "run")
-    other = chosen_plan([np.ones(8)], [[0, 1, 2, 3]], expert_parallel=4, top_k=2, placement="greedy")
+    other = chosen_plan([np.ones(8)], [[0, 1, 2, 3]], dataclasses.replace(RULE, alpha=(0.4,)))
     plan_file.write_text(other.to_json())
     with pytest.raises(UserError, match=r"LaepConfig\.plan .*plan\.json: \(num_experts, .* is not \(\(8, 8\), 4, 2\)"):
         train(change(config, laep={"plan": str(plan_file)}), tmp_path / "run")
@@ -64,9 +67,9 @@ def test_a_plan_that_does_not_fit(config, plan_file, tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("restore", ["orbax", "memory"])
-def test_moments_begin_anew_after_a_cut(config, plan_file, tmp_path, restore):
-    config = change(config, laep={"plan": str(plan_file), "reset_moments": True, "restore": restore})
+@pytest.mark.parametrize("prune_via", ["checkpoint", "memory"])
+def test_moments_begin_anew_after_a_cut(config, plan_file, tmp_path, prune_via):
+    config = change(config, laep={"plan": str(plan_file), "reset_moments": True, "prune_via": prune_via})
     train(config, tmp_path / "run")
     cut = config.with_num_experts((4, 8)).resolve(8)
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=3) as checkpoints:

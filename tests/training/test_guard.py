@@ -34,11 +34,11 @@ def config(tmp_path_factory) -> Config:
     )
 
 
-def harmful_plan(tokens, make_plan=controller.make_plan, **settings):
+def harmful_plan(tokens, rule, make_plan=controller.make_plan, **settings):
     """With the rule as it is, not softened, the experts that are used most are pruned."""
-    if settings["beta"] == BETA:
+    if rule.beta == BETA:
         tokens = [layer_NE.max() - layer_NE for layer_NE in tokens]
-    return make_plan(tokens, **settings)
+    return make_plan(tokens, rule, **settings)
 
 
 def test_a_harmful_plan_is_refused_and_a_softer_one_applied(config, tmp_path, monkeypatch, capsys):
@@ -48,7 +48,7 @@ def test_a_harmful_plan_is_refused_and_a_softer_one_applied(config, tmp_path, mo
     assert (first["step"], first["stands"], second["stands"]) == (PLAN_STEP, False, True)
     assert first["heldout_loss"] > first["heldout_loss_before"] + TOLERANCE >= second["heldout_loss"]
     [cut] = records(tmp_path, "prune")
-    assert Plan.from_json((tmp_path / cut["plan"]).read_text()).beta == BETA / 2
+    assert Plan.from_json((tmp_path / cut["plan"]).read_text()).rule.beta == BETA / 2
     assert summary["prune_steps"] == [CUT_STEP]
     told = " ".join(capsys.readouterr().out.split())
     assert "above LaepConfig.guard_tolerance=0.005: the plan is refused" in told

@@ -1,24 +1,23 @@
 """Decides, on the host, when to prune or rearrange and how: history, stability and plan (paper section 3).
 
 Every process gets the same counts and so decides alike. NumPy only.
-Letters: E experts of a layer.
+Axes: E experts of a layer.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from laep_jax.config import Config, LaepConfig
+from laep_jax.config import Config
 from laep_jax.errors import require
 from laep_jax.files import MOST_JSON, read_bytes
+from laep_jax.laep.balance import device_loads, imbalance
 from laep_jax.laep.collapse import collapsed
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.plan import Plan, make_plan, predicted_gain, rearrange_plan
+from laep_jax.laep.rule import PruneRule
 from laep_jax.laep.stability import StabilityReport, assess, history_capacity
-
-BUFFER_MARGIN = 1.1  # of a receive buffer over the largest mean load of a device, since loads waver
 
 
 class Controller:
@@ -31,10 +30,11 @@ class Controller:
     def __init__(self, config: Config, *, prunes: int = 0, history: LoadHistory | None = None):
         assert config.mesh.expert is not None
         self.laep = config.laep
-        self.top_k = config.model.top_k
-        self.expert_parallel = config.mesh.expert
         self.prunes = prunes
         experts = config.model.experts_per_layer
+        self.rule = PruneRule.from_settings(
+            config.laep, len(experts), top_k=config.model.top_k, expert_parallel=config.mesh.expert
+        )
         self.history = history or LoadHistory(experts, history_capacity(config.laep))
         require(self.history.num_experts == experts, "history", self.history.num_experts, f"is not of {experts}")
         self._given = None if prunes or not self.laep.plan else self._read_plan(Path(self.laep.plan))
@@ -42,8 +42,8 @@ class Controller:
     def _read_plan(self, path: Path) -> Plan:
         """The plan for the first cut, where a file holds it."""
         plan = Plan.from_json(read_bytes(path, str(path), MOST_JSON).decode(errors="replace"))
-        ours = self.history.num_experts, self.expert_parallel, self.top_k
-        theirs = plan.num_experts, plan.expert_parallel, plan.top_k
+        ours = self.history.num_experts, self.rule.expert_parallel, self.rule.top_k
+        theirs = plan.num_experts, plan.rule.expert_parallel, plan.rule.top_k
         require(
             theirs == ours, f"LaepConfig.plan {path}: (num_experts, expert_parallel, top_k)", theirs, f"is not {ours}"
         )
@@ -71,20 +71,15 @@ class Controller:
 
     def prune_plan(self, placement_loads: Sequence[np.ndarray] | None = None) -> Plan:
         """Algorithms 1 and 2 on the last window, or the plan given. placement_loads: as for `laep.plan.make_plan`."""
-        return self._given or configured_plan(
-            self._last_window(), self.laep, self.top_k, self.expert_parallel, placement_loads
+        return self._given or make_plan(
+            self._last_window(), self.rule, placement_loads=placement_loads, max_runs=self.laep.max_runs
         )
 
     def rearrangement(self) -> Plan | None:
         """A plan that only moves experts, where that lowers the largest device load enough."""
         if self.laep.rearrange_gain is None or len(self.history) < self.laep.window:
             return None
-        plan = rearrange_plan(
-            self.mean_loads(),
-            expert_parallel=self.expert_parallel,
-            top_k=self.top_k,
-            placement=self.laep.placement,
-        )
+        plan = rearrange_plan(self.mean_loads(), self.rule)
         return plan if predicted_gain(plan) > self.laep.rearrange_gain else None
 
     def mean_loads(self) -> list[np.ndarray]:
@@ -92,12 +87,12 @@ class Controller:
         return [tokens_NE.mean(axis=0) for tokens_NE in self._last_window()]
 
     def device_imbalance(self) -> list[float]:
-        """Largest over mean device load over the last window, by layer."""
-        return [imbalance(loads_E, self.expert_parallel) for loads_E in self.mean_loads()]
+        """Max / mean load of the devices over the last window, by layer."""
+        return [imbalance(device_loads(loads_E, self.rule.expert_parallel)) for loads_E in self.mean_loads()]
 
     def collapse(self) -> str:
         """Which routers no longer tell tokens apart by the last window, and what may help; empty where all do."""
-        of_layer = [collapsed(tokens_NE.sum(axis=0), self.top_k) for tokens_NE in self._last_window()]
+        of_layer = [collapsed(tokens_NE.sum(axis=0), self.rule.top_k) for tokens_NE in self._last_window()]
         layers = [str(layer) for layer, number in enumerate(of_layer) if number]
         if not layers:
             return ""
@@ -108,43 +103,3 @@ class Controller:
 
     def _last_window(self) -> list[np.ndarray]:
         return self.history.window(min(self.laep.window, len(self.history)))
-
-
-def with_receive_buffer(config: Config, imbalances: Sequence[float]) -> Config:
-    """The config with room for the fullest device of the worst layer, where its receive buffer is bounded.
-
-    imbalances: largest over mean device load, by layer.
-    """
-    if config.model.receive_buffer is None:
-        return config
-    room = min(BUFFER_MARGIN * max(imbalances), float(config.mesh.expert or 1))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, receive_buffer=room))
-
-
-def configured_plan(
-    tokens: np.ndarray | Sequence[np.ndarray],
-    laep: LaepConfig,
-    top_k: int,
-    expert_parallel: int,
-    placement_loads: Sequence[np.ndarray] | None = None,
-) -> Plan:
-    """`laep.plan.make_plan` with the settings of a config."""
-    return make_plan(
-        tokens,
-        expert_parallel=expert_parallel,
-        top_k=top_k,
-        alpha=laep.alpha,
-        beta=laep.beta,
-        estimator=laep.estimator,
-        inequality=laep.inequality,
-        rounding=laep.rounding,
-        placement=laep.placement,
-        placement_loads=placement_loads,
-        max_runs=laep.max_runs,
-    )
-
-
-def imbalance(loads_E: np.ndarray, num_groups: int) -> float:
-    """Largest over mean load of equal groups of neighbouring experts; with E groups, of the experts."""
-    loads_G = loads_E.reshape(num_groups, -1).sum(axis=1)
-    return float(loads_G.max() / loads_G.mean()) if loads_G.any() else 1.0

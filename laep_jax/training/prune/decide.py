@@ -44,7 +44,7 @@ def _why_not(trainer: Trainer, report: StabilityReport, plan: Plan | None) -> st
     if plan:
         chosen = max(len(layer.eligible) for layer in plan.layers)
         return (
-            f"the rule chose at most {chosen} experts of a layer, which go by {trainer.controller.expert_parallel} "
+            f"the rule chose at most {chosen} experts of a layer, which go by {trainer.controller.rule.expert_parallel} "
             "(MeshConfig.expert): raise LaepConfig.alpha or LaepConfig.beta"
         )
     if trainer.controller.prunes >= laep.max_prunes:

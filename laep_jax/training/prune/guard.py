@@ -10,7 +10,7 @@ import dataclasses
 import math
 
 from laep_jax.config import LaepConfig
-from laep_jax.laep.pruning import alpha_per_layer
+from laep_jax.laep.rule import alpha_per_layer
 
 SOFTER = 0.5  # what alpha and beta are multiplied with
 

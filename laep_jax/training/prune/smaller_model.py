@@ -10,11 +10,10 @@ from laep_jax.laep.plan import Plan
 from laep_jax.model.accounting import model_size
 from laep_jax.sharding import Mesh
 from laep_jax.state.fingerprint import compile_fingerprints
-from laep_jax.state.surgery import Gathers, Kept, compile_gathers, cut_config, cut_state
+from laep_jax.state.surgery import Gathers, Kept, compile_gathers, cut_config, cut_state, with_receive_buffer
 from laep_jax.state.tree import TrainState, abstract_state
 from laep_jax.tracking.pause import Pause
 from laep_jax.training.prune.compile_ahead import CompiledSteps, ahead, compile_steps
-from laep_jax.training.prune.controller import with_receive_buffer
 
 
 class SmallerModel:
@@ -40,7 +39,7 @@ class SmallerModel:
         state: the old one, released; None where it is on disk only. Adds `restore` to the pause, and `compile`, the
         remaining compile time; raises what went wrong in the compilation.
         """
-        if state is not None and self.old.laep.restore == "memory":
+        if state is not None and self.old.laep.prune_via == "memory":
             with pause.part("compile"):
                 steps, gathers = self._programs.result()
             with pause.part("restore"):
@@ -62,7 +61,7 @@ class SmallerModel:
 
     def _gathers(self, mesh: Mesh) -> Gathers:
         """The programs that prune in device memory, where that is how it is done."""
-        if self.old.laep.restore != "memory":
+        if self.old.laep.prune_via != "memory":
             return []
         return compile_gathers(abstract_state(self.old, mesh), self.plan.kept, self.old.model, self._target)
 
