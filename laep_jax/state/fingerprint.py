@@ -5,7 +5,7 @@ changes both sums, any other change all but never leaves both as they are. Sums 
 so a fingerprint is the same on every mesh. The place counts within the slice that the fingerprint is of (an expert's of
 a layer, or a layer's), so a cut moves fingerprints as it moves experts: fingerprint(x[kept]) == fingerprint(x)[kept].
 
-Letters: E experts of a layer, S the two sums.
+Axes: E experts of a layer, S the two sums.
 """
 
 import functools

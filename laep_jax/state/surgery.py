@@ -6,7 +6,7 @@ matrices, the router's columns and bias, and both Adam moments of each. Layers o
 are stacked into runs, and a cut changes which layers these are; `cut_pieces` is that change as plain
 data, used here in device memory and by `cut_restore` on the way out of a checkpoint.
 
-Letters: R layers of a piece of a run, E experts kept.
+Axes: R layers of a piece of a run, E experts kept.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ On a terminal one line that is renewed in place; elsewhere (a file, a pipe, a no
 every `log_every` steps. Whatever happens on the way (a prune, a checkpoint, a held-out loss) is a line
 that stays. The table compares the model before and after its prunes, as the paper's Tables 3 to 5 do.
 
-Letters: L layers.
+Axes: L layers.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """What is measured without training: the held-out loss, and the loss and loads a cut model would have.
 
-Letters: L layers, E experts of a layer, M domains.
+Axes: L layers, E experts of a layer, M domains.
 """
 
 import dataclasses

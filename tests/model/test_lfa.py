@@ -1,4 +1,4 @@
-"""Letters: B batch rows, S sequence, D hidden, C half of it."""
+"""Axes: B batch rows, S sequence, D hidden, C half of it."""
 
 import jax
 import jax.numpy as jnp

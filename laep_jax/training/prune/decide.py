@@ -42,9 +42,9 @@ def _why_not(trainer: Trainer, report: StabilityReport, plan: Plan | None) -> st
     """Why nothing is pruned after this step and what would change that, for the closing table."""
     laep = trainer.controller.laep
     if plan:
-        chosen = max(len(layer.eligible) for layer in plan.layers)
+        chosen, devices = max(len(layer.eligible) for layer in plan.layers), trainer.controller.rule.expert_parallel
         return (
-            f"the rule chose at most {chosen} experts of a layer, which go by {trainer.controller.rule.expert_parallel} "
+            f"the rule chose at most {chosen} experts of a layer, and {devices} at a time can go "
             "(MeshConfig.expert): raise LaepConfig.alpha or LaepConfig.beta"
         )
     if trainer.controller.prunes >= laep.max_prunes:
