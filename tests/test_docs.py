@@ -1,4 +1,4 @@
-"""Documentation names what exists: links between pages, the index, and the code behind docs/paper.md."""
+"""Documentation names what exists: links between pages, the index, every file, and the code behind docs/paper.md."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,18 @@ def test_links_lead_somewhere(page):
 
 def test_the_index_lists_every_page():
     listed = set(re.findall(r"^\| \[.*?\]\((.*?)\)", (ROOT / "docs" / "README.md").read_text(), re.MULTILINE))
-    assert listed == {page.name for page in DOCS} - {"README.md"}
+    assert {name for name in listed if "/" not in name} == {page.name for page in DOCS} - {"README.md"}
+
+
+def test_the_design_page_lists_every_file_of_the_package():
+    listed, room = set(), None
+    for line in (ROOT / "docs" / "design.md").read_text(encoding="utf-8").splitlines():
+        if heading := re.match(r"### (laep_jax/[\w/]*):", line):
+            room = heading[1]
+        elif room and (file := re.match(r"\| `(\w+\.py)` \| \S", line)):
+            listed.add(room + file[1])
+    package = (ROOT / "laep_jax").rglob("*.py")
+    assert listed == {str(path.relative_to(ROOT)) for path in package if path.name != "__init__.py"}
 
 
 def test_the_code_that_the_paper_page_names_exists():
