@@ -41,11 +41,19 @@ def plan_file(tmp_path) -> Path:
     return path
 
 
-def test_a_plan_from_a_file_is_carried_out_once(config, plan_file, tmp_path):
-    train(change(config, laep={"plan": str(plan_file), "max_prunes": 1}), tmp_path / "run")
-    [cut] = records(tmp_path / "run", "prune")
-    assert cut["step"] == CUT_STEP
-    assert [sorted(ids) for ids in cut["lineage"]] == [[0, 3, 4, 6], [*range(8)]]
+def test_a_plan_from_a_file_is_applied_once_and_a_second_one_to_the_pruned_model(config, plan_file, tmp_path):
+    first = change(config, laep={"plan": str(plan_file), "max_prunes": 1})
+    train(first, tmp_path / "run")
+    [prune] = records(tmp_path / "run", "prune")
+    assert prune["step"] == CUT_STEP
+    assert [sorted(ids) for ids in prune["lineage"]] == [[0, 3, 4, 6], [*range(8)]]
+    loads = [np.arange(4.0), np.arange(8.0)]
+    second = chosen_plan(loads, [[], [0, 1, 2, 3]], RULE)
+    plan_file.write_text(second.to_json())
+    later = {"max_prunes": 2, "prune_at_step": NUM_STEPS + 1}
+    train(change(first, laep=later, train={"num_steps": NUM_STEPS + 3}), tmp_path / "run")
+    assert [prune["step"] for prune in records(tmp_path / "run", "prune")] == [CUT_STEP, NUM_STEPS + 1]
+    assert [sorted(ids) for ids in records(tmp_path / "run", "prune")[1]["lineage"]] == [[0, 3, 4, 6], [4, 5, 6, 7]]
 
 
 def test_a_plan_that_was_refused_is_not_tried_again(plan_file):

@@ -37,11 +37,14 @@ class Controller:
         )
         self.history = history or LoadHistory(experts, history_capacity(config.laep))
         require(self.history.num_experts == experts, "history", self.history.num_experts, f"is not of {experts}")
-        self._given = None if prunes or not self.laep.plan else self._read_plan(Path(self.laep.plan))
+        wanted = self.laep.plan and prunes < self.laep.max_prunes
+        self._given = self._read_plan(Path(self.laep.plan)) if wanted else None
 
-    def _read_plan(self, path: Path) -> Plan:
-        """The plan for the first cut, where a file holds it."""
+    def _read_plan(self, path: Path) -> Plan | None:
+        """The plan in a file; None where it is for the model before an earlier prune, by which it was applied."""
         plan = Plan.from_json(read_bytes(path, str(path), MOST_JSON).decode(errors="replace"))
+        if self.prunes and plan.num_experts != self.history.num_experts:
+            return None
         ours = self.history.num_experts, self.rule.expert_parallel, self.rule.top_k
         theirs = plan.num_experts, plan.rule.expert_parallel, plan.rule.top_k
         require(
@@ -56,16 +59,16 @@ class Controller:
 
     def is_due(self, step: int) -> bool:
         """Whether something is decided after this step: then its counts must have been recorded."""
-        return step % self.laep.window == 0 or (step == self.laep.prune_at_step and not self.prunes)
+        return step % self.laep.window == 0 or step == self.laep.prune_at_step
 
     def assess(self) -> StabilityReport:
         return assess(self.history, self.laep)
 
     def wants_prune(self, step: int, report: StabilityReport) -> bool:
-        """`prune_at_step` overrides the test for the first cut; later ones wait for stable loads."""
+        """`prune_at_step` overrides the test for the first prune and for a given plan; others wait for stable loads."""
         if self.prunes >= self.laep.max_prunes:
             return False
-        if self.laep.prune_at_step is not None and not self.prunes:
+        if self.laep.prune_at_step is not None and (self._given or not self.prunes):
             return step >= self.laep.prune_at_step
         return report.stable
 
