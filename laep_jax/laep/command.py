@@ -10,9 +10,9 @@ from pathlib import Path
 from laep_jax.config import LaepConfig
 from laep_jax.errors import UserError
 from laep_jax.fields import settings_of
-from laep_jax.laep.counts import FORMS, describe, read_counts
+from laep_jax.laep.counts import FORMS, describe
 from laep_jax.laep.plan import make_plan
-from laep_jax.laep.recorded_loads import read_current_counts
+from laep_jax.laep.recorded_loads import read_counts_or_run
 from laep_jax.laep.rule import SETTINGS, PruneRule
 from laep_jax.laep.runs import cost_of_merging
 
@@ -20,12 +20,8 @@ from laep_jax.laep.runs import cost_of_merging
 def main(argv: list[str]) -> int:
     """Reads counts, prints what they are and the plan as a table, writes it as JSON. `UserError` on bad input."""
     args = _parser().parse_args(argv)
-    if args.counts.is_dir():
-        counts, source = read_current_counts(args.counts)
-        print(source)
-    else:
-        counts = read_counts(args.counts)
-    print("\n".join(describe(counts, args.top_k)))
+    counts, source = read_counts_or_run(args.counts)
+    print("\n".join([*([source] if source else []), *describe(counts, args.top_k)]))
     args.alpha = _alpha(args.alpha)
     rule = PruneRule.from_settings(args, len(counts), top_k=args.top_k, expert_parallel=args.expert_parallel)
     plan = make_plan(counts, rule, max_runs=args.max_runs)

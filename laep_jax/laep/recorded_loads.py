@@ -12,6 +12,7 @@ Axes: N recorded steps, L layers, E experts of a layer; in files, of the widest 
 import dataclasses
 import itertools
 import json
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 
 from laep_jax.errors import UserError, require, require_divisible
 from laep_jax.files import read_array, read_json, read_records, replace_file
+from laep_jax.laep.counts import read_counts
 from laep_jax.laep.plan import Lineage, initial_lineage
 
 FOLDER, EXPERTS_FILE, METRICS_FILE = "loads", "experts.json", "metrics.jsonl"
@@ -111,6 +113,11 @@ def read_loads(run_dir: Path, after: int = 0) -> RecordedLoads:
             parts.append(part[rows])
             steps.append(np.arange(first, first + len(part))[rows])
     return RecordedLoads(np.concatenate(steps), np.concatenate(parts), num_experts, expert_parallel)
+
+
+def read_counts_or_run(path: Path) -> tuple[list[np.ndarray], str]:
+    """Counts [N, E] of each layer from a file, or from a run by its directory; and of a run, words for which steps."""
+    return read_current_counts(path) if os.path.isdir(path) else (read_counts(path), "")  # a name may be too long
 
 
 def read_current_counts(run_dir: Path) -> tuple[list[np.ndarray], str]:

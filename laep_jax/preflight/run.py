@@ -11,9 +11,8 @@ from laep_jax.chips import GIB, Chip
 from laep_jax.config import Config
 from laep_jax.errors import require
 from laep_jax.laep.balance import device_loads, imbalance
-from laep_jax.laep.counts import read_counts
 from laep_jax.laep.plan import make_plan
-from laep_jax.laep.recorded_loads import read_current_counts
+from laep_jax.laep.recorded_loads import read_counts_or_run
 from laep_jax.laep.rule import PruneRule
 from laep_jax.laep.runs import cost_of_merging, merge_runs
 from laep_jax.model.accounting import model_size
@@ -107,11 +106,8 @@ def preflight(
 
 def _read_counts(config: Config, loads: Path) -> tuple[Config, list[np.ndarray], str]:
     """Config and counts [N, E] of each layer of the same model, and which steps of a run they are from, if of one."""
-    had, source = config.model.experts_per_layer, ""
-    if loads.is_dir():
-        counts, source = read_current_counts(loads)
-    else:
-        counts = read_counts(loads)
+    had = config.model.experts_per_layer
+    counts, source = read_counts_or_run(loads)
     experts = tuple(tokens_NE.shape[1] for tokens_NE in counts)
     pruned = bool(source) and len(experts) == len(had) and all(map(operator.le, experts, had))
     require(pruned or experts == had, "experts of --loads by layer", experts, f"do not fit layers of {had} experts")
