@@ -16,7 +16,7 @@ from laep_jax.report.figures import BLUE, GREY, ORANGE, VERMILLION
 
 
 def draw_losses(experiment: Experiment, table: Table) -> Figure:
-    """What each row changes of its base's held-out loss, ours with its spread over the seeds and the paper's."""
+    """What each row changes of its base's validation loss, ours with its spread over the seeds and the paper's."""
     entries = [entry for entry in experiment.entries if entry.row != entry.base]
     figure = Figure(figsize=(8.5, 1.6 + 0.34 * len(entries)), layout="constrained")
     axes = figure.subplots()
@@ -37,7 +37,7 @@ def draw_losses(experiment: Experiment, table: Table) -> Figure:
     axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.margins(x=0.08)
     axes.locator_params(axis="x", nbins=7)
-    axes.set_xlabel("held-out loss, change against the base (nats)")
+    axes.set_xlabel("validation loss, change against the base (nats)")
     figure.suptitle(experiment.title)
     figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -24,7 +24,7 @@ def by_row(results: Iterable[Result]) -> Table:
 
 
 def losses_table(experiment: Experiment, table: Table) -> str:
-    """Parameters and held-out losses of an experiment's rows; of the paper's what it has."""
+    """Parameters and validation losses of an experiment's rows; of the paper's what it has."""
     head = ("", "paper: parameters", "paper: loss", "change", "parameters", "experts kept", "loss", "change", "seeds")
     rows = [_cells(entry, experiment, table) for entry in experiment.entries]
     empty = [column for column in (1, 2, 3) if all(row[column] == MISSING for row in rows)]
@@ -45,7 +45,7 @@ def _cells(entry: Entry, experiment: Experiment, table: Table) -> list[str]:
         f"{entry.loss - paper_base.loss:+.3f}" if entry.loss and paper_base.loss and not of_itself else MISSING,
         _share(parameters, of_itself, " M"),
         f"{statistics.fmean(sum(r['num_experts']) for r in ours.values()):.0f}" if ours else MISSING,
-        spread([r["heldout_loss"] for r in ours.values()], ".4f"),
+        spread([r["validation_loss"] for r in ours.values()], ".4f"),
         spread(changes(ours, base), "+.4f") if not of_itself else MISSING,
         str(len(ours)) if ours else "0",
     ]
@@ -119,11 +119,11 @@ def measured_table(
 
 
 def domains_table(table: Table, rows: Sequence[str], fewest: int) -> str:
-    """Changes of the held-out loss against `base` by domain, of the domains with at least so many targets."""
+    """Changes of the validation loss against `base` by domain, of the domains with at least so many targets."""
     base = table.get("base", {})
-    targets = next(iter(base.values()))["heldout_targets_by_domain"] if base else {}
+    targets = next(iter(base.values()))["validation_targets_by_domain"] if base else {}
     names = sorted((name for name in targets if targets[name] >= fewest), key=lambda name: -targets[name])
-    field, cells = "heldout_loss_by_domain", []
+    field, cells = "validation_loss_by_domain", []
     for name in names:
         line = [name, f"{targets[name]:,}"]
         for row in rows:
@@ -142,8 +142,8 @@ def provenance(results: Sequence[Result]) -> str:
 
 
 def changes(ours: BySeed, base: BySeed) -> list[float]:
-    """Differences of the held-out loss, by seed that both have."""
-    return [mine["heldout_loss"] - theirs["heldout_loss"] for mine, theirs in _pairs(ours, base)]
+    """Differences of the validation loss, by seed that both have."""
+    return [mine["validation_loss"] - theirs["validation_loss"] for mine, theirs in _pairs(ours, base)]
 
 
 def _pairs(ours: BySeed, base: BySeed) -> list[tuple[Result, Result]]:

@@ -123,7 +123,7 @@ class DataConfig:
     tokenizer: str = free("bytes", "bytes, or the path of a Hugging Face tokenizer.json; compared by hash", path=True)
     sequence_length: int = fixed(128, "tokens of a sequence", low=2)
     batch_size: int = fixed(32, "sequences of an optimizer step, over all devices and processes", low=1)
-    heldout_share: float = fixed(0.05, "fraction of the documents kept for validation", above=0, below=1)
+    validation_fraction: float = fixed(0.05, "fraction of the documents kept for validation", above=0, below=1)
     cache_dir: str = free(".cache/laep_jax", "the folder where token files are kept", path=True)
 
     def __post_init__(self):

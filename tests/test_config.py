@@ -39,7 +39,7 @@ def test_runs_join_equal_neighbours_only():
         (lambda: LaepConfig(beta=float("nan")), "LaepConfig.beta=nan must be a finite number"),
         (lambda: ModelConfig(num_experts="eight"), "ModelConfig.num_experts='eight' must be of type"),
         (lambda: ModelConfig(rope_base=1), "ModelConfig.rope_base=1 must be above 1"),
-        (lambda: DataConfig(heldout_share=1), "DataConfig.heldout_share=1 must be above 0 and below 1"),
+        (lambda: DataConfig(validation_fraction=1), "DataConfig.validation_fraction=1 must be above 0 and below 1"),
         (lambda: ModelConfig(num_layers=True), "ModelConfig.num_layers=True must be of type int"),
         (lambda: ModelConfig(num_layers=2, num_experts=(8,)), "needs one entry for each of num_layers=2"),
         (lambda: ModelConfig(num_experts=4, top_k=8), "ModelConfig.num_experts[0]=4 is below top_k=8"),

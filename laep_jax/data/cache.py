@@ -30,13 +30,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from laep_jax.config import DataConfig
-from laep_jax.data.corpus import Corpus, add_to_hash, is_heldout, survey
+from laep_jax.data.corpus import Corpus, add_to_hash, is_validation, survey
 from laep_jax.data.listing import Listing, corpus_field
 from laep_jax.data.sources import Document, read_documents
 from laep_jax.data.tokenizer import Tokenizer
 from laep_jax.errors import UserError, require
 
-VERSION = 1  # of both files, of reading, of domains and of tokenizing: another one makes every cache anew
+VERSION = 2  # of both files, of reading, of domains and of tokenizing: another one makes every cache anew
 DIGEST, HEADER = 64, 4096  # bytes
 DOCUMENTS_AT_ONCE, BYTES_AT_ONCE = 256, 1 << 24  # tokenized together
 CHUNK = 1 << 22  # bytes hashed at a time
@@ -48,12 +48,12 @@ log = logging.getLogger(__name__)
 class Tokens:
     """Both sides of a corpus as streams: documents in order, each closed by the end-of-document token.
 
-    train, heldout: uint16 or uint32, memory-mapped. sha256: of both. run_ends: for each of `corpus.heldout_runs` the
-    place of its last token in `heldout`.
+    train, validation: uint16 or uint32, memory-mapped. sha256: of both. run_ends: for each of
+    `corpus.validation_runs` the place of its last token in `validation`.
     """
 
     train: np.ndarray
-    heldout: np.ndarray
+    validation: np.ndarray
     sha256: str
     corpus: Corpus
     run_ends: np.ndarray
@@ -81,25 +81,25 @@ def _key(*parts: Any) -> str:
 
 
 def _token_settings(config: DataConfig, tokenizer: Tokenizer) -> tuple:
-    return tokenizer.identity, tokenizer.eod, config.heldout_share
+    return tokenizer.identity, tokenizer.eod, config.validation_fraction
 
 
 def _open_recorded(record: Path, tokenizer: Tokenizer) -> Tokens | None:
     """The content of a record and its tokens; None if either is missing or damaged."""
     try:
         values = _unsealed(record.read_bytes())
-        runs = tuple((name, number) for name, number in values["corpus"].pop("heldout_runs"))
+        runs = tuple((name, number) for name, number in values["corpus"].pop("validation_runs"))
         unheld = tuple(values["corpus"].pop("unheld_domains"))
-        corpus = Corpus(**values["corpus"], heldout_runs=runs, unheld_domains=unheld)
+        corpus = Corpus(**values["corpus"], validation_runs=runs, unheld_domains=unheld)
         path = record.with_name(values["tokens"])
         is_new = path.stat().st_mtime_ns != values["mtime_ns"]
-        train, heldout, sha256 = _read_tokens(path, tokenizer.dtype, check=is_new)
+        train, validation, sha256 = _read_tokens(path, tokenizer.dtype, check=is_new)
     except (FileNotFoundError, ValueError):
         return None
     if is_new:
         with contextlib.suppress(OSError):  # of a cache that is only read: the next start hashes again
             _write_record(record, path, corpus, values["run_ends"])
-    return Tokens(train, heldout, sha256, corpus, np.array(values["run_ends"], np.int64))
+    return Tokens(train, validation, sha256, corpus, np.array(values["run_ends"], np.int64))
 
 
 def _make(record: Path, config: DataConfig, tokenizer: Tokenizer) -> Tokens:
@@ -121,9 +121,9 @@ def _make(record: Path, config: DataConfig, tokenizer: Tokenizer) -> Tokens:
         _write_tokens(path, config, corpus, tokenizer)
         streams = _read_tokens(path, tokenizer.dtype, check=False)
     ends = np.flatnonzero(streams[1] == tokenizer.eod)
-    rule = f"writes the end of a document, token {tokenizer.eod}, also inside one that is held out"
-    require(len(ends) == corpus.num_heldout, "DataConfig.tokenizer", config.tokenizer, rule)
-    run_ends = ends[np.cumsum([number for _, number in corpus.heldout_runs]) - 1]
+    rule = f"writes the end of a document, token {tokenizer.eod}, also inside one for validation"
+    require(len(ends) == corpus.num_validation, "DataConfig.tokenizer", config.tokenizer, rule)
+    run_ends = ends[np.cumsum([number for _, number in corpus.validation_runs]) - 1]
     _write_record(record, path, corpus, run_ends.tolist())
     return Tokens(*streams, corpus, run_ends)
 
@@ -174,7 +174,7 @@ def _read_tokens(path: Path, dtype: np.dtype, *, check: bool) -> tuple[np.ndarra
         header = _unsealed(file.read(HEADER))
         if check and _hash_rest(file) != header["sha256"]:
             raise ValueError("its tokens")
-        sizes = header["num_train"], header["num_heldout"]
+        sizes = header["num_train"], header["num_validation"]
         if os.fstat(file.fileno()).st_size != HEADER + sum(sizes) * dtype.itemsize:
             raise ValueError("its size")
         stream = np.asarray(np.memmap(file, dtype, mode="r", offset=HEADER, shape=(sum(sizes),)))
@@ -214,23 +214,23 @@ def _write_tokens(path: Path, config: DataConfig, corpus: Corpus, tokenizer: Tok
         file.seek(HEADER)
         sizes = _write_streams(file, config, corpus, tokenizer)
         file.seek(HEADER)
-        header = {"sha256": _hash_rest(file), "num_train": sizes[0], "num_heldout": sizes[1]}
+        header = {"sha256": _hash_rest(file), "num_train": sizes[0], "num_validation": sizes[1]}
         file.seek(0)
         file.write(_sealed(header, HEADER))
 
 
 def _write_streams(file: BinaryIO, config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> tuple[int, int]:
     """Training tokens, then validation ones, which wait in memory; returns the number of each."""
-    num_train, heldout = 0, []
+    num_train, validation = 0, []
     for name, tokens in _tokenize(config, corpus, tokenizer):
-        if is_heldout(name, config.heldout_share):
-            heldout.append(tokens)
+        if is_validation(name, config.validation_fraction):
+            validation.append(tokens)
         else:
             file.write(tokens.data)
             num_train += len(tokens)
-    for tokens in heldout:
+    for tokens in validation:
         file.write(tokens.data)
-    return num_train, sum(map(len, heldout))
+    return num_train, sum(map(len, validation))
 
 
 def _tokenize(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from laep_jax.config import DataConfig
-from laep_jax.data.corpus import is_heldout, survey
+from laep_jax.data.corpus import is_validation, survey
 from laep_jax.data.sources import read_documents
 from laep_jax.data.tokenizer import END_OF_TEXT, import_tokenizers
 from laep_jax.errors import UserError, require
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     """Trains a tokenizer and writes it as `tokenizer.json`. `UserError` on a bad corpus or setting."""
     args = _parser().parse_args(argv)
     require(args.vocab_size >= FEWEST, "--vocab-size", args.vocab_size, f"must be at least {FEWEST}")
-    config = DataConfig(args.source, args.path, args.text_field, heldout_share=args.heldout_share)
+    config = DataConfig(args.source, args.path, args.text_field, validation_fraction=args.validation_fraction)
     corpus = survey(config)
     tokenizer = train_tokenizer(config, args.vocab_size)
     try:
@@ -55,7 +55,7 @@ def train_tokenizer(config: DataConfig, vocab_size: int):
 
 def _training_texts(config: DataConfig) -> Iterator[str]:
     for name, text in read_documents(config):
-        if not is_heldout(name, config.heldout_share):
+        if not is_validation(name, config.validation_fraction):
             yield text.decode()
 
 
@@ -70,5 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--source", default=DataConfig.source, help="as DataConfig.source (%(default)s)")
     add("--path", default=DataConfig.path, help="as DataConfig.path")
     add("--text-field", default=DataConfig.text_field, metavar="NAME", help="of a JSON line (%(default)s)")
-    add("--heldout-share", type=float, default=DataConfig.heldout_share, metavar="X", help="left out (%(default)s)")
+    add(
+        "--validation-fraction",
+        type=float,
+        default=DataConfig.validation_fraction,
+        metavar="X",
+        help="left out (%(default)s)",
+    )
     return parser

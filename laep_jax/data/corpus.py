@@ -21,22 +21,22 @@ MAX_NAMED = 8  # in a message
 class Corpus(NamedTuple):
     """The contents of a corpus.
 
-    sha256: of names and texts, in order. heldout_runs: (domain, number of documents) of the validation documents, in
+    sha256: of names and texts, in order. validation_runs: (domain, number of documents) of the validation documents, in
     order, neighbours of one domain together. unheld_domains: those without any, sorted.
     """
 
     sha256: str
     num_train: int
-    num_heldout: int
+    num_validation: int
     num_bytes: int
-    heldout_runs: tuple[tuple[str, int], ...]
+    validation_runs: tuple[tuple[str, int], ...]
     unheld_domains: tuple[str, ...]
 
 
-def is_heldout(name: str, share: float) -> bool:
+def is_validation(name: str, share: float) -> bool:
     """Whether a document is validation text. Depends on its name only; `share` is the fraction of names that are.
 
-    >>> sum(is_heldout(f"{i}.txt", 0.05) for i in range(1000))
+    >>> sum(is_validation(f"{i}.txt", 0.05) for i in range(1000))
     50
     """
     return int.from_bytes(hashlib.sha256(_name_bytes(name)).digest()[:8]) < share * 2**64
@@ -80,26 +80,26 @@ def add_to_hash(sha, document: Document) -> None:
 
 def survey(config: DataConfig) -> Corpus:
     """Reads the corpus once. `UserError` where one side of the split would have no document."""
-    sha, num_documents, num_bytes, heldout, domains = hashlib.sha256(), 0, 0, [], set()
+    sha, num_documents, num_bytes, validation, domains = hashlib.sha256(), 0, 0, [], set()
     for document in read_documents(config):
         add_to_hash(sha, document)
         num_documents += 1
         num_bytes += len(document.text)
         domains.add(name := domain(document.name, config.source))
-        if is_heldout(document.name, config.heldout_share):
-            heldout.append(name)
+        if is_validation(document.name, config.validation_fraction):
+            validation.append(name)
     field, value = corpus_field(config)
     require(num_documents > 0, field, value, "holds no text")
-    for side, count in (("training", num_documents - len(heldout)), ("held-out", len(heldout))):
+    for side, count in (("training", num_documents - len(validation)), ("validation", len(validation))):
         rule = f"leaves no {side} document: {field}={value!r} holds {num_documents}"
-        require(count > 0, "DataConfig.heldout_share", config.heldout_share, rule)
+        require(count > 0, "DataConfig.validation_fraction", config.validation_fraction, rule)
     return Corpus(
         sha.hexdigest(),
-        num_documents - len(heldout),
-        len(heldout),
+        num_documents - len(validation),
+        len(validation),
         num_bytes,
-        tuple((name, len(list(run))) for name, run in itertools.groupby(heldout)),
-        tuple(sorted(domains.difference(heldout))),
+        tuple((name, len(list(run))) for name, run in itertools.groupby(validation)),
+        tuple(sorted(domains.difference(validation))),
     )
 
 

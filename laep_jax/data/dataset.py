@@ -21,7 +21,7 @@ from laep_jax.data.packing import cut_rows, document_indices, num_rows, pack
 from laep_jax.data.tokenizer import Tokenizer, load_tokenizer
 from laep_jax.errors import printable, require
 
-HELDOUT_SEED = 0  # every run measures the same rows, drawn from all documents, in the same order
+VALIDATION_SEED = 0  # every run measures the same rows, drawn from all documents, in the same order
 MIN_TARGETS = 100  # of a domain: losses of tokens differ by about 2 nats, the mean of fewer is off by 0.2 and more
 
 
@@ -29,8 +29,8 @@ class Dataset:
     """One process's view of a corpus.
 
     fingerprint: SHA-256 that changes with any token or with the tokenizer. description: one line.
-    num_heldout_batches: at most `eval_batches`, and no more than cover every validation token once. domains: what the
-    targets in those batches belong to, sorted, small ones pooled. notes: lines on what is pooled or missing.
+    num_validation_batches: at most `eval_batches`, and no more than cover every validation token once. domains: what
+    the targets in those batches belong to, sorted, small ones pooled. notes: lines on what is pooled or missing.
     """
 
     def __init__(
@@ -51,31 +51,31 @@ class Dataset:
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self.description = _describe(config, tokens)
         train_rows = range(num_rows(tokens.train, self.sequence_length))
-        heldout_rows = range(num_rows(tokens.heldout, self.sequence_length))
+        validation_rows = range(num_rows(tokens.validation, self.sequence_length))
         self.train_order = grain.MapDataset.source(train_rows).seed(seed).shuffle().repeat().batch(self.local_rows)
-        self.heldout_order = grain.MapDataset.source(heldout_rows).seed(HELDOUT_SEED).shuffle()
-        self.num_heldout_batches = min(eval_batches, math.ceil(len(heldout_rows) / config.batch_size))
+        self.validation_order = grain.MapDataset.source(validation_rows).seed(VALIDATION_SEED).shuffle()
+        self.num_validation_batches = min(eval_batches, math.ceil(len(validation_rows) / config.batch_size))
         targets_R = self._count_targets()
-        rule = f"leaves nothing to predict in the validation text of {self.num_heldout_batches} batches"
-        require(bool(targets_R.any()), "DataConfig.heldout_share", config.heldout_share, rule)
+        rule = f"leaves nothing to predict in the validation text of {self.num_validation_batches} batches"
+        require(bool(targets_R.any()), "DataConfig.validation_fraction", config.validation_fraction, rule)
         rule = "makes no training document longer than one token, so that there is nothing to predict"
         require(len(tokens.train) > tokens.corpus.num_train, "DataConfig.tokenizer", config.tokenizer, rule)
         self.domains, self.run_domains, self.notes = _pool(tokens, targets_R)
 
     def _count_targets(self) -> np.ndarray:
         """Targets of each run of validation documents in the batches of all processes, int64 [R]."""
-        batch_size, last = self.local_rows * self.process_count, len(self.heldout_order)
-        measured = min(self.num_heldout_batches * batch_size, last)
-        rows = np.arange(last) if measured == last else np.array([self.heldout_order[i] for i in range(measured)])
+        batch_size, last = self.local_rows * self.process_count, len(self.validation_order)
+        measured = min(self.num_validation_batches * batch_size, last)
+        rows = np.arange(last) if measured == last else np.array([self.validation_order[i] for i in range(measured)])
         targets_R = np.zeros(len(self.tokens.run_ends), np.int64)
         for first in range(0, measured, batch_size):
-            batch, runs_BS = self._heldout(rows[first : first + batch_size])
+            batch, runs_BS = self._validation(rows[first : first + batch_size])
             targets_R += np.bincount(runs_BS[batch["targets_BS"] >= 0], minlength=len(targets_R))
         return targets_R
 
-    def _heldout(self, rows_B: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _validation(self, rows_B: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """(these rows of validation text, for each target the index of its run of documents, [B, S])."""
-        batch = pack(cut_rows(self.tokens.heldout, rows_B, self.sequence_length), self.eod)
+        batch = pack(cut_rows(self.tokens.validation, rows_B, self.sequence_length), self.eod)
         return batch, document_indices(self.tokens.run_ends, rows_B, self.sequence_length)
 
     def train_batch(self, step: int) -> dict[str, np.ndarray]:
@@ -88,15 +88,15 @@ class Dataset:
         first = step * self.process_count
         return np.concatenate([np.asarray(self.train_order[first + index]) for index in range(self.process_count)])
 
-    def heldout_batch(self, index: int) -> dict[str, np.ndarray]:
+    def validation_batch(self, index: int) -> dict[str, np.ndarray]:
         """The same of a validation batch, and domains_BS, for each target the index of its domain.
 
         Rows past the last one are padding.
         """
-        assert 0 <= index < self.num_heldout_batches
-        first, last = (index * self.process_count + self.process_index) * self.local_rows, len(self.heldout_order)
-        rows = [self.heldout_order[i] if i < last else last for i in range(first, first + self.local_rows)]
-        batch, runs_BS = self._heldout(np.array(rows))
+        assert 0 <= index < self.num_validation_batches
+        first, last = (index * self.process_count + self.process_index) * self.local_rows, len(self.validation_order)
+        rows = [self.validation_order[i] if i < last else last for i in range(first, first + self.local_rows)]
+        batch, runs_BS = self._validation(np.array(rows))
         return batch | {"domains_BS": self.run_domains[runs_BS]}
 
 
@@ -131,7 +131,7 @@ def make_dataset(
 
 def _pool(tokens: Tokens, targets_R: np.ndarray) -> tuple[tuple[str, ...], np.ndarray, list[str]]:
     """(domains with targets, sorted; the index of each run's domain, int32 [R]; notes)."""
-    names, targets, notes = [name for name, _ in tokens.corpus.heldout_runs], collections.Counter[str](), []
+    names, targets, notes = [name for name, _ in tokens.corpus.validation_runs], collections.Counter[str](), []
     for name, number in zip(names, targets_R.tolist(), strict=True):
         targets[name] += number
     small = sorted(name for name, number in targets.items() if 0 < number < MIN_TARGETS)
@@ -153,7 +153,7 @@ def _describe(config: DataConfig, tokens: Tokens) -> str:
     stdlib, corpus = f"Python {platform.python_version()} standard library", tokens.corpus
     name = {"stdlib": stdlib, "synthetic": "synthetic text"}.get(config.source, config.path)
     return printable(
-        f"{name}: {corpus.num_train} + {corpus.num_heldout} held-out documents, {corpus.num_bytes / 1e6:.1f} MB, "
-        f"{len(tokens.train) / 1e6:.2f} + {len(tokens.heldout) / 1e6:.2f} M tokens ({config.tokenizer}), "
+        f"{name}: {corpus.num_train} + {corpus.num_validation} validation documents, {corpus.num_bytes / 1e6:.1f} MB, "
+        f"{len(tokens.train) / 1e6:.2f} + {len(tokens.validation) / 1e6:.2f} M tokens ({config.tokenizer}), "
         f"sha256 {corpus.sha256[:12]}"
     )

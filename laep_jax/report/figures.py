@@ -209,10 +209,10 @@ def draw_loss(run: RunData) -> Figure:
     if len(steps):
         label = f"training, mean of {width} records"
         axes.plot(steps, series.smoothed(loss, width), color=BLUE, linewidth=1.8, label=label)
-    points = [(r["step"], r["heldout_loss"]) for r in run.evals if r["when"] != "after_prune"]
-    after = [(r["step"], r["heldout_loss"]) for r in run.evals if r["when"] == "after_prune"]
+    points = [(r["step"], r["validation_loss"]) for r in run.evals if r["when"] != "after_prune"]
+    after = [(r["step"], r["validation_loss"]) for r in run.evals if r["when"] == "after_prune"]
     if points:
-        axes.plot(*zip(*points, strict=True), "o", color=ORANGE, markeredgecolor="black", label="held-out")
+        axes.plot(*zip(*points, strict=True), "o", color=ORANGE, markeredgecolor="black", label="validation")
     if after:
         style: dict[str, Any] = {
             "color": VERMILLION,
@@ -220,7 +220,7 @@ def draw_loss(run: RunData) -> Figure:
             "markersize": 10,
             "markeredgewidth": 1.8,
         }
-        axes.plot(*zip(*after, strict=True), "D", **style, label="held-out, right after a cut")
+        axes.plot(*zip(*after, strict=True), "D", **style, label="validation, right after a cut")
     for i, cut in enumerate(run.cuts):
         axes.axvline(cut.step, **CUT_LINE)
         text: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "center"}
@@ -245,7 +245,7 @@ def draw_domains(run: RunData) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(6))
     less = ", less that before the prune" if losses.is_change else ""
     for axes in panels:
-        axes.set(xlabel=f"held-out loss{less} (nats per token)", ylabel="domain (targets)")
+        axes.set(xlabel=f"validation loss{less} (nats per token)", ylabel="domain (targets)")
         axes.grid(alpha=0.3)
     panels[0].set_yticks(range(len(names)), [f"{n} ({t:,})" for n, t in zip(names, targets_M, strict=True)])
     panels[0].set_ylim(max(len(names), 1) - 0.4, -0.6)
@@ -254,7 +254,7 @@ def draw_domains(run: RunData) -> Figure:
         Line2D([], [], color=BLUE, linestyle="", marker="o", label="a domain; the smaller, the noisier"),
         Line2D([], [], color="black", linestyle="--", label="all targets"),
     ]
-    _title(figure, f"Held-out loss by domain{some}", run, list(range(run.num_layers)), handles)
+    _title(figure, f"Validation loss by domain{some}", run, list(range(run.num_layers)), handles)
     return figure
 
 

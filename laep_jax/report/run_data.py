@@ -120,8 +120,8 @@ def read_run(run_dir: Path) -> RunData:
             beta=_beta(laep["beta"]),
             cuts=_read_cuts(run_dir, prunes, loads),
             train=_losses(records, "train", "loss"),
-            evals=_losses(records, "eval", "heldout_loss"),
-            targets=next((r["targets_by_domain"] for r in reversed(records) if r["kind"] == "heldout"), {}),
+            evals=_losses(records, "eval", "validation_loss"),
+            targets=next((r["targets_by_domain"] for r in reversed(records) if r["kind"] == "validation"), {}),
         )
     except (KeyError, TypeError) as error:  # a key that is missing, and something else in the place of an object
         raise UserError(f"{run_dir} is no complete run directory: {error} is missing in its records") from error

@@ -201,14 +201,14 @@ def shares(run: RunData, last: int) -> np.ndarray:
 
 def domain_losses(run: RunData) -> DomainLosses:
     """What the last prune did to each domain; nothing before the first evaluation."""
-    evals = [record for record in run.evals if "heldout_loss_by_domain" in record]
+    evals = [record for record in run.evals if "validation_loss_by_domain" in record]
     at_cut = {record["when"]: record for record in evals if run.prunes and record["step"] == run.prunes[-1].step}
     around = [at_cut[when] for when in ("before_prune", "after_prune") if when in at_cut]
     chosen = [*around, *evals[-1:]]
-    names = [name for name in run.targets if all(name in record["heldout_loss_by_domain"] for record in chosen)]
+    names = [name for name in run.targets if all(name in record["validation_loss_by_domain"] for record in chosen)]
     if not chosen:
         return DomainLosses((), np.zeros(0), {}, False)
-    loss_NM = np.array([[record["heldout_loss_by_domain"][name] for name in names] for record in chosen], float)
+    loss_NM = np.array([[record["validation_loss_by_domain"][name] for name in names] for record in chosen], float)
     if around:
         chosen, loss_NM = chosen[1:], loss_NM[1:] - loss_NM[0]
     order = np.argsort(-loss_NM[0], kind="stable")

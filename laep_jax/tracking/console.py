@@ -1,7 +1,7 @@
 """What a person sees while a run goes on, and the table at its end.
 
 On a terminal one line that is renewed in place; elsewhere (a file, a pipe, a notebook) one plain line
-every `log_every` steps. Whatever happens on the way (a prune, a checkpoint, a held-out loss) is a line
+every `log_every` steps. Whatever happens on the way (a prune, a checkpoint, a validation loss) is a line
 that stays. The table compares the model before and after its prunes, as the paper's Tables 3 to 5 do.
 
 Axes: L layers.
@@ -197,8 +197,8 @@ def run_lengths(counts: Sequence[int]) -> str:
 def closing_table(summary: Summary) -> Group:
     """The table at the end of a run, as a `rich` renderable.
 
-    `_before` is before the first change of the experts, `_after` at the end of the run, `heldout_loss_*_prune` of the
-    last prune; a dash is what was not measured.
+    `_before` is before the first change of the experts, `_after` at the end of the run, `validation_loss_*_prune` of
+    the last prune; a dash is what was not measured.
     """
     changed = summary.is_changed
     table = Table("", "before", "after", "change") if changed else Table("", "model")
@@ -239,17 +239,17 @@ def _rows(summary: Summary) -> list[Row]:
         _row("  worst layer", worst, "{:.3f}".format, _difference),
         *(_loss_at_prune(summary) if summary.prune_steps else []),
         # Without a change: steps of training lie between, and no run without the prune is there to compare with.
-        (LOSS_AT_END, "", _number(summary.heldout_loss_end, ".4f"), ""),
+        (LOSS_AT_END, "", _number(summary.validation_loss_end, ".4f"), ""),
         _row("step time", pair("step_seconds"), "{:.3f} s".format, lambda before, after: f"x {after / before:.3f}"),
     ]
 
 
 def _loss_at_prune(summary: Summary) -> list[Row]:
     """The last prune's effect on the same model at the same step, and the domain that it cost most."""
-    losses = summary.heldout_loss_before_prune, summary.heldout_loss_after_prune
+    losses = summary.validation_loss_before_prune, summary.validation_loss_after_prune
     steps = summary.prune_steps
     label = LOSS_AT_PRUNE if len(steps) == 1 else f"{LOSS_AT_PRUNE} of step {steps[-1]:,}"
-    by_domain = _worst_domain(summary.heldout_loss_by_domain, summary.heldout_targets_by_domain)
+    by_domain = _worst_domain(summary.validation_loss_by_domain, summary.validation_targets_by_domain)
     return [_row(label, losses, "{:.4f}".format, _difference), *by_domain]
 
 

@@ -16,11 +16,11 @@ class Summary:
     device_imbalance_after: list[float] | None = None
     step_seconds_before: float | None = None
     step_seconds_after: float | None = None
-    heldout_loss_before_prune: float | None = None
-    heldout_loss_after_prune: float | None = None
-    heldout_loss_end: float | None = None
-    heldout_loss_by_domain: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
-    heldout_targets_by_domain: dict[str, int] = dataclasses.field(default_factory=dict)
+    validation_loss_before_prune: float | None = None
+    validation_loss_after_prune: float | None = None
+    validation_loss_end: float | None = None
+    validation_loss_by_domain: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
+    validation_targets_by_domain: dict[str, int] = dataclasses.field(default_factory=dict)
     prune_steps: list[int] = dataclasses.field(default_factory=list)
     rearrange_steps: list[int] = dataclasses.field(default_factory=list)
     not_pruned: str = ""

@@ -1,4 +1,4 @@
-"""What is measured without training: the held-out loss, and the loss and loads a cut model would have.
+"""What is measured without training: the validation loss, and the loss and loads a cut model would have.
 
 Axes: L layers, E experts of a layer, M domains.
 """
@@ -16,7 +16,7 @@ HostBatch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldoutLoss:
+class ValidationLoss:
     """Mean cross-entropy in nats, over all targets and over those of each domain that has any, with their number."""
 
     loss: float
@@ -29,9 +29,9 @@ def by_layer(tokens_per_expert: Sequence[jax.Array]) -> list[np.ndarray]:
     return [np.asarray(counts_E, np.int64) for run in jax.device_get(list(tokens_per_expert)) for counts_E in run]
 
 
-def heldout_loss(
+def validation_loss(
     eval_step: Callable, state: TrainState, batches: Iterable[HostBatch], mesh: Mesh, domains: Sequence[str]
-) -> HeldoutLoss:
+) -> ValidationLoss:
     """The loss over every target of the batches. domains: the names that domains_BS counts."""
     total_M, number_M = np.zeros(len(domains)), np.zeros(len(domains), np.int64)
     for batch in batches:
@@ -41,7 +41,7 @@ def heldout_loss(
     losses = {
         name: float(total / targets[name]) for name, total in zip(domains, total_M, strict=True) if name in targets
     }
-    return HeldoutLoss(float(total_M.sum() / number_M.sum()), losses, targets)
+    return ValidationLoss(float(total_M.sum() / number_M.sum()), losses, targets)
 
 
 def masked_bias(router_bias: dict, pruned: Sequence[Sequence[int]]) -> dict:
@@ -64,15 +64,15 @@ def masked_loss(
     batches: Iterable[HostBatch],
     mesh: Mesh,
     domains: Sequence[str],
-) -> HeldoutLoss:
-    """`heldout_loss` of the model that a cut of this state would make, with the pruned experts masked.
+) -> ValidationLoss:
+    """`validation_loss` of the model that a cut of this state would make, with the pruned experts masked.
 
     The same but for the order of sums: those of the router, whose product may be computed in another way for another
     number of experts, and with the all-gather dispatch those over a token's experts, which the cut moves to other
     devices. Where neither is another it is the same bit for bit.
     """
     masked = dataclasses.replace(state, router_bias=masked_bias(state.router_bias, pruned))
-    return heldout_loss(eval_step, masked, batches, mesh, domains)
+    return validation_loss(eval_step, masked, batches, mesh, domains)
 
 
 def masked_loads(

@@ -127,7 +127,7 @@ def _close(trainer: Trainer) -> dict:
     """The end of the run: last evaluation and checkpoint, summary.json, the closing table."""
     step, summary = trainer.run_state.step, trainer.run_state.summary
     if summary.steps != step:
-        summary.heldout_loss_end = trainer.evaluate(step, "end")
+        summary.validation_loss_end = trainer.evaluate(step, "end")
         imbalance, seconds = trainer.controller.device_imbalance(), trainer.model.median_step_seconds()
         if summary.is_changed:
             summary.device_imbalance_after, summary.step_seconds_after = imbalance, seconds

@@ -24,10 +24,10 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array | list[jax.Array] | dict[str, jax.Array]]
 
 
-def abstract_batch(config: Config, mesh: Mesh, *, heldout: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a batch; heldout: of the eval step's, which has the domains too."""
+def abstract_batch(config: Config, mesh: Mesh, *, validation: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a batch; validation: of the eval step's, which has the domains too."""
     shape = (config.data.batch_size, config.data.sequence_length)
-    names = ("tokens_BS", "targets_BS", "segments_BS", "positions_BS", *["domains_BS"] * heldout)
+    names = ("tokens_BS", "targets_BS", "segments_BS", "positions_BS", *["domains_BS"] * validation)
     return {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh)) for name in names}
 
 

@@ -18,7 +18,7 @@ from laep_jax.state.tree import TrainState
 from laep_jax.tracking.console import RunConsole
 from laep_jax.tracking.pause import Pause
 from laep_jax.tracking.run_log import NoLog, RunLog
-from laep_jax.training.evaluate import heldout_loss
+from laep_jax.training.evaluate import validation_loss
 from laep_jax.training.prune.compile_ahead import CompiledSteps
 from laep_jax.training.prune.controller import Controller
 from laep_jax.training.prune.guard import softened
@@ -69,7 +69,7 @@ class Trainer:
     ):
         self.mesh, self.dataset, self.checkpoints = mesh, dataset, checkpoints
         self.log, self.console, self.run_state = log, console, run_state
-        self.heldout = [dataset.heldout_batch(i) for i in range(dataset.num_heldout_batches)]
+        self.validation = [dataset.validation_batch(i) for i in range(dataset.num_validation_batches)]
         self.pending: SmallerModel | None = None
         self.pause = Pause()
         self.clock = 0.0
@@ -102,21 +102,21 @@ class Trainer:
 
     def evaluate(self, step: int, when: str) -> float:
         """The validation loss; shown, and logged by domain."""
-        heldout = heldout_loss(self.model.steps.evaluate, self.model.state, *self.measured_on)
-        loss, losses, targets = heldout.loss, heldout.loss_by_domain, heldout.targets_by_domain
+        validation = validation_loss(self.model.steps.evaluate, self.model.state, *self.measured_on)
+        loss, losses, targets = validation.loss, validation.loss_by_domain, validation.targets_by_domain
         summary = self.run_state.summary
-        if summary.heldout_targets_by_domain != targets:  # once, as long as the batches stay the same
-            summary.heldout_targets_by_domain = targets
-            self.log.write("heldout", step, targets_by_domain=targets)
-        self.log.write("eval", step, heldout_loss=loss, heldout_loss_by_domain=losses, when=when)
-        summary.heldout_loss_by_domain[when] = dict(losses)
+        if summary.validation_targets_by_domain != targets:  # once, as long as the batches stay the same
+            summary.validation_targets_by_domain = targets
+            self.log.write("validation", step, targets_by_domain=targets)
+        self.log.write("eval", step, validation_loss=loss, validation_loss_by_domain=losses, when=when)
+        summary.validation_loss_by_domain[when] = dict(losses)
         self.console.event(f"step {step}: validation loss {loss:.4f} ({when.replace('_', ' ')})")
         return loss
 
     @property
     def measured_on(self) -> tuple[list[dict[str, np.ndarray]], Mesh, tuple[str, ...]]:
-        """The last arguments of `evaluate.heldout_loss`."""
-        return self.heldout, self.mesh, self.dataset.domains
+        """The last arguments of `evaluate.validation_loss`."""
+        return self.validation, self.mesh, self.dataset.domains
 
     def save(self, step: int, *, now: bool = False) -> None:
         """Saves everything, or starts to. now: returns when it is on disk."""

@@ -47,7 +47,7 @@ def counting(calls, **changes):
 
 def test_holds_both_sides_in_order(config, texts):
     tokens = opening(config())
-    for stream, side in zip((tokens.train, tokens.heldout), texts, strict=True):
+    for stream, side in zip((tokens.train, tokens.validation), texts, strict=True):
         assert stream.tolist() == [token for text in side for token in [*text, 256]]
         assert stream.dtype == np.uint16
 
@@ -72,7 +72,7 @@ def test_a_second_opening_reads_no_corpus_file_and_does_not_tokenize(config, fol
     assert sum(calls) == 40
     assert second.sha256 == first.sha256
     np.testing.assert_array_equal(second.train, first.train)
-    np.testing.assert_array_equal(second.heldout, first.heldout)
+    np.testing.assert_array_equal(second.validation, first.validation)
     assert (second.corpus, second.run_ends.tolist()) == (first.corpus, first.run_ends.tolist())
 
 
@@ -102,7 +102,7 @@ def test_another_corpus_split_tokenizer_or_version_is_another_cache(config, fold
         return bool(calls)
 
     assert tokenizes(counting(calls))
-    assert tokenizes(counting(calls), heldout_share=0.5)
+    assert tokenizes(counting(calls), validation_fraction=0.5)
     assert tokenizes(counting(calls, identity="other"))
     assert tokenizes(counting(calls, eod=300))
     (folder / "odd" / "new.txt").write_text("new")
@@ -119,7 +119,7 @@ def test_another_corpus_split_tokenizer_or_version_is_another_cache(config, fold
 )
 def test_damage_is_found_and_repaired(config, caplog, suffix, place):
     good = opening(config())
-    train, heldout = good.train.tolist(), good.heldout.tolist()
+    train, validation = good.train.tolist(), good.validation.tolist()
     (path,) = files(config(), suffix)
     whole = path.read_bytes()
     damaged = {"cut": whole[:-2], "grown": whole + b"\0", "": b""}.get(place)
@@ -133,7 +133,7 @@ def test_damage_is_found_and_repaired(config, caplog, suffix, place):
         tokens = opening(config(), counting(calls))
     assert sum(calls) == (40 if suffix == ".tokens" else 0)
     assert f"cache {path} is damaged" in caplog.text
-    assert (tokens.train.tolist(), tokens.heldout.tolist()) == (train, heldout)
+    assert (tokens.train.tolist(), tokens.validation.tolist()) == (train, validation)
     assert suffix == ".json" or path.read_bytes() == whole
     assert files(config(), suffix) == [path]
     assert {path.suffix for path in Path(config().cache_dir).iterdir()} == {".json", ".lock", ".tokens"}

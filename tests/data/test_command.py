@@ -12,7 +12,7 @@ from laep_jax.errors import UserError
 
 
 def arguments(folder, out, *more):
-    return ["--source", "text", "--path", str(folder), "--heldout-share", "0.25", "--out", str(out), *more]
+    return ["--source", "text", "--path", str(folder), "--validation-fraction", "0.25", "--out", str(out), *more]
 
 
 def dataset(config):
@@ -55,7 +55,7 @@ def test_trains_the_dataset_it_came_from(folder, config, tmp_path, capsys):
     data = dataset(config(tokenizer=str(out)))
     assert f"tokens ({out})" in data.description
     tokenizer = tokenizers.Tokenizer.from_file(str(out))
-    assert tokenizer.decode(data.tokens.heldout.tolist()).startswith("document ")
+    assert tokenizer.decode(data.tokens.validation.tolist()).startswith("document ")
     tokenizer.add_tokens(["never seen"])
     tokenizer.save(str(out))
     again = dataset(config(tokenizer=str(out)))
@@ -63,7 +63,7 @@ def test_trains_the_dataset_it_came_from(folder, config, tmp_path, capsys):
     assert again.fingerprint != data.fingerprint
 
 
-def test_same_corpus_same_file_and_heldout_documents_have_no_say(folder, tmp_path, texts):
+def test_same_corpus_same_file_and_validation_documents_have_no_say(folder, tmp_path, texts):
     outs = [tmp_path / f"{i}.json" for i in range(3)]
     main(arguments(folder, outs[0], "--vocab-size", "400"))
     main(arguments(folder, outs[1], "--vocab-size", "400"))

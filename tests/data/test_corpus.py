@@ -7,42 +7,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laep_jax.config import DataConfig
-from laep_jax.data.corpus import domain, is_heldout, survey
+from laep_jax.data.corpus import domain, is_validation, survey
 from laep_jax.data.sources import read_documents
 from laep_jax.errors import UserError
 
 
-def heldout(config):
-    return {name for name, _ in read_documents(config) if is_heldout(name, config.heldout_share)}
+def validation(config):
+    return {name for name, _ in read_documents(config) if is_validation(name, config.validation_fraction)}
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.text())
 def test_a_larger_share_holds_out_more(low, high, name):
     low, high = sorted((low, high))
-    assert is_heldout(name, low) <= is_heldout(name, high)
-    assert is_heldout(name, 1.0)
-    assert not is_heldout(name, 0.0)
+    assert is_validation(name, low) <= is_validation(name, high)
+    assert is_validation(name, 1.0)
+    assert not is_validation(name, 0.0)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.5, 0.9])
 def test_share_is_that_of_the_names(share):
-    number = sum(is_heldout(f"{i}.txt", share) for i in range(20_000))
+    number = sum(is_validation(f"{i}.txt", share) for i in range(20_000))
     assert abs(number - 20_000 * share) < 4 * (20_000 * share * (1 - share)) ** 0.5  # 4 standard deviations
 
 
 def test_split_ignores_neighbours_and_where_the_corpus_lies(folder, config, tmp_path):
-    whole, names = heldout(config()), {name for name, _ in read_documents(config())}
+    whole, names = validation(config()), {name for name, _ in read_documents(config())}
     assert 0 < len(whole) < len(names)
     moved = tmp_path / "elsewhere"
     shutil.copytree(folder, moved)
     shutil.rmtree(moved / "even")
-    assert heldout(config(path=str(moved))) == {name for name in whole if name.startswith("odd")}
-    assert heldout(config(path=f"{folder}/**/*.txt")) == whole
+    assert validation(config(path=str(moved))) == {name for name in whole if name.startswith("odd")}
+    assert validation(config(path=f"{folder}/**/*.txt")) == whole
 
 
 def test_survey_counts_and_its_hash_covers_names_and_texts(folder, config, texts):
     first = survey(config())
-    assert (first.num_train, first.num_heldout) == tuple(len(side) for side in texts)
+    assert (first.num_train, first.num_validation) == tuple(len(side) for side in texts)
     assert first.num_bytes == sum(len(text) for side in texts for text in side)
     assert survey(config()) == first
     hashes = {first.sha256}
@@ -83,13 +83,13 @@ def test_a_domain_is_the_first_folder_or_the_file(name, source, expected):
     assert domain(name, source) == expected
 
 
-def test_survey_names_the_domains_of_heldout_documents_in_order_and_those_without_any(config, folder):
+def test_survey_names_the_domains_of_validation_documents_in_order_and_those_without_any(config, folder):
     (folder / "rare").mkdir()
-    name = next(f"rare/{i}.txt" for i in range(100) if not is_heldout(f"rare/{i}.txt", 0.25))
+    name = next(f"rare/{i}.txt" for i in range(100) if not is_validation(f"rare/{i}.txt", 0.25))
     (folder / name).write_text("training text only")
-    names = [name for name, _ in read_documents(config()) if is_heldout(name, 0.25)]
+    names = [name for name, _ in read_documents(config()) if is_validation(name, 0.25)]
     corpus = survey(config())
-    assert corpus.heldout_runs == tuple(
+    assert corpus.validation_runs == tuple(
         (k, names_k) for k in ("even", "odd") if (names_k := sum(n.startswith(k) for n in names))
     )
     assert corpus.unheld_domains == ("rare",)
@@ -102,8 +102,8 @@ def test_a_corpus_without_text_is_refused(tmp_path, source, text):
         survey(DataConfig(source, str(tmp_path)))
 
 
-@pytest.mark.parametrize(("share", "side"), [(1e-9, "held-out"), (1 - 1e-9, "training")])
+@pytest.mark.parametrize(("share", "side"), [(1e-9, "validation"), (1 - 1e-9, "training")])
 def test_a_side_without_documents_is_refused(config, folder, share, side):
-    message = rf"DataConfig.heldout_share={share} leaves no {side} document: DataConfig.path='.*texts' holds 40$"
+    message = rf"DataConfig.validation_fraction={share} leaves no {side} document: DataConfig.path='.*texts' holds 40$"
     with pytest.raises(UserError, match=message):
-        survey(config(heldout_share=share))
+        survey(config(validation_fraction=share))

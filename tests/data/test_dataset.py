@@ -1,4 +1,4 @@
-"""Batches: the same however many processes there are, all rows each epoch, every held-out token once."""
+"""Batches: the same however many processes there are, all rows each epoch, every validation token once."""
 
 import dataclasses
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 from laep_jax.config import DataConfig
 from laep_jax.data import dataset as dataset_module
-from laep_jax.data.corpus import is_heldout
+from laep_jax.data.corpus import is_validation
 from laep_jax.data.dataset import make_dataset
 from laep_jax.data.tokenizer import BYTES
 from laep_jax.errors import UserError
@@ -44,7 +44,7 @@ def rows(batch):
 def test_shapes_and_ranges(config):
     whole, last = dataset(config()), dataset(config(), process=(3, 4))
     for batches, number in ((whole, 8), (last, 2)):
-        for batch in (batches.train_batch(5), batches.heldout_batch(0)):
+        for batch in (batches.train_batch(5), batches.validation_batch(0)):
             assert batch.keys() - {"domains_BS"} == FIELDS
             assert all(x.shape == (number, 16) and x.dtype == np.int32 for x in batch.values())
             assert batch["tokens_BS"].min() >= 0
@@ -58,11 +58,11 @@ def test_processes_share_the_batch_of_one(config, count):
     parts = [dataset(config(), process=(index, count)) for index in range(count)]
     for step in (0, 3, 1000):
         assert same(joined([part.train_batch(step) for part in parts]), whole.train_batch(step))
-    for index in range(whole.num_heldout_batches):
-        batches = [part.heldout_batch(index) for part in parts]
-        assert same(joined(batches), whole.heldout_batch(index))
+    for index in range(whole.num_validation_batches):
+        batches = [part.validation_batch(index) for part in parts]
+        assert same(joined(batches), whole.validation_batch(index))
         domains = np.concatenate([batch["domains_BS"] for batch in batches])
-        np.testing.assert_array_equal(domains, whole.heldout_batch(index)["domains_BS"])
+        np.testing.assert_array_equal(domains, whole.validation_batch(index)["domains_BS"])
     assert {part.fingerprint for part in parts} == {whole.fingerprint}
 
 
@@ -103,7 +103,7 @@ def test_the_order_is_the_same_in_every_version_of_grain(config):
     data = dataset(config(batch_size=4))
     assert len(data.train_order[0]) == 4
     assert [data.train_order[step].tolist() for step in (0, 1000)] == [[297, 371, 234, 141], [8, 340, 328, 66]]
-    assert [data.heldout_order[i] for i in range(4)] == [96, 77, 31, 109]
+    assert [data.validation_order[i] for i in range(4)] == [96, 77, 31, 109]
 
 
 def test_batches_go_through_the_epochs_without_a_gap(config):
@@ -116,32 +116,32 @@ def test_seeds_differ_in_the_order_of_training_only(config):
     first, again, other = dataset(config(), seed=1), dataset(config(), seed=1), dataset(config(), seed=2)
     assert same(first.train_batch(0), again.train_batch(0))
     assert not same(first.train_batch(0), other.train_batch(0))
-    assert same(first.heldout_batch(0), other.heldout_batch(0))
+    assert same(first.validation_batch(0), other.validation_batch(0))
     assert first.fingerprint == other.fingerprint
 
 
-def test_every_heldout_token_is_counted_once(config, texts):
+def test_every_validation_token_is_counted_once(config, texts):
     data = dataset(config())
-    batches = [data.heldout_batch(index) for index in range(data.num_heldout_batches)]
+    batches = [data.validation_batch(index) for index in range(data.num_validation_batches)]
     targets = Counter(int(t) for batch in batches for t in batch["targets_BS"].ravel() if t >= 0)
     assert targets == Counter(byte for text in texts[1] for byte in [*text, 256][1:])
     number = sum(len(text) + 1 for text in texts[1])
     assert sum(int((batch["segments_BS"] > 0).sum()) for batch in batches) == number
-    assert data.num_heldout_batches == -(-number // (8 * 16))
+    assert data.num_validation_batches == -(-number // (8 * 16))
     assert (batches[-1]["segments_BS"] == 0).any(), "the corpus no longer tests the padding of the last batch"
 
 
-def test_every_heldout_target_has_the_domain_of_its_document(config, folder):
+def test_every_validation_target_has_the_domain_of_its_document(config, folder):
     data = dataset(config())
     assert data.domains == ("even", "odd")
     counts = [Counter(), Counter()]
-    for index in range(data.num_heldout_batches):
-        batch = data.heldout_batch(index)
+    for index in range(data.num_validation_batches):
+        batch = data.validation_batch(index)
         assert batch["domains_BS"].dtype == np.int32
         for target, domain in zip(batch["targets_BS"].ravel(), batch["domains_BS"].ravel(), strict=True):
             counts[domain][int(target)] += target >= 0
     for domain, name in enumerate(data.domains):
-        paths = [path for path in (folder / name).iterdir() if is_heldout(f"{name}/{path.name}", 0.25)]
+        paths = [path for path in (folder / name).iterdir() if is_validation(f"{name}/{path.name}", 0.25)]
         assert paths
         assert +counts[domain] == Counter(byte for path in paths for byte in [*path.read_bytes(), 256][1:])
     assert "domains_BS" not in data.train_batch(0)
@@ -160,7 +160,7 @@ def test_small_domains_are_pooled_and_those_without_validation_text_named(config
         (folder / f"small {i}" / "x.txt").write_text("x" * (i + 1))
     data = dataset(config())
     assert data.domains == ("(other)", "even", "odd")
-    held = sorted(name for i in range(40) if is_heldout(f"{(name := f'small {i}')}/x.txt", 0.25))
+    held = sorted(name for i in range(40) if is_validation(f"{(name := f'small {i}')}/x.txt", 0.25))
     unheld = sorted({f"small {i}" for i in range(40)}.difference(held))
     assert data.notes == [
         f"no validation text is measured for the domains {', '.join(unheld[:8])}, ... ({len(unheld)})",
@@ -175,7 +175,7 @@ def test_domains_are_those_of_the_batches_that_are_measured(config, folder, monk
         (folder / f"{i}").mkdir()
         (folder / f"{i}" / "x.txt").write_text("x" * 20)
     parts = [dataset(config(), eval_batches=eval_batches, process=(index, 2)) for index in range(2)]
-    batches = [part.heldout_batch(index) for part in parts for index in range(part.num_heldout_batches)]
+    batches = [part.validation_batch(index) for part in parts for index in range(part.num_validation_batches)]
     measured = {index for batch in batches for index in batch["domains_BS"][batch["targets_BS"] >= 0].tolist()}
     assert len(batches) == 2 * eval_batches
     assert [part.domains for part in parts] == 2 * [parts[0].domains]
@@ -183,7 +183,7 @@ def test_domains_are_those_of_the_batches_that_are_measured(config, folder, monk
 
 
 def test_one_small_domain_keeps_its_name(config, folder):
-    name = next(f"few/{i}.txt" for i in range(99) if is_heldout(f"few/{i}.txt", 0.25))
+    name = next(f"few/{i}.txt" for i in range(99) if is_validation(f"few/{i}.txt", 0.25))
     (folder / "few").mkdir()
     (folder / name).write_text("few")
     data = dataset(config())
@@ -200,7 +200,7 @@ def test_what_is_read_once_is_named(config, folder):
 @pytest.mark.parametrize(
     ("side", "message"),
     [
-        (1, r"DataConfig.heldout_share=0.25 leaves nothing to predict in the validation text of \d+ batches"),
+        (1, r"DataConfig.validation_fraction=0.25 leaves nothing to predict in the validation text of \d+ batches"),
         (0, "DataConfig.tokenizer='bytes' makes no training document longer than one token, so that"),
     ],
 )
@@ -213,10 +213,10 @@ def test_text_without_a_target_is_refused(config, texts, monkeypatch, side, mess
         dataset(config())
 
 
-def test_a_few_heldout_batches_come_from_many_documents(config, texts):
-    data = dataset(config(heldout_share=0.5))
-    first = data.heldout_batch(0)["tokens_BS"]
-    in_order = data.tokens.heldout[: 8 * 16].reshape(8, 16)
+def test_a_few_validation_batches_come_from_many_documents(config, texts):
+    data = dataset(config(validation_fraction=0.5))
+    first = data.validation_batch(0)["tokens_BS"]
+    in_order = data.tokens.validation[: 8 * 16].reshape(8, 16)
     assert not np.array_equal(first, in_order)
 
 
@@ -224,7 +224,7 @@ def test_fewer_rows_than_a_batch_are_repeated(tmp_path):
     for name in "abcd":
         (tmp_path / name).write_text(name * 3)
     config = DataConfig(
-        "text", str(tmp_path), heldout_share=0.3, sequence_length=8, batch_size=8, cache_dir=str(tmp_path / ".c")
+        "text", str(tmp_path), validation_fraction=0.3, sequence_length=8, batch_size=8, cache_dir=str(tmp_path / ".c")
     )
     batch = dataset(config).train_batch(0)
     assert len(set(rows(batch))) < 8
@@ -243,7 +243,7 @@ def test_fingerprint_follows_text_and_tokenizer(config, folder):
 
 def test_description_is_one_line_that_says_what_was_read(config, texts, folder):
     text = dataset(config()).description
-    assert text.startswith(f"{folder}: {len(texts[0])} + {len(texts[1])} held-out documents, 0.0 MB, ")
+    assert text.startswith(f"{folder}: {len(texts[0])} + {len(texts[1])} validation documents, 0.0 MB, ")
     assert "tokens (bytes), sha256 " in text
     assert "\n" not in text
 
@@ -252,7 +252,7 @@ def test_standard_library_is_the_default(tmp_path):
     data = dataset(DataConfig(cache_dir=str(tmp_path)))
     assert data.description.startswith("Python 3.")
     assert data.train_batch(0)["tokens_BS"].shape == (32, 128)
-    assert data.num_heldout_batches >= 8
+    assert data.num_validation_batches >= 8
 
 
 def test_refusals(config):

@@ -11,7 +11,7 @@ def test_it_never_changes():
     """A new hash makes measured numbers incomparable: say so in CHANGELOG.md."""
     corpus = survey(DataConfig(source="synthetic"))
     assert corpus.sha256 == "c1139a9d31e77a7896f71979601388b21b771a6025b66471c229d898bbd3f3a3"
-    assert (corpus.num_train, corpus.num_heldout, corpus.num_bytes) == (486, 26, 1675883)
+    assert (corpus.num_train, corpus.num_validation, corpus.num_bytes) == (486, 26, 1675883)
 
 
 def test_topics_differ_in_frequency_and_letters():

@@ -114,7 +114,7 @@ def test_a_branch_is_the_run_itself(baselines, bindings, tmp_path):
     [branched] = [r for r in read_results(baselines) if r["row"] == "alpha_hybrid"]
     assert branch_step(row) == 10
     [end] = [r for r in read_records(tmp_path / "metrics.jsonl") if r["kind"] == "eval" and r["when"] == "end"]
-    assert end["heldout_loss"] == branched["heldout_loss"]
+    assert end["validation_loss"] == branched["validation_loss"]
     [plan] = (tmp_path / "plans").glob("*.json")
     assert Plan.from_json(plan.read_text()).kept == tuple(map(tuple, branched["order"]))
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-DOMAINS = {"books": 9000, "forms": 40, "web": 2960}  # held-out targets
+DOMAINS = {"books": 9000, "forms": 40, "web": 2960}  # validation targets
 TOP_K, TOKENS, WINDOW, ALPHA, BETA, DEVICES = 2, 4096, 25, 0.4, 0.1, 4
 
 
@@ -35,7 +35,7 @@ def placed(loads_E, ids, devices):
 def evaluation(step, when, loss, worse=0.0):
     """An `eval` record; worse: what the cut did to the small domain, beside what it did to all."""
     by_domain = {"books": loss, "forms": loss + 1 + worse, "web": loss - 0.2 - worse / 10}
-    return {"kind": "eval", "step": step, "heldout_loss": loss, "heldout_loss_by_domain": by_domain, "when": when}
+    return {"kind": "eval", "step": step, "validation_loss": loss, "validation_loss_by_domain": by_domain, "when": when}
 
 
 def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=180, devices=DEVICES, seed=0):
@@ -45,7 +45,7 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
     drift_LE = rng.normal(scale=0.4, size=final_LE.shape)
     alive_LE = np.ones(final_LE.shape, bool)
     tokens_NLE = np.zeros((num_steps, *final_LE.shape), np.int32)
-    records = [{"kind": "heldout", "step": 50, "targets_by_domain": DOMAINS}]
+    records = [{"kind": "validation", "step": 50, "targets_by_domain": DOMAINS}]
     lineage = [list(range(num_experts))] * num_layers
     (run_dir / "plans").mkdir(parents=True)
     for step in range(1, num_steps + 1):

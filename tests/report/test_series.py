@@ -142,7 +142,7 @@ def test_shares_add_up_and_are_undefined_where_no_expert_is(run_dir):
 
 
 def evaluated(step, when, *losses):
-    return {"step": step, "when": when, "heldout_loss_by_domain": dict(zip("abc", losses, strict=False))}
+    return {"step": step, "when": when, "validation_loss_by_domain": dict(zip("abc", losses, strict=False))}
 
 
 def test_domains_are_measured_from_before_the_cut_and_the_worst_comes_first():

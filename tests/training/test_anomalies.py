@@ -71,7 +71,7 @@ def test_skipped_steps_and_spikes_are_told_with_their_rows(config, tmp_path, mon
     for record in (*records(tmp_path, "skipped"), *records(tmp_path, "spike")):
         assert record["rows"] == data.batch_rows(record["step"] - 1).tolist()
     assert summary["skipped_steps"] == len(NOT_FINITE)
-    assert summary["heldout_loss_end"] < 4
+    assert summary["validation_loss_end"] < 4
     losses = [record["loss"] for record in records(tmp_path, "train")]
     assert [step for step, loss in enumerate(losses, 1) if loss is None] == list(NOT_FINITE)
     out = capsys.readouterr().out

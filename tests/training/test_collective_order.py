@@ -50,7 +50,7 @@ def free_collectives(text: str) -> list[tuple[str, str]]:
 def test_the_layers_wait_for_every_collective_beside_them(kind):
     config = dataclasses.replace(CONFIG, train=TrainConfig(grad_accumulation=2 if kind == "accumulation" else 1))
     mesh = make_mesh(config.mesh)
-    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh, heldout=kind == "eval")
+    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh, validation=kind == "eval")
     if kind == "eval":
         program = make_eval_step(config, mesh, 3).lower(state.params, state.router_bias, batch)
     else:

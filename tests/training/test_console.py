@@ -28,14 +28,14 @@ PRUNED = {
     "experts_after": [8, 12, 12, 4],
     "device_imbalance_before": [1.5, 2.5],
     "device_imbalance_after": [1.0, 1.2],
-    "heldout_loss_before_prune": 2.5,
-    "heldout_loss_after_prune": 2.52,
-    "heldout_loss_end": 2.25,
-    "heldout_loss_by_domain": {
+    "validation_loss_before_prune": 2.5,
+    "validation_loss_after_prune": 2.52,
+    "validation_loss_end": 2.25,
+    "validation_loss_by_domain": {
         "before_prune": {"json": 2.0, "xml": 2.25, "abc": 3.0},
         "after_prune": {"json": 2.0, "xml": 2.5, "abc": 2.75},
     },
-    "heldout_targets_by_domain": {"json": 700, "xml": 1234, "abc": 50},
+    "validation_targets_by_domain": {"json": 700, "xml": 1234, "abc": 50},
     "step_seconds_before": 0.5,
     "step_seconds_after": 0.4,
 }
@@ -45,7 +45,7 @@ NOT_PRUNED = (
     | {
         "prune_steps": [],
         "not_pruned": "the loads are not stable: train longer",
-        "heldout_loss_by_domain": {"end": {"json": 1.0}},
+        "validation_loss_by_domain": {"end": {"json": 1.0}},
     }
 )
 

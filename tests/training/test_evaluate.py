@@ -10,7 +10,7 @@ from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from laep_jax.sharding import make_mesh
 from laep_jax.state.surgery import compile_gathers, cut_config, cut_state
 from laep_jax.state.tree import abstract_state, init_state
-from laep_jax.training.evaluate import HeldoutLoss, heldout_loss, masked_loss
+from laep_jax.training.evaluate import ValidationLoss, masked_loss, validation_loss
 from laep_jax.training.step import make_eval_step
 
 KEPT = ((6, 1, 3, 0), (7, 6, 5, 4, 3, 2, 1, 0), (2, 5, 7, 4))  # of 8 each, in new places
@@ -48,17 +48,21 @@ def batches() -> list[dict[str, np.ndarray]]:
     return found
 
 
-def predicted_and_cut(dispatch: str) -> tuple[HeldoutLoss, HeldoutLoss, HeldoutLoss]:
-    """The held-out loss before the cut, as masking predicts it, and of the cut model."""
+def predicted_and_cut(dispatch: str) -> tuple[ValidationLoss, ValidationLoss, ValidationLoss]:
+    """The validation loss before the cut, as masking predicts it, and of the cut model."""
     config, state = model_and_state(dispatch)
     mesh, step = make_mesh(config.mesh), make_eval_step(config, make_mesh(config.mesh), len(DOMAINS))
-    before = heldout_loss(step, state, batches(), mesh, DOMAINS)
+    before = validation_loss(step, state, batches(), mesh, DOMAINS)
     predicted = masked_loss(step, state, PRUNED, batches(), mesh, DOMAINS)
     smaller = cut_config(config, KEPT)
     target = abstract_state(smaller, mesh)
     gathers = compile_gathers(abstract_state(config, mesh), KEPT, config.model, target)
     cut = cut_state(state, gathers, KEPT, config.model, target)
-    return before, predicted, heldout_loss(make_eval_step(smaller, mesh, len(DOMAINS)), cut, batches(), mesh, DOMAINS)
+    return (
+        before,
+        predicted,
+        validation_loss(make_eval_step(smaller, mesh, len(DOMAINS)), cut, batches(), mesh, DOMAINS),
+    )
 
 
 def test_where_every_token_adds_up_its_own_experts_the_prediction_is_exact():
@@ -86,5 +90,5 @@ def test_the_loss_is_the_mean_over_targets_not_over_domains_or_batches():
 
     config, state = model_and_state("all_gather")
     state = dataclasses.replace(state, params=np.float32(2))
-    loss = heldout_loss(step, state, [{}, {}], make_mesh(config.mesh), DOMAINS)
-    assert loss == HeldoutLoss(22 / 5, {"books": 6.0, "web": 4.0}, {"books": 2, "web": 8})
+    loss = validation_loss(step, state, [{}, {}], make_mesh(config.mesh), DOMAINS)
+    assert loss == ValidationLoss(22 / 5, {"books": 6.0, "web": 4.0}, {"books": 2, "web": 8})

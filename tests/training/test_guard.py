@@ -6,7 +6,7 @@ import pytest
 
 from laep_jax.config import Config, LaepConfig
 from laep_jax.laep.plan import Plan
-from laep_jax.training.evaluate import HeldoutLoss
+from laep_jax.training.evaluate import ValidationLoss
 from laep_jax.training.prune import controller, decide
 from laep_jax.training.prune.guard import softened
 from laep_jax.training.start import train
@@ -46,7 +46,7 @@ def test_a_harmful_plan_is_refused_and_a_softer_one_applied(config, tmp_path, mo
     summary = train(config, tmp_path)
     first, second = records(tmp_path, "dry_run")
     assert (first["step"], first["stands"], second["stands"]) == (PLAN_STEP, False, True)
-    assert first["heldout_loss"] > first["heldout_loss_before"] + TOLERANCE >= second["heldout_loss"]
+    assert first["validation_loss"] > first["validation_loss_before"] + TOLERANCE >= second["validation_loss"]
     [cut] = records(tmp_path, "prune")
     assert Plan.from_json((tmp_path / cut["plan"]).read_text()).rule.beta == BETA / 2
     assert summary["prune_steps"] == [CUT_STEP]
@@ -71,8 +71,8 @@ def test_after_the_last_retry_it_is_a_run_that_never_prunes(config, tmp_path, mo
 def test_a_loss_that_is_not_a_number_decides_nothing_or_is_harm(config, tmp_path, monkeypatch, losses, verdicts):
     """Without the one before there is nothing to compare with; where only the masked model's is none, that is harm."""
     measured = iter(losses)
-    for name in ("heldout_loss", "masked_loss"):
-        monkeypatch.setattr(decide, name, lambda *arguments: HeldoutLoss(next(measured), {}, {}))
+    for name in ("validation_loss", "masked_loss"):
+        monkeypatch.setattr(decide, name, lambda *arguments: ValidationLoss(next(measured), {}, {}))
     early = {"prune_at_step": 4, "cut_delay": 9, "placement_loads": "recorded"}
     train(change(config, laep=early, train={"num_steps": 5}), tmp_path)
     assert [record["stands"] for record in records(tmp_path, "dry_run")] == verdicts

@@ -303,28 +303,28 @@ def test_the_cut_model_has_the_loss_that_masking_predicts(run, config):
     )
     with Checkpoints(run / "checkpoints", keep=9) as checkpoints:
         state = checkpoints.restore(CUT_STEP, abstract_state(config, mesh))
-    batches = [data.heldout_batch(i) for i in range(config.train.eval_batches)]
+    batches = [data.validation_batch(i) for i in range(config.train.eval_batches)]
     step = make_eval_step(config, mesh, len(data.domains))
     predicted = masked_loss(step, state, [layer.pruned for layer in plan.layers], batches, mesh, data.domains)
     before, after = (record for record in records(run, "eval") if record["step"] == CUT_STEP)
-    assert after["heldout_loss"] == pytest.approx(predicted.loss, rel=1e-6)  # float32 sums over experts, other order
-    assert after["heldout_loss_by_domain"] == pytest.approx(predicted.loss_by_domain, rel=1e-6)
-    assert abs(after["heldout_loss"] - before["heldout_loss"]) > 1e-5
+    assert after["validation_loss"] == pytest.approx(predicted.loss, rel=1e-6)  # float32 sums over experts, other order
+    assert after["validation_loss_by_domain"] == pytest.approx(predicted.loss_by_domain, rel=1e-6)
+    assert abs(after["validation_loss"] - before["validation_loss"]) > 1e-5
 
 
 def test_the_held_out_loss_is_logged_by_domain(run):
-    [heldout] = records(run, "heldout")
-    targets = heldout["targets_by_domain"]
+    [validation] = records(run, "validation")
+    targets = validation["targets_by_domain"]
     assert len(targets) > 3
     for record in records(run, "eval"):
-        losses = record["heldout_loss_by_domain"]
+        losses = record["validation_loss_by_domain"]
         assert losses.keys() == targets.keys()
         mean = sum(losses[name] * targets[name] for name in targets) / sum(targets.values())
-        assert record["heldout_loss"] == pytest.approx(mean, rel=1e-9)
+        assert record["validation_loss"] == pytest.approx(mean, rel=1e-9)
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["heldout_targets_by_domain"] == targets
-    assert summary["heldout_loss_by_domain"]["end"] == losses
-    assert set(summary["heldout_loss_by_domain"]) == {"periodic", "before_prune", "after_prune", "end"}
+    assert summary["validation_targets_by_domain"] == targets
+    assert summary["validation_loss_by_domain"]["end"] == losses
+    assert set(summary["validation_loss_by_domain"]) == {"periodic", "before_prune", "after_prune", "end"}
 
 
 def test_a_finished_run_only_shows_its_table_again(run, config, capsys):

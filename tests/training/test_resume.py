@@ -90,9 +90,9 @@ def test_meta_comes_back(make):
 
 def test_a_loss_that_is_not_finite_leaves_the_checkpoint_readable():
     state = run_state()
-    state.summary.heldout_loss_end = float("nan")
+    state.summary.validation_loss_end = float("nan")
     meta = json.loads(json.dumps(state.to_meta(), allow_nan=False))
-    assert RunState.from_meta(meta, WHERE).summary.heldout_loss_end is None
+    assert RunState.from_meta(meta, WHERE).summary.validation_loss_end is None
 
 
 OTHER_PLAN = identity_plan((8, 8), expert_parallel=4, top_k=2).to_json()

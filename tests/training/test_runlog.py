@@ -44,9 +44,9 @@ def run(log, first, last, *, cut_first=False):
             log.write("train", step, loss=np.float32(3 / step), device_imbalance=np.array([1.5, 2.0]) / step)
             log.save()
         if step == CUT:
-            log.write("eval", step, heldout_loss=2.0, when="before_prune")
+            log.write("eval", step, validation_loss=2.0, when="before_prune")
             log.write("prune", step, plan=f"plans/{step}.json", lineage=CUT_LINEAGE)
-            log.write("eval", step, heldout_loss=2.1, when="after_prune")
+            log.write("eval", step, validation_loss=2.1, when="after_prune")
     log.save()
     log.close()
 
@@ -135,13 +135,13 @@ def test_a_new_run_drops_what_an_earlier_one_left(tmp_path):
 def test_records_of_the_resumed_step_that_are_new_stay_when_others_are_replaced(tmp_path):
     run(open_log(tmp_path), 1, CUT)
     with open_log(tmp_path, CUT) as log:  # resumed before the cut, with more validation batches
-        log.write("heldout", CUT, targets_by_domain={"a": 1})
-        log.write("eval", CUT, heldout_loss=3.0, when="after_prune")
+        log.write("validation", CUT, targets_by_domain={"a": 1})
+        log.write("eval", CUT, validation_loss=3.0, when="after_prune")
         log.write("prune", CUT, plan="new", lineage=CUT_LINEAGE)
     at_cut = [record for record in read_records(tmp_path / "metrics.jsonl") if record["step"] == CUT]
-    assert [record["kind"] for record in at_cut] == ["train", "eval", "heldout", "eval", "prune"]
+    assert [record["kind"] for record in at_cut] == ["train", "eval", "validation", "eval", "prune"]
     assert [record["when"] for record in at_cut if record["kind"] == "eval"] == ["before_prune", "after_prune"]
-    assert (at_cut[3]["heldout_loss"], at_cut[4]["plan"]) == (3.0, "new")
+    assert (at_cut[3]["validation_loss"], at_cut[4]["plan"]) == (3.0, "new")
 
 
 def test_resuming_reads_the_end_of_the_metrics_only(tmp_path, monkeypatch):
@@ -227,12 +227,12 @@ def test_tensorboard_gets_a_few_domains_of_any_name(tmp_path):
     losses = {f"domain \udce9 {i}": float(i) for i in range(1024)}
     with RunLog(tmp_path, num_experts=(2,), expert_parallel=1, report=told.append) as log:
         for step in (1, 2):
-            log.write("eval", step, heldout_loss=1.0, heldout_loss_by_domain=losses)
+            log.write("eval", step, validation_loss=1.0, validation_loss_by_domain=losses)
     [(_, scalars)] = events(tmp_path)
     assert len(scalars) == 21
-    assert "eval/heldout_loss_by_domain/domain \\udce9 19" in scalars
-    assert told == ["TensorBoard gets 20 of 1,024 heldout_loss_by_domain; metrics.jsonl has them all"]
-    assert len(list(read_records(tmp_path / "metrics.jsonl"))[1]["heldout_loss_by_domain"]) == 1024
+    assert "eval/validation_loss_by_domain/domain \\udce9 19" in scalars
+    assert told == ["TensorBoard gets 20 of 1,024 validation_loss_by_domain; metrics.jsonl has them all"]
+    assert len(list(read_records(tmp_path / "metrics.jsonl"))[1]["validation_loss_by_domain"]) == 1024
 
 
 def test_tensorboard_gets_every_number_and_a_purge_on_resume(tmp_path):

@@ -128,7 +128,7 @@ def two(shared, launched) -> Path:
     result = launched(shared / "two", 2)
     assert result.returncode == 0, result.stderr
     assert "8 cpu devices in 2 processes: data 1, fsdp 2, expert 4" in result.stdout
-    assert result.stdout.count("held-out loss at the end") == 1
+    assert result.stdout.count("validation loss at the end") == 1
     assert "Gloo" not in result.stdout
     assert "[process" not in result.stderr
     return shared / "two"
@@ -141,14 +141,14 @@ def losses(workdir: Path) -> dict[int, float]:
 def assert_same_training(got: Path, want: Path) -> None:
     assert list(losses(got)) == list(losses(want)) == list(range(1, NUM_STEPS + 1))  # every step once
     np.testing.assert_allclose(list(losses(got).values()), list(losses(want).values()), rtol=NOISE)
-    heldout = [[(r["step"], r["when"]) for r in records(workdir, "eval")] for workdir in (got, want)]
-    assert heldout[0] == heldout[1]
-    heldout = [[r["heldout_loss"] for r in records(workdir, "eval")] for workdir in (got, want)]
-    np.testing.assert_allclose(*heldout, rtol=NOISE)
-    domains = [records(workdir, "eval")[-1]["heldout_loss_by_domain"] for workdir in (got, want)]
+    validation = [[(r["step"], r["when"]) for r in records(workdir, "eval")] for workdir in (got, want)]
+    assert validation[0] == validation[1]
+    validation = [[r["validation_loss"] for r in records(workdir, "eval")] for workdir in (got, want)]
+    np.testing.assert_allclose(*validation, rtol=NOISE)
+    domains = [records(workdir, "eval")[-1]["validation_loss_by_domain"] for workdir in (got, want)]
     assert list(domains[0]) == list(domains[1])
     np.testing.assert_allclose(*(list(side.values()) for side in domains), rtol=NOISE)
-    assert records(got, "heldout") == records(want, "heldout")
+    assert records(got, "validation") == records(want, "validation")
     [cut], [other] = records(got, "prune"), records(want, "prune")
     for name in ("step", "experts_before", "experts_after", "lineage", "parameters_after"):
         assert cut[name] == other[name], name

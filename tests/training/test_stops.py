@@ -134,7 +134,7 @@ def record(trainer, step, metrics, record=loop.record):
         time.sleep(600)
 preemption.HEAD_START = 0.5
 compile_ahead.make_train_step = compiling
-trainer.heldout_loss = slowly(trainer.heldout_loss)
+trainer.validation_loss = slowly(trainer.validation_loss)
 Checkpoints.save = slowly(Checkpoints.save)
 Checkpoints.restore_cut = slowly(Checkpoints.restore_cut)
 smaller_model.compile_steps = slowly(smaller_model.compile_steps)

@@ -31,9 +31,9 @@ class CompiledSteps:
 
 
 def compile_steps(config: Config, mesh: Mesh, abstract: TrainState, num_domains: int) -> CompiledSteps:
-    """Both steps compiled. config: resolved. abstract: the model's `abstract_state`. num_domains: of held-out text."""
-    heldout = abstract_batch(config, mesh, heldout=True)
-    evaluate = make_eval_step(config, mesh, num_domains).lower(abstract.params, abstract.router_bias, heldout)
+    """Both steps compiled. config: resolved. abstract: the model's `abstract_state`. num_domains: of the text."""
+    validation = abstract_batch(config, mesh, validation=True)
+    evaluate = make_eval_step(config, mesh, num_domains).lower(abstract.params, abstract.router_bias, validation)
     train = make_train_step(config, mesh).lower(abstract, abstract_batch(config, mesh))
     return CompiledSteps(train.compile(), evaluate.compile())
 

@@ -8,7 +8,7 @@ from laep_jax.laep.plan import Plan
 from laep_jax.laep.stability import StabilityReport
 from laep_jax.tracking.console import stability_text
 from laep_jax.tracking.pause import Pause
-from laep_jax.training.evaluate import heldout_loss, masked_loads, masked_loss
+from laep_jax.training.evaluate import masked_loads, masked_loss, validation_loss
 from laep_jax.training.prune.guard import rise
 from laep_jax.training.prune.transition import schedule
 from laep_jax.training.trainer import Trainer
@@ -67,13 +67,13 @@ def _checked_plan(trainer: Trainer, step: int) -> Plan | None:
     plan, tolerance = _make_plan(trainer, step), trainer.config.laep.guard_tolerance
     if tolerance is None or not plan.prunes:
         return plan
-    before = heldout_loss(trainer.model.steps.evaluate, trainer.model.state, *trainer.measured_on).loss
+    before = validation_loss(trainer.model.steps.evaluate, trainer.model.state, *trainer.measured_on).loss
     while True:
         pruned = [layer.pruned for layer in plan.layers]
         loss = masked_loss(trainer.model.steps.evaluate, trainer.model.state, pruned, *trainer.measured_on).loss
         harm = rise(before, loss)
         stands = not harm > tolerance
-        trainer.log.write("dry_run", step, stands=stands, heldout_loss_before=before, heldout_loss=loss)
+        trainer.log.write("dry_run", step, stands=stands, validation_loss_before=before, validation_loss=loss)
         trainer.console.event(f"step {step}: {_verdict(harm, tolerance, stands)}")
         if stands:
             return plan

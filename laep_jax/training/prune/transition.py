@@ -34,7 +34,7 @@ def apply(trainer: Trainer, smaller: SmallerModel) -> None:
     run_state, step = trainer.run_state, trainer.run_state.step
     if smaller.plan.prunes:
         with trainer.pause.part("evaluate"):
-            run_state.summary.heldout_loss_before_prune = trainer.evaluate(step, "before_prune")
+            run_state.summary.validation_loss_before_prune = trainer.evaluate(step, "before_prune")
     if not run_state.summary.is_changed:  # "before" is before the first change
         run_state.summary.device_imbalance_before = trainer.controller.device_imbalance()
         run_state.summary.step_seconds_before = trainer.model.median_step_seconds()
@@ -70,7 +70,7 @@ def finish(trainer: Trainer, smaller: SmallerModel, model: Model) -> None:
     summary.experts_after = list(run_state.num_experts)
     if smaller.plan.prunes:
         with trainer.pause.part("evaluate"):
-            summary.heldout_loss_after_prune = trainer.evaluate(step, "after_prune")
+            summary.validation_loss_after_prune = trainer.evaluate(step, "after_prune")
     trainer.log.write(
         "prune",
         step,
