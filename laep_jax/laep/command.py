@@ -53,17 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     required.add_argument("--expert-parallel", type=int, required=True, metavar="G", help="devices to spread over")
     required.add_argument("--top-k", type=int, required=True, metavar="K", help="experts chosen for each token")
+    _add_settings(parser)
     add = parser.add_argument
-    hints = typing.get_type_hints(LaepConfig)
-    for name in SETTINGS:
-        setting, is_text = settings_of(LaepConfig)[name], hints[name] is str
-        add(
-            f"--{name}",
-            type=float if hints[name] is float else str,
-            choices=setting.choices if is_text else None,
-            default=getattr(LaepConfig, name),
-            help=f"{setting.meaning} (%(default)s)",
-        )
     add(
         "--max-runs",
         type=int,
@@ -74,6 +65,19 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FILE", help="where to write the plan as JSON; without it only the table is printed"
     )
     return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """An option for each setting of the rule, as `LaepConfig` states it."""
+    hints, stated = typing.get_type_hints(LaepConfig), settings_of(LaepConfig)
+    for name in SETTINGS:
+        parser.add_argument(
+            f"--{name}",
+            type=float if hints[name] is float else str,
+            choices=stated[name].choices if hints[name] is str else None,  # alpha may be a number as well
+            default=getattr(LaepConfig, name),
+            help=f"{stated[name].meaning} (%(default)s)",
+        )
 
 
 def _alpha(text: str) -> float | str | tuple[float, ...]:
