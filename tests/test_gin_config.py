@@ -80,7 +80,10 @@ def test_command_line_values_need_no_quotes(argument, value, equals):
         ("TrainConfig.num_steps = 2e3", "TrainConfig.num_steps=2000.0 must be of type int; write 2000"),
         ("DataConfig.text_field = 1", "DataConfig.text_field=1 must be of type str; write '1', in quotes"),
         ("ModelConfig.lfa = 'true'", "ModelConfig.lfa='true' must be of type bool; write True"),
-        ("LaepConfig.guard_steps = 'none'", "LaepConfig.guard_steps='none' must be of type int | None; write None"),
+        (
+            "LaepConfig.guard_tolerance = 'none'",
+            "LaepConfig.guard_tolerance='none' must be of type float | None; write None",
+        ),
         ("\0", "is UTF-16, or no text; save it as UTF-8"),
         ("alpha = 0.2", "alpha is set but never used; did you mean LaepConfig.alpha?"),
         ("ModelConfig.num_layers = %L", "%L is used but never set"),
