@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-tpu lint
+.PHONY: train test test-all test-tpu lint
 
 .venv/base: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -22,7 +22,11 @@ train: .venv/base
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python train.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# The long forms too: hours.
+test-all: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Programs compiled for TPU; needs no TPU, but its compiler (0.7 GB).
 test-tpu: .venv/tpu
