@@ -22,9 +22,15 @@ from hypothesis import strategies as st  # noqa: E402
 
 from laep_jax.errors import LONGEST, UserError  # noqa: E402
 from laep_jax.sharding import make_cpu_devices  # noqa: E402
+from tests.support.states import States  # noqa: E402
 
 make_cpu_devices(8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def states() -> type[States]:
+    return States
 
 
 @pytest.fixture

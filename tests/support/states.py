@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-import pytest
 
 from laep_jax.config import MeshConfig, ModelConfig
 from laep_jax.sharding import make_mesh, tree_shardings
@@ -115,8 +114,3 @@ class States:
         """Random survivors in random order, per layer."""
         rng = np.random.default_rng(seed)
         return [rng.permutation(a)[:b].tolist() for a, b in zip(old, new, strict=True)]
-
-
-@pytest.fixture(scope="session")
-def states() -> type[States]:
-    return States

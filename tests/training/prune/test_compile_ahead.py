@@ -17,7 +17,7 @@ from laep_jax.training.prune import compile_ahead, smaller_model
 from laep_jax.training.start import train
 from tests.support.tiny_run import change, records, tiny_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PLAN_STEP, CUT_STEP, NUM_STEPS = 4, 7, 9
 
 
