@@ -143,6 +143,7 @@ def _make_trainer(
         return Trainer(model, None, *rest)
     again = f"; steps {step + 1} to {log.last_step} are done again" if log.last_step > step else ""
     console.event(f"resuming from step {step}" + (", with a plan to apply" if pending else "") + again)
+    history = checkpoints.read_history(step)  # also where the smaller model has no use for it: damage is damage
     if pending and pending.due == step:
         smaller, pause = SmallerModel(pending.plan, config, mesh, len(dataset.domains)), Pause()
         model = restore_survivors(smaller, None, checkpoints, run_state, pause)
@@ -150,10 +151,10 @@ def _make_trainer(
         trainer.pause = pause
         finish(trainer, smaller, model)
         return trainer
-    history = LoadHistory.from_arrays(checkpoints.read_history(step), history_capacity(config.laep))
+    loads = LoadHistory.from_arrays(history, history_capacity(config.laep))
     state = checkpoints.restore(step, abstract_state(config, mesh))
     steps = make_steps(config, mesh, len(dataset.domains), first_step)
-    trainer = Trainer(Model(config, state, steps), history, *rest)
+    trainer = Trainer(Model(config, state, steps), loads, *rest)
     if pending:
         schedule(trainer, pending.plan, pending.made, pending.due)
     return trainer

@@ -147,7 +147,7 @@ def test_the_damaged_expert_is_named_and_matters_only_where_it_stays(states, sav
     copied.verify(7, got, kept)
     with pytest.raises(DamagedError, match=r"of layer 3, expert 4 .*more places.* is not what was saved"):
         copied.verify(7, got, [*kept[:3], [4, 1, 2, 0]])
-    with pytest.raises(RuntimeError, match=r"the state was not cut as planned: .* of layer 3, expert 4"):
+    with pytest.raises(RuntimeError, match=r"the state was not pruned as planned: .* of layer 3, expert 4"):
         smaller_model.verify_surgery(copied, 7, got, [*kept[:3], [4, 1, 2, 0]])
 
 
