@@ -29,7 +29,6 @@ USAGE = "usage: python -m benchmarks NAME [--json] ...\n\n{}\n\n`python -m bench
 
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmark that `argv` begins with. `UserError` where there is none of that name."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # it may have processes to end
     benchmark = chosen(argv, BENCHMARKS, "benchmark", USAGE)
     if benchmark:
         result = benchmark.run([argument for argument in argv[1:] if argument != "--json"])
@@ -38,4 +37,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a benchmark may have processes to end
     sys.exit(run_main(main, sys.argv[1:]))
