@@ -198,11 +198,11 @@ def test_two_processes_go_on_from_a_checkpoint_of_one_and_what_one_finds_damaged
 ):
     hook = """
 from laep_jax.checkpoint import checkpointer
-def read_leaves(*args, read=checkpoint.read_leaves):
-    checkpoint.read_leaves = read
+def read_leaves(*args, read=checkpointer.read_leaves):
+    checkpointer.read_leaves = read
     raise ValueError("DATA_LOSS: a bad sector")
 if index == "1":
-    checkpoint.read_leaves = read_leaves
+    checkpointer.read_leaves = read_leaves
 """
     workdir = rewind(one, SAVED, tmp_path / "x")
     result = launched(workdir, 2, hook=hook)
@@ -298,11 +298,12 @@ def assert_all_gone(workdir: Path) -> None:
 def test_processes_with_different_plans_stop(tmp_path, launched):
     hook = """
 import dataclasses
-def prune_plan(self, loads=None, plan=run.Controller.prune_plan):
+from laep_jax.training.prune.controller import Controller
+def prune_plan(self, loads=None, plan=Controller.prune_plan):
     print("sha256", plan(self, loads).sha256(), file=sys.stderr)
-    self.laep = dataclasses.replace(self.laep, beta=0.6 if index == "0" else 0.3)
+    self.rule = dataclasses.replace(self.rule, beta=0.6 if index == "0" else 0.3)
     return plan(self, loads)
-run.Controller.prune_plan = prune_plan
+Controller.prune_plan = prune_plan
 """
     result = launched(tmp_path / "x", 2, hook=hook)
     assert result.returncode == 2
