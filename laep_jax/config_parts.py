@@ -149,8 +149,8 @@ class OptimizerConfig:
         choices=("cosine", "wsd"),
     )
     decay_fraction: float = free(0.2, "fraction of num_steps over which wsd decays", low=0, high=1)
-    b1: float = fixed(0.9, "decay of the first moment", low=0, high=1)
-    b2: float = fixed(0.95, "decay of the second moment", low=0, high=1)
+    b1: float = fixed(0.9, "decay of the first moment", low=0, below=1)
+    b2: float = fixed(0.95, "decay of the second moment", low=0, below=1)
     eps: float = free(1e-8, "epsilon of Adam's denominator", above=0)
     weight_decay: float = free(0.1, "decoupled weight decay", low=0)
     clip_norm: float = free(1.0, "largest global norm of the gradient", above=0)

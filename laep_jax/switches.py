@@ -8,8 +8,11 @@ NEEDED = {
     "jax_enable_x64": False,  # state and checkpoints are of 32 bits
     "jax_numpy_dtype_promotion": "standard",
     "jax_disable_jit": False,  # the step is compiled before it runs
+    "jax_default_prng_impl": "threefry2x32",  # of the initial parameters, which the seed alone shall decide
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
 }
-SET_BY_COMMAND = ("jax_enable_x64", "jax_numpy_dtype_promotion")  # not jax_disable_jit, set to look for a fault
+SET_BY_COMMAND = [name for name in NEEDED if name != "jax_disable_jit"]  # that one is set to look for a fault
 
 
 def set_switches() -> None:

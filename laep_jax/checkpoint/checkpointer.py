@@ -1,7 +1,7 @@
 """Checkpoints of one run: a directory a step, there as a whole, on disk and as it was saved, or it does not count.
 
 `state`: every leaf of the training state under its dotted path, written by Orbax (zarr3 in OCDBT,
-uncompressed, one chunk a layer and, for expert matrices, an expert: what `cut_restore` reads in part).
+uncompressed, one chunk a layer and, for expert matrices, an expert: what `partial_read` reads in part).
 `history.npz`: small arrays of numbers. `fingerprints.npz`: of the state, made on the devices when it was saved.
 `meta.json`: what the run says of itself, the leaves, and the hashes of both .npz files; it has its own.
 `manifest.json`: every file.

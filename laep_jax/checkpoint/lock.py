@@ -44,6 +44,14 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def require_directory(run_dir: Path) -> None:
+    """`UserError` where something else has the name of the run directory, of a folder above it, or of one in it."""
+    ours = (*reversed(run_dir.absolute().parents), run_dir, run_dir / CHECKPOINTS, run_dir / "loads")
+    for path in ours:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is not a directory")
+
+
 def require_savable(run_dir: Path) -> None:
     """`UserError` where Orbax would take a name on the path for a pattern, and never find what it saved."""
     path = str(run_dir.absolute())
@@ -55,7 +63,9 @@ def require_savable(run_dir: Path) -> None:
 def require_checkpoints(run_dir: Path) -> None:
     """`UserError` where a run left records but its checkpoints are gone: a new run would erase the records."""
     directory = run_dir / CHECKPOINTS
-    lost = not directory.is_dir() or ((run_dir / HAS_CHECKPOINTS).exists() and not any(directory.iterdir()))
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    kept = any(name.isdecimal() or ".damaged" in name or name.endswith(".replaced") for name in names)
+    lost = not directory.is_dir() or ((run_dir / HAS_CHECKPOINTS).exists() and not kept)
     if lost and (run_dir / METRICS_FILE).exists():
         raise UserError(
             f"{run_dir} holds the records of a run, but its checkpoints are missing from {directory}: "

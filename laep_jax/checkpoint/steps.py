@@ -41,7 +41,12 @@ class StepDirectory:
 
     def found(self) -> list[int]:
         """Every step of which there is a directory, damaged or not."""
-        return sorted(int(path.name) for path in self.path.iterdir() if path.name.isdecimal() and path.is_dir())
+        return self._with_suffix("")
+
+    def _with_suffix(self, suffix: str) -> list[int]:
+        """The steps with a directory of such a name; names from outside are none of ours."""
+        stems = [path.name.removesuffix(suffix) for path in self.path.glob(f"*{suffix}") if path.is_dir()]
+        return sorted(int(stem) for stem in stems if stem.isdecimal() and str(int(stem)) == stem)
 
     def damage(self, step: int) -> str | None:
         """What is wrong with a step's files, as far as looking at them is cheap."""
@@ -75,10 +80,11 @@ class StepDirectory:
 
     def settle(self) -> None:
         """Ends every replacement, the right way round, and removes what failed."""
-        for path in (*self.path.glob(f"*{TRASH}"), *self.path.glob(f"*{SAVING}")):
-            shutil.rmtree(path)
-        for path in self.path.glob(f"*{REPLACED}"):
-            step = int(path.name.removesuffix(REPLACED))
+        for suffix in (TRASH, SAVING, SAVING + TRASH, REPLACED + TRASH, DAMAGED + TRASH):
+            for step in self._with_suffix(suffix):
+                shutil.rmtree(self.step(step, suffix))
+        for step in self._with_suffix(REPLACED):
+            path = self.step(step, REPLACED)
             if self.damage(step) is None:
                 self._remove(path)
             else:

@@ -22,7 +22,7 @@ NOT_STDLIB = (  # folders of it that are not read
     | {"encodings", "pydoc_data"}  # tables of characters; one generated file of 0.8 MB
     | {"distutils", "lib2to3"}  # newer versions lack them
 )
-PACKED_SUFFIXES = (".gz", ".gzip", ".bz2", ".xz")  # compressing a file changes no document's name
+PACKED_SUFFIXES = (".gz", ".gzip", ".bz2", ".bz", ".xz")  # compressing a file changes no document's name
 
 
 class File(NamedTuple):
@@ -172,7 +172,7 @@ def _distinct(paths: Iterable[Path], root: Path, config: DataConfig) -> tuple[li
 
 def _plain_name(name: str) -> str:
     stem, suffix = os.path.splitext(name)
-    return stem if suffix in PACKED_SUFFIXES else name
+    return stem if suffix.lower() in PACKED_SUFFIXES else name
 
 
 def _refuse_doubles(files: Iterable[File], config: DataConfig) -> None:

@@ -120,6 +120,11 @@ def read_counts_or_run(path: Path) -> tuple[list[np.ndarray], str]:
     return read_current_counts(path) if os.path.isdir(path) else (read_counts(path), "")  # a name may be too long
 
 
+def read_expert_parallel(run_dir: Path) -> int:
+    """Devices of the expert axis of a run."""
+    return _read_experts(run_dir / FOLDER / EXPERTS_FILE)[1]
+
+
 def read_current_counts(run_dir: Path) -> tuple[list[np.ndarray], str]:
     """Counts [N, E] of each layer of a run's model as it now is, and words for where they are from.
 

@@ -12,7 +12,7 @@ from laep_jax.config import Config
 from laep_jax.errors import require
 from laep_jax.laep.balance import device_loads, imbalance
 from laep_jax.laep.plan import make_plan
-from laep_jax.laep.recorded_loads import read_counts_or_run
+from laep_jax.laep.recorded_loads import read_counts_or_run, read_expert_parallel
 from laep_jax.laep.rule import PruneRule
 from laep_jax.laep.runs import cost_of_merging, merge_runs
 from laep_jax.model.accounting import model_size
@@ -111,6 +111,8 @@ def _read_counts(config: Config, loads: Path) -> tuple[Config, list[np.ndarray],
     experts = tuple(tokens_NE.shape[1] for tokens_NE in counts)
     pruned = bool(source) and len(experts) == len(had) and all(map(operator.le, experts, had))
     require(pruned or experts == had, "experts of --loads by layer", experts, f"do not fit layers of {had} experts")
+    if source and config.mesh.expert is None:  # it belongs to the run, as when that is resumed
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, expert=read_expert_parallel(loads)))
     return config.with_num_experts(experts), counts, source
 
 

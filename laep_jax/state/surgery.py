@@ -4,7 +4,7 @@ Paper sections 3.2 and 3.3. A plan's `kept[l]` lists the old expert slots of lay
 order, so pruning and rearranging are the same: new[l, e] = old[l, kept[l][e]], for the expert
 matrices, the router's columns and bias, and both Adam moments of each. Layers of equal expert count
 are stacked into runs, and a cut changes which layers these are; `cut_pieces` is that change as plain
-data, used here in device memory and by `cut_restore` on the way out of a checkpoint.
+data, used here in device memory and by `partial_read` on the way out of a checkpoint.
 
 Axes: R layers of a piece of a run, E experts kept.
 """

@@ -257,7 +257,9 @@ def _worst_domain(losses: dict[str, dict[str, float | None]], targets: dict[str,
     """The domain whose validation loss rose most at the prune, if there was one."""
     before, after = losses.get("before_prune", {}), losses.get("after_prune", {})
     rises = {
-        name: (then, now) for name, then in before.items() if then is not None and (now := after.get(name)) is not None
+        name: (then, now)
+        for name, then in before.items()  # other batches since may have other domains
+        if then is not None and (now := after.get(name)) is not None and name in targets
     }
     if not rises:
         return []

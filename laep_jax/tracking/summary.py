@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from laep_jax.tracking.run_log import plain
+
 
 @dataclasses.dataclass
 class Summary:
@@ -34,4 +36,4 @@ class Summary:
         return bool(self.prune_steps or self.rearrange_steps)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return plain(dataclasses.asdict(self))

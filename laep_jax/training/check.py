@@ -10,12 +10,15 @@ from laep_jax.checkpoint.manifest import read_sealed
 from laep_jax.checkpoint.steps import StepDirectory
 from laep_jax.config import Config
 from laep_jax.distributed import refused_together
+from laep_jax.errors import UserError
+from laep_jax.sharding import make_mesh
+from laep_jax.training.executable import load_step
 from laep_jax.training.resume import find_run_state
 from laep_jax.training.start import mesh_text, open_inputs, schedule_text
 from laep_jax.training.trainer import make_controller
 
 
-def check(config: Config, run_dir: Path) -> list[str]:
+def check(config: Config, run_dir: Path, executable: Path | None = None) -> list[str]:
     """Lines on the run that `train` would start or resume; nothing is compiled, or written to `run_dir`.
 
     `UserError` where `train` would refuse the config, the devices, the corpus, the plan, the newest checkpoint or the
@@ -30,12 +33,16 @@ def check(config: Config, run_dir: Path) -> list[str]:
         steps = StepDirectory(run_dir / CHECKPOINTS, keep=1)
         damaged: list[str] = []
         newest = steps.latest(lambda step, damage: damaged.append(damage)) if steps.path.is_dir() else None
+        if newest is None and (damaged or (steps.path.is_dir() and steps.only_damaged())):
+            raise UserError(damaged[0] if damaged else f"no checkpoint in {steps.path} validates")
         meta = read_sealed(steps.step(newest) / META_FILE)["meta"] if newest else None
         run_state, changed = find_run_state(
             config, dataset.fingerprint, steps.step(newest or 0), meta, jax.device_count()
         )
         current = run_state.current(Config.from_dict(run_state.config))
         make_controller(current, run_state, None)
+        if executable:
+            load_step(executable, current, make_mesh(current.mesh))
     what = "is complete" if run_state.is_complete(config) else f"resumes from step {newest}" if newest else "starts"
     lines = [f"{dataset.description}; {mesh_text(current)}", schedule_text(current), *damaged]
     lines += [f"changed since the checkpoint: {', '.join(changed)}"] if changed else []

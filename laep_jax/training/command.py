@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     with leaving_at_once(is_compiling):
         connect()
         if arguments.check:
-            print("\n".join(check(config, Path(workdir))))
+            print("\n".join(check(config, Path(workdir), arguments.executable)))
         else:
             train(config, workdir, executable=arguments.executable)
     return 0

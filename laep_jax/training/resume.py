@@ -26,6 +26,10 @@ def find_run_state(
     run_state = RunState.from_meta(meta, where)
     resolved = resolve_resumed(config, run_state, num_devices)
     changed = check_resumable(run_state, resolved, fingerprint, where)
+    if any(text.startswith("LaepConfig.") for text in changed):
+        run_state.retries = 0  # plans were refused by another rule
+    if any(text.startswith("LaepConfig.plan ") for text in changed) and run_state.prunes >= config.laep.max_prunes:
+        changed.append(f"the plan is not applied: LaepConfig.max_prunes={config.laep.max_prunes} is reached")
     changed += _changed_rate(Config.from_dict(run_state.config), resolved, run_state.step)
     resolved.with_num_experts(run_state.num_experts).resolve(num_devices)
     run_state.config = resolved.to_dict()
@@ -37,7 +41,8 @@ def _changed_rate(old: Config, new: Config, step: int) -> list[str]:
     before, after = (learning_rate(config, step) for config in (old, new))
     if math.isclose(before, after, rel_tol=0.05):
         return []
-    wsd = "; the cosine is stretched, schedule='wsd' can be extended" if new.optimizer.schedule == "cosine" else ""
+    stretched = new.optimizer.schedule == "cosine" and old.train.num_steps != new.train.num_steps
+    wsd = "; the cosine is stretched, schedule='wsd' can be extended" if stretched else ""
     return [f"the learning rate of step {step + 1} {before:.3g} -> {after:.3g}{wsd}"]
 
 

@@ -13,6 +13,7 @@ from laep_jax.checkpoint.lock import (
     CHECKPOINTS,
     exclusive,
     require_checkpoints,
+    require_directory,
     require_room,
     require_savable,
     require_writable,
@@ -22,7 +23,7 @@ from laep_jax.chips import peak_flops
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
 from laep_jax.distributed import refused_together
-from laep_jax.files import refuse_links
+from laep_jax.files import refuse_links, replace_file
 from laep_jax.gin_config import operative_config
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.stability import history_capacity
@@ -54,6 +55,7 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path |
     when the step in flight is done and saved.
     With several processes (`laep_jax.distributed`) each calls it alike; `run_dir` is one that all see.
     """
+    require_path("run_dir", os.fspath(run_dir))
     run_dir, first = Path(run_dir), jax.process_index() == 0
     dataset, state_bytes = open_inputs(config, run_dir)
     with contextlib.ExitStack() as stack:
@@ -61,8 +63,6 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path |
             if first:
                 stack.enter_context(exclusive(run_dir))
                 require_checkpoints(run_dir)
-                require_writable(run_dir)
-                require_room(run_dir, state_bytes)
         console = stack.enter_context(_console(config, show=first))
         keep = config.train.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(run_dir / CHECKPOINTS, keep=keep, report=console.event))
@@ -73,17 +73,20 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path |
                 where = checkpoints.directory / str(newest)
                 run_state, changed = find_run_state(config, dataset.fingerprint, where, saved, jax.device_count())
                 if run_state.is_complete(config):
-                    console.closing_table(run_state.summary)
-                    return run_state.summary.to_dict()
+                    return _show_again(run_dir, run_state, console)
                 base = Config.from_dict(run_state.config)
                 with contextlib.ExitStack() as attempt:
                     with refused_together():
+                        if first:
+                            require_writable(run_dir)
+                            require_room(run_dir, state_bytes)
                         make_controller(run_state.current(base), run_state, None)  # refuses a plan that does not fit
                         first_step = _first_step(executable, config, base, run_state)
                         log = attempt.enter_context(_open_log(run_dir, base, run_state.step, console))
                     _announce(config, base, run_state, changed, dataset, log, console)
+                    preemption = attempt.enter_context(PreemptionGuard(config.train.step_timeout))
                     trainer = _make_trainer(base, run_state, first_step, dataset, checkpoints, log, console)
-                    return train_to_end(trainer, attempt.enter_context(PreemptionGuard(config.train.step_timeout)))
+                    return train_to_end(trainer, preemption)
             except DamagedError as error:
                 checkpoints.put_aside(error)
 
@@ -92,7 +95,7 @@ def open_inputs(config: Config, run_dir: Path) -> tuple[Dataset, int]:
     """The corpus, and the bytes of a training state, of a run whose settings fit this machine; else `UserError`."""
     require_switches()
     with refused_together():
-        require_path("run_dir", str(run_dir))
+        require_directory(run_dir)
         require_savable(run_dir)
         refuse_links(run_dir)
         resolved = config.resolve(jax.device_count())
@@ -107,6 +110,15 @@ def open_inputs(config: Config, run_dir: Path) -> tuple[Dataset, int]:
         )
     require_same_run(config, dataset.fingerprint)
     return dataset, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _show_again(run_dir: Path, run_state: RunState, console: RunConsole) -> dict:
+    """The table of a complete run. Writes summary.json where the run was killed before it could."""
+    summary, path = run_state.summary.to_dict(), run_dir / "summary.json"
+    if jax.process_index() == 0 and not path.exists():
+        replace_file(path, lambda file: file.write(json.dumps(summary, indent=1).encode() + b"\n"))
+    console.closing_table(run_state.summary)
+    return summary
 
 
 def _console(config: Config, *, show: bool) -> RunConsole:
@@ -144,7 +156,7 @@ def _make_trainer(
     again = f"; steps {step + 1} to {log.last_step} are done again" if log.last_step > step else ""
     console.event(f"resuming from step {step}" + (", with a plan to apply" if pending else "") + again)
     history = checkpoints.read_history(step)  # also where the smaller model has no use for it: damage is damage
-    if pending and pending.due == step:
+    if pending and pending.due == step < config.train.num_steps:
         smaller, pause = SmallerModel(pending.plan, config, mesh, len(dataset.domains)), Pause()
         model = restore_survivors(smaller, None, checkpoints, run_state, pause)
         trainer = Trainer(model, None, *rest)

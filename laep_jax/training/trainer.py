@@ -129,4 +129,6 @@ class Trainer:
 def make_controller(config: Config, run_state: RunState, history: LoadHistory | None) -> Controller:
     """The controller of a model. `UserError` where `LaepConfig.plan` is none for it."""
     laep = softened(config.laep, run_state.retries, config.model.num_layers)
+    if run_state.pending:  # a plan from a file is in the checkpoint now
+        laep = dataclasses.replace(laep, plan="")
     return Controller(dataclasses.replace(config, laep=laep), prunes=run_state.prunes, history=history)

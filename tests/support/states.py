@@ -14,7 +14,7 @@ EXPERT_DIMS = {"router_DE": 1, "gate_up_EDG": 0, "down_EFD": 0, "bias_E": 0}  # 
 
 
 class State(NamedTuple):
-    step: jax.Array
+    step: jax.Array | jax.ShapeDtypeStruct
     params: dict
     opt_state: tuple
     router_bias: dict

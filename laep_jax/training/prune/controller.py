@@ -41,9 +41,9 @@ class Controller:
         self._given = self._read_plan(Path(self.laep.plan)) if wanted else None
 
     def _read_plan(self, path: Path) -> Plan | None:
-        """The plan in a file; None where it is for the model before an earlier prune, by which it was applied."""
+        """The plan in a file; None where an earlier prune has applied it."""
         plan = Plan.from_json(read_bytes(path, str(path), MOST_JSON).decode(errors="replace"))
-        if self.prunes and plan.num_experts != self.history.num_experts:
+        if self.prunes and plan.num_experts_after == self.history.num_experts != plan.num_experts:
             return None
         ours = self.history.num_experts, self.rule.expert_parallel, self.rule.top_k
         theirs = plan.num_experts, plan.rule.expert_parallel, plan.rule.top_k
@@ -80,8 +80,8 @@ class Controller:
 
     def rearrangement(self) -> Plan | None:
         """A plan that only moves experts, where that lowers the largest device load enough."""
-        if self.laep.rearrange_gain is None or len(self.history) < self.laep.window:
-            return None
+        if self.laep.rearrange_gain is None or self._given or len(self.history) < self.laep.window:
+            return None  # a plan that is given is for the slots as they are
         plan = rearrange_plan(self.mean_loads(), self.rule)
         return plan if predicted_gain(plan) > self.laep.rearrange_gain else None
 

@@ -32,7 +32,9 @@ def decide(trainer: Trainer, step: int) -> None:
         if plan is None:
             return
         due = step + trainer.config.laep.cut_delay
-        trainer.console.event(f"step {step}: a plan for step {due}" + (f", {report.reason}" if prunes else ""))
+        trainer.console.event(
+            f"step {step}: a plan for step {due}" + (f", {report.reason}" if prunes and report.stable else "")
+        )
         trainer.console.event(plan.table())
         trainer.log.write_file(f"plans/{step}.json", plan.to_json())
         schedule(trainer, plan, step, due)
@@ -44,8 +46,8 @@ def _why_not(trainer: Trainer, report: StabilityReport, plan: Plan | None) -> st
     if plan:
         chosen, devices = max(len(layer.eligible) for layer in plan.layers), trainer.controller.rule.expert_parallel
         return (
-            f"the rule chose at most {chosen} experts of a layer, and {devices} at a time can go "
-            "(MeshConfig.expert): raise LaepConfig.alpha or LaepConfig.beta"
+            f"the rule chose {chosen} experts of a layer at most, and none of them can go: what is kept is rounded up to "
+            f"MeshConfig.expert={devices} and by LaepConfig.max_runs; raise LaepConfig.alpha or LaepConfig.beta"
         )
     if trainer.controller.prunes >= laep.max_prunes:
         if not trainer.run_state.retries:

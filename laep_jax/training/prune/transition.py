@@ -25,7 +25,9 @@ def schedule(trainer: Trainer, plan: Plan, made: int, due: int) -> None:
         trainer.pending = SmallerModel(plan, trainer.config, trainer.mesh, len(trainer.dataset.domains))
     else:
         why = f"the run ends before step {due}, where the plan of step {made} was due"
-        trainer.run_state.pending, trainer.run_state.summary.not_pruned = None, why
+        trainer.run_state.pending = None
+        if plan.prunes:
+            trainer.run_state.summary.not_pruned = why
         trainer.console.event(why)
 
 
