@@ -46,7 +46,7 @@ def _why_not(trainer: Trainer, report: StabilityReport, plan: Plan | None) -> st
     if plan:
         chosen, devices = max(len(layer.eligible) for layer in plan.layers), trainer.controller.rule.expert_parallel
         return (
-            f"the rule chose {chosen} experts of a layer at most, and none of them can go: what is kept is rounded up to "
+            f"the rule chose {chosen} experts of a layer at most, and none can go: what is kept is rounded up to "
             f"MeshConfig.expert={devices} and by LaepConfig.max_runs; raise LaepConfig.alpha or LaepConfig.beta"
         )
     if trainer.controller.prunes >= laep.max_prunes:
