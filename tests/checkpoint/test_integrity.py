@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from laep_jax.checkpoint import manifest, steps
+from laep_jax.checkpoint import checkpointer, manifest, steps
 from laep_jax.checkpoint.checkpointer import Checkpoints, SaveError
 from laep_jax.checkpoint.manifest import DamagedError, check_files, sealed
 from laep_jax.errors import UserError
@@ -185,6 +185,18 @@ def test_what_a_run_goes_on_from_is_validated_once(checkpoints, monkeypatch):
     monkeypatch.setattr(steps, "check_files", lambda path: (validated.append(path.name), check(path)))
     assert checkpoints.newest_valid() == 2
     assert validated == ["3", "2"]
+
+
+def test_a_save_that_does_not_open_is_a_failed_save(checkpoints, monkeypatch):
+    """As where Orbax took the path for a pattern: it had written nothing to find, and only warned."""
+
+    def nothing_there(store, keys):
+        raise ValueError("NOT_FOUND: metadata")
+
+    monkeypatch.setattr(checkpointer, "open_leaves", nothing_there)
+    with pytest.raises(SaveError, match=r"checkpoint .*/1 could not be saved: ValueError: NOT_FOUND"):
+        checkpoints.save_now(1, small(1), {}, {})
+    assert steps_in(checkpoints) == []
 
 
 def full_disk(failing: list[bool], monkeypatch) -> None:

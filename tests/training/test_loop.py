@@ -142,7 +142,9 @@ def interrupt_at(step: int):
     [(3, None), (9, 6), (13, 12), (15, CUT_STEP), (19, 18)],
     ids=["before any checkpoint", "before the plan", "between plan and cut", "at the cut", "after the cut"],
 )
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, config, tmp_path, monkeypatch, step, checkpoint):
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
+    run, config, tmp_path, monkeypatch, capsys, step, checkpoint
+):
     with monkeypatch.context() as patch:
         patch.setattr(RunConsole, "train", interrupt_at(step))
         with pytest.raises(InterruptError):
@@ -150,6 +152,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, config, tmp_path
     with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
         assert checkpoints.latest() == checkpoint
     train(config, tmp_path)
+    told = " ".join(capsys.readouterr().out.split())
+    assert checkpoint is None or f"; steps {checkpoint + 1} to {step} are done again" in told
     assert not differences(tmp_path, run)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, TrainConfig
+from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.errors import UserError
 from laep_jax.fields import settings_of
 from laep_jax.laep.load import LoadHistory
@@ -62,6 +62,17 @@ def test_another_expert_axis_must_divide_the_pruned_model():
     meta = json.loads(json.dumps(pruned.to_meta()))
     with pytest.raises(UserError, match=r"num_experts\[0\]=12 is not divisible by MeshConfig.expert=8"):
         find_run_state(dataclasses.replace(config, mesh=MeshConfig(expert=8)), "sha", WHERE, meta, 8)
+
+
+def test_a_rate_that_jumps_is_named():
+    """Raising num_steps stretches a cosine, but not the constant part of a WSD schedule."""
+    for schedule, stretched in (("cosine", True), ("wsd", False)):
+        config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(schedule=schedule, warmup_steps=2))
+        old, new = (dataclasses.replace(config, train=TrainConfig(num_steps=steps)) for steps in (10, 40))
+        meta = json.loads(json.dumps(run_state(config=old.to_dict()).to_meta()))
+        changed = find_run_state(new, "sha", WHERE, meta, 4)[1]
+        assert changed[0] == "TrainConfig.num_steps 10 -> 40"
+        assert [text.startswith("the learning rate of step 8 ") for text in changed[1:]] == [True] * stretched
 
 
 def test_every_difference_that_is_refused_is_named_at_once():

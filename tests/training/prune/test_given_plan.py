@@ -15,9 +15,10 @@ from laep_jax.laep.plan import chosen_plan, identity_plan
 from laep_jax.laep.rule import PruneRule
 from laep_jax.sharding import make_mesh
 from laep_jax.state.tree import abstract_state
+from laep_jax.tracking.console import RunConsole
 from laep_jax.training.prune.guard import softened
 from laep_jax.training.start import train
-from tests.support.tiny_run import change, records, tiny_config
+from tests.support.tiny_run import change, differences, records, tiny_config
 
 CUT_STEP, NUM_STEPS = 4, 7
 PRUNED = [[1, 2, 5, 7], []]
@@ -92,3 +93,42 @@ def test_moments_begin_anew_after_a_cut(config, plan_file, tmp_path, prune_via):
 def test_where_the_rule_prunes_no_one_nothing_is_cut(config, tmp_path):
     train(change(config, laep={"alpha": 0.0}), tmp_path)
     assert records(tmp_path, "prune") == []
+
+
+class InterruptError(Exception):
+    pass
+
+
+def test_an_open_mesh_stays_as_it_is_when_a_pruned_run_is_resumed(config, tmp_path, monkeypatch):
+    """12 experts on 8 devices run at expert 4; resolved from the 8 that are left it would be 8, and other sums."""
+    loads = [np.arange(12.0)] * 2
+    plan = tmp_path / "plan.json"
+    plan.write_text(chosen_plan(loads, [[0, 1, 2, 3]] * 2, RULE).to_json())
+    wide = change(
+        config,
+        model={"num_experts": 12},
+        mesh={"fsdp": None, "expert": None},
+        laep={"plan": str(plan)},
+        train={"checkpoint_every": CUT_STEP + 1},
+    )
+    train(wide, tmp_path / "whole")
+
+    def stop(self, step, record):
+        if step == CUT_STEP + 2:
+            raise InterruptError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunConsole, "train", stop)
+        with pytest.raises(InterruptError):
+            train(wide, tmp_path / "resumed")
+    train(wide, tmp_path / "resumed")
+    assert records(tmp_path / "resumed", "prune")[0]["experts_after"] == [8, 8]
+    assert not differences(tmp_path / "resumed", tmp_path / "whole")
+
+
+def test_nothing_is_rearranged_while_a_plan_waits_for_its_step(config, plan_file, tmp_path):
+    """Its slots are those of the experts as they are."""
+    moving = change(config, laep={"plan": str(plan_file), "rearrange_gain": 0.0, "window": 2})
+    train(moving, tmp_path / "run")
+    assert records(tmp_path / "run", "prune")[0]["step"] == CUT_STEP
+    assert [sorted(ids) for ids in records(tmp_path / "run", "prune")[0]["lineage"]] == [[0, 3, 4, 6], [*range(8)]]
