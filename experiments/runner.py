@@ -75,6 +75,8 @@ class Runner:
     def _run(self, row: Row) -> Result:
         base, run_dir = needed(row), self._run_dir(row)
         _make_tokenizer(row)
+        if (run_dir / "summary.json").exists() and not (run_dir / "checkpoints").exists():
+            shutil.rmtree(run_dir)  # it was complete, and its result is gone
         bindings = row.bindings
         if row.name in DERIVED:
             assert base

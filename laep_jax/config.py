@@ -133,10 +133,10 @@ class MeshConfig:
         An open `expert` becomes the largest divisor of the remaining devices that also divides
         every layer's expert count; an open `fsdp` becomes the rest.
         """
-        fixed = self.data * (self.fsdp or 1) * (self.expert or 1)
+        given = self.data * (self.fsdp or 1) * (self.expert or 1)
         sizes = f"data={self.data}, fsdp={self.fsdp}, expert={self.expert}"
-        require(num_devices % fixed == 0, "MeshConfig", sizes, f"does not divide {num_devices} devices")
-        expert = self.expert or math.gcd(num_devices // fixed, *num_experts)
+        require(num_devices % given == 0, "MeshConfig", sizes, f"does not divide {num_devices} devices")
+        expert = self.expert or math.gcd(num_devices // given, *num_experts)
         fsdp = self.fsdp or num_devices // (self.data * expert)
         require(
             self.data * fsdp * expert == num_devices,

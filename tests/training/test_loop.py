@@ -316,7 +316,7 @@ def test_the_cut_model_has_the_loss_that_masking_predicts(run, config):
     assert abs(after["validation_loss"] - before["validation_loss"]) > 1e-5
 
 
-def test_the_held_out_loss_is_logged_by_domain(run):
+def test_the_validation_loss_is_logged_by_domain(run):
     [validation] = records(run, "validation")
     targets = validation["targets_by_domain"]
     assert len(targets) > 3
