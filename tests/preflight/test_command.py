@@ -64,7 +64,7 @@ def test_two_slices_merged_runs_and_the_executable(tmp_path):
     changes = {"MeshConfig.data": 2, "DataConfig.batch_size": 8, "ModelConfig.num_experts": (8, 4)}
     result = run("--slices=2", f"--save={tmp_path / 'step'}", **changes, **{"LaepConfig.max_runs": 1})
     assert result.returncode == 0, result.stderr
-    assert "2 slices v5e:2x2: 8 chips" in result.stdout
+    assert "2 slices v5e:2x2: 8 devices" in result.stdout
     assert "max_runs=1: 2 runs of equal layers became 1; 4 experts more (+33.3%), parameters" in result.stdout
     assert "\n  between slices  " in result.stdout  # gradients
     made_for = json.loads((tmp_path / "step").read_bytes().partition(b"\n")[0])

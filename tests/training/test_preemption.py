@@ -115,8 +115,8 @@ SLOW = """
 import pathlib, sys, time
 from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.errors import run_main
-from laep_jax.training import command, loop, preemption, trainer
-from laep_jax.training.prune import compile_ahead, smaller_model
+from laep_jax.training import command, loop, preemption, start, trainer
+from laep_jax.training.prune import smaller_model
 def slowly(function):
     calls = []
     def slow(*args, **kwargs):
@@ -125,15 +125,16 @@ def slowly(function):
         calls.append(args)
         return function(*args, **kwargs)
     return slow
-def compiling(*args, make=compile_ahead.make_train_step):
-    return slowly(make(*args))
+def making(*args, make=start.make_steps):
+    steps = make(*args)
+    return type(steps)(slowly(steps.train), steps.evaluate)
 def record(trainer, step, metrics, record=loop.record):
     record(trainer, step, metrics)
     if step == 5:
         pathlib.Path(sys.argv[1]).write_text(str(time.time()))
         time.sleep(600)
 preemption.HEAD_START = 0.5
-compile_ahead.make_train_step = compiling
+start.make_steps = making
 trainer.validation_loss = slowly(trainer.validation_loss)
 Checkpoints.save = slowly(Checkpoints.save)
 Checkpoints.restore_cut = slowly(Checkpoints.restore_cut)
