@@ -58,11 +58,15 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path |
     require_path("run_dir", os.fspath(run_dir))
     run_dir, first = Path(run_dir), jax.process_index() == 0
     dataset, state_bytes = open_inputs(config, run_dir)
+    ended = False
     with contextlib.ExitStack() as stack:
         with refused_together():
             if first:
                 stack.enter_context(exclusive(run_dir))
                 require_checkpoints(run_dir)
+                ended = (run_dir / "summary.json").exists()  # perhaps it is only looked at
+                if not ended:
+                    _require_space(run_dir, state_bytes)
         console = stack.enter_context(_console(config, show=first))
         keep = config.train.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(run_dir / CHECKPOINTS, keep=keep, report=console.event))
@@ -77,9 +81,8 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path |
                 base = Config.from_dict(run_state.config)
                 with contextlib.ExitStack() as attempt:
                     with refused_together():
-                        if first:
-                            require_writable(run_dir)
-                            require_room(run_dir, state_bytes)
+                        if first and ended:
+                            _require_space(run_dir, state_bytes)
                         make_controller(run_state.current(base), run_state, None)  # refuses a plan that does not fit
                         first_step = _first_step(executable, config, base, run_state)
                         log = attempt.enter_context(_open_log(run_dir, base, run_state.step, console))
@@ -110,6 +113,11 @@ def open_inputs(config: Config, run_dir: Path) -> tuple[Dataset, int]:
         )
     require_same_run(config, dataset.fingerprint)
     return dataset, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _require_space(run_dir: Path, state_bytes: int) -> None:
+    require_writable(run_dir)
+    require_room(run_dir, state_bytes)
 
 
 def _show_again(run_dir: Path, run_state: RunState, console: RunConsole) -> dict:

@@ -224,7 +224,7 @@ def test_cutting_in_memory_gives_the_same_run_and_lets_the_old_step_go(run, conf
     monkeypatch.setattr("laep_jax.training.prune.compile_ahead.make_train_step", make)
     monkeypatch.setattr(RunConsole, "train", show)
     train(change(config, laep={"prune_via": "memory"}), tmp_path)
-    assert alive == [False, True]  # the old model's, the smaller one's
+    assert alive == [False, False]  # the old model's, and the smaller one's, of which the compiled step is left
     assert verified == [(CUT_STEP, records(run, "prune")[0]["experts_after"])]
     monkeypatch.undo()
     assert not differences(tmp_path, run)
