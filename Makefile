@@ -22,9 +22,9 @@ train: .venv/base
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python train.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --ignore=tests/evidence
 
-# The long forms too: hours.
+# Benchmarks, experiments, fault injection and notebooks too, and the long form of every test: hours.
 test-all: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -19,7 +19,7 @@ from laep_jax.laep.plan import make_plan
 from laep_jax.laep.rule import PruneRule
 from laep_jax.preflight.compiling import compile_step
 from laep_jax.sharding import make_cpu_devices
-from laep_jax.state.surgery import cut_config, with_receive_buffer
+from laep_jax.state.surgery import pruned_config, with_receive_buffer
 
 DEVICES = 8
 CONFIG = Config(
@@ -61,7 +61,7 @@ def _variants() -> dict[str, Config]:
     layers, top_k = counts_NLE.shape[1], config.model.top_k
     plan = make_plan(counts_NLE, PruneRule.from_settings(config.laep, layers, top_k=top_k, expert_parallel=DEVICES))
     before = with_receive_buffer(config, [imbalance(device_loads(tokens_E, DEVICES)) for tokens_E in counts_NLE[0]])
-    after = with_receive_buffer(cut_config(config, plan.kept), [layer.imbalance_after for layer in plan.layers])
+    after = with_receive_buffer(pruned_config(config, plan.kept), [layer.imbalance_after for layer in plan.layers])
     return {
         "worst case, before": _with_room_for_all(before),
         "by load, before": before,

@@ -1,9 +1,9 @@
 """`python -m benchmarks prune`: the pause at a prune, part by part.
 
 Real runs of a model of some 80 million parameters on eight emulated devices, pruned on the way: through the checkpoint
-with the next steps compiled beside the training, through the checkpoint without (`cut_delay` of 0), and in memory.
+with the next steps compiled beside the training, through the checkpoint without (`prune_delay` of 0), and in memory.
 Seconds are those that each run logs of itself; every run is a process of its own. Beside it, the same process reads
-the files of the checkpoint with NumPy and restores the cut state from it again, in turns. Both fill new memory that
+the files of the checkpoint with NumPy and restores the pruned state from it again, in turns. Both fill new memory that
 is held till the end, and the system's file cache is warm for both; the medians are compared.
 """
 
@@ -25,18 +25,18 @@ from laep_jax.checkpoint.partial_read import bytes_needed
 from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_cpu_devices, make_mesh
-from laep_jax.state.surgery import cut_config
+from laep_jax.state.surgery import pruned_config
 from laep_jax.state.tree import abstract_state
 from laep_jax.training.start import train
 
 DEVICES = 8
 MODEL = ModelConfig(num_layers=3, hidden_size=256, head_dim=64, ffn_size=512, num_experts=64, router_init=0.3)
-PLAN_STEP, CUT_DELAY, AFTER = 4, 12, 4  # steps until the plan, until the cut, and after it
+PLAN_STEP, PRUNE_DELAY, AFTER = 4, 12, 4  # steps until the plan, until the prune, and after it
 REPETITIONS = 3  # of a read
 VARIANTS = {
-    "checkpoint": {"prune_via": "checkpoint", "cut_delay": CUT_DELAY},
-    "checkpoint, compiled in the pause": {"prune_via": "checkpoint", "cut_delay": 0},
-    "memory": {"prune_via": "memory", "cut_delay": CUT_DELAY},
+    "checkpoint": {"prune_via": "checkpoint", "prune_delay": PRUNE_DELAY},
+    "checkpoint, compiled in the pause": {"prune_via": "checkpoint", "prune_delay": 0},
+    "memory": {"prune_via": "memory", "prune_delay": PRUNE_DELAY},
 }
 PARTS = ("plan", "evaluate", "save", "restore", "compile", "first step")
 
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> dict:
 
 def _config(variant: str, cache_dir: Path) -> Config:
     laep = LaepConfig(alpha=0.4, beta=0.1, window=PLAN_STEP, prune_at_step=PLAN_STEP, **VARIANTS[variant])
-    num_steps = PLAN_STEP + laep.cut_delay + AFTER
+    num_steps = PLAN_STEP + laep.prune_delay + AFTER
     return Config(
         model=MODEL,
         mesh=MeshConfig(fsdp=2, expert=4),
@@ -107,7 +107,7 @@ def _figures(records: list[dict], laep: LaepConfig) -> dict:
 def _reads(run_dir: Path, prune: dict, config: Config) -> dict:
     """`restore_rate` and `numpy_rate`, bytes a second."""
     plan = Plan.from_json((run_dir / prune["plan"]).read_text())
-    target = abstract_state(cut_config(config, plan.kept), make_mesh(config.mesh))
+    target = abstract_state(pruned_config(config, plan.kept), make_mesh(config.mesh))
     files = [path for path in (run_dir / "checkpoints" / str(prune["step"]) / "state").rglob("*") if path.is_file()]
     restoring, reading, held = [], [], []
     with Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
@@ -116,7 +116,7 @@ def _reads(run_dir: Path, prune: dict, config: Config) -> dict:
             arrays = [np.fromfile(path, np.uint8) for path in files]
             reading.append(sum(array.nbytes for array in arrays) / (time.perf_counter() - start))
             start = time.perf_counter()
-            state = checkpoints.restore_cut(prune["step"], target, plan.kept, config.model.runs)
+            state = checkpoints.restore_pruned(prune["step"], target, plan.kept, config.model.runs)
             jax.block_until_ready(state)
             restoring.append(bytes_needed(target) / (time.perf_counter() - start))
             held += [arrays, state]
@@ -128,7 +128,7 @@ def table(result: dict) -> str:
     variants = result["variants"]
     before, after = result["parameters"]
     lines = [
-        f"{before / 1e6:.0f} M parameters, {after / 1e6:.0f} M after the cut; seconds",
+        f"{before / 1e6:.0f} M parameters, {after / 1e6:.0f} M after the prune; seconds",
         f"{'':<36}" + "".join(f"{part:>11}" for part in (*PARTS, "sum", "a step")),
     ]
     for name, figures in variants.items():
@@ -140,7 +140,7 @@ def table(result: dict) -> str:
     read, needed = result["bytes_read"], result["bytes_needed"]
     lines += [
         f"a step beside the compilation takes {steps['beside the compilation']:.3f} s,"
-        f" one after the cut {steps['after']:.3f} s",
+        f" one after the prune {steps['after']:.3f} s",
         f"bytes read / needed: {read / 1e6:,.1f} / {needed / 1e6:,.1f} MB = {read / needed:.4f}",
         f"restoring {result['restore_rate'] / 1e9:.2f} GB/s, NumPy {result['numpy_rate'] / 1e9:.2f} GB/s:"
         f" {result['restore_rate'] / result['numpy_rate']:.2f}",

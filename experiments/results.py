@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.rows import Row
 from laep_jax.errors import UserError
-from laep_jax.files import MOST_JSON, parse_json, read_bytes, read_json, read_records
+from laep_jax.files import MAX_JSON, parse_json, read_bytes, read_json, read_records
 from laep_jax.report.run_data import RunData, read_run
 
 FOLDER = Path(__file__).parent / "results"
@@ -30,11 +30,11 @@ def read_results(folder: Path) -> list[Result]:
     path = folder / FILE
     if not path.exists():
         return []
-    lines = read_bytes(path, str(path), MOST_JSON).splitlines()
+    lines = read_bytes(path, str(path), MAX_JSON).splitlines()
     results = [parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
     for number, result in enumerate(results, 1):
         if not isinstance(result, dict) or not {"row", "seed", "digest"} <= result.keys():
-            raise UserError(f"{path} line {number} is no result; remove it to go on")
+            raise UserError(f"{path} line {number} is no result; remove it to continue")
     return results
 
 
@@ -58,8 +58,8 @@ def result_of(row: Row, run_dir: Path) -> Result:
     run, summary = read_run(run_dir), read_json(run_dir / "summary.json", str(run_dir / "summary.json"))
     records = read_records(run_dir / "metrics.jsonl")
     stable = [record["step"] for record in records if record["kind"] == "stability" and record["stable"]]
-    last_cut = run.cuts[-1].step if run.cuts else 0
-    speeds = [r for r in run.train if r["step"] > last_cut and r["tokens_per_second"] is not None]
+    last_prune = run.transitions[-1].step if run.transitions else 0
+    speeds = [r for r in run.train if r["step"] > last_prune and r["tokens_per_second"] is not None]
     end = int(run.steps[-1])
     return {
         "row": row.name,
@@ -75,7 +75,7 @@ def result_of(row: Row, run_dir: Path) -> Result:
         "validation_targets_by_domain": summary["validation_targets_by_domain"],
         "validation_loss_before_prune": summary["validation_loss_before_prune"],
         "validation_loss_after_prune": summary["validation_loss_after_prune"],
-        "cuts": [cut.step for cut in run.cuts],
+        "cuts": [transition.step for transition in run.transitions],
         "stable": stable,
         "order": run.order(end + 1),
         "tokens_per_second": float(np.median([r["tokens_per_second"] for r in speeds])),
@@ -86,9 +86,9 @@ def result_of(row: Row, run_dir: Path) -> Result:
 
 def _window_ends(run: RunData) -> list[int]:
     end = int(run.steps[-1])
-    if not run.cuts:
+    if not run.transitions:
         return list(range(WINDOW, end + 1, WINDOW))
-    return sorted({run.cuts[0].step, min(run.cuts[-1].step + WINDOW, end), end})
+    return sorted({run.transitions[0].step, min(run.transitions[-1].step + WINDOW, end), end})
 
 
 def _window(run: RunData, last: int) -> list[list[int]]:

@@ -56,7 +56,7 @@ class Row:
         return _load_row(name, self.gin_files[1:], self.bindings)
 
     def branches_from(self, other: "Row") -> bool:
-        """Whether the other is this run without a cut."""
+        """Whether the other is this run without a prune."""
         same = dataclasses.replace(other.config, laep=self.config.laep) == self.config
         return same and self.prunes and not other.prunes
 

@@ -83,13 +83,15 @@ class LaepConfig:
     max_runs: int | None = free(
         None, "keep more experts until neighbouring layers form at most this many runs of equal count; None: any", low=1
     )
-    cut_delay: int = free(20, "steps between plan and cut, while the smaller model's step compiles", low=0)
+    prune_delay: int = free(20, "steps between a plan and its prune, while the smaller model's step compiles", low=0)
     prune_via: str = free(
         "checkpoint",
         "read the survivors from the checkpoint, or gather them in device memory",
         choices=("checkpoint", "memory"),
     )
-    reset_moments: bool = free(False, "zero the optimizer's moments at a cut, instead of moving them with the experts")
+    reset_moments: bool = free(
+        False, "zero the optimizer's moments at a prune, instead of moving them with the experts"
+    )
     guard_tolerance: float | None = free(
         0.2,
         "nats by which the validation loss may rise without the experts to prune; a plan that costs more is refused;"

@@ -1,7 +1,7 @@
 """The processes of one run: how they connect, agree and exit. With one process nothing happens here.
 
 Every process runs the same program on its own devices and its own rows of each batch. Computations over
-the whole mesh, Orbax and `texts_of_all` wait until all processes reach them, so all processes must take
+the whole mesh, Orbax and `allgather_strings` wait until all processes reach them, so all processes must take
 the same decisions; only process 0 writes logs.
 """
 
@@ -128,7 +128,7 @@ def _silence_gloo() -> None:
     os.close(nowhere)
 
 
-def texts_of_all(text: str) -> list[str]:
+def allgather_strings(text: str) -> list[str]:
     """What each process says, by its index, no more than MESSAGE bytes of it. Waits for all of them."""
     said = np.frombuffer(text.encode(errors="backslashreplace")[:MESSAGE].ljust(MESSAGE, b"\0"), np.uint8)
     return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(said)]
@@ -145,21 +145,21 @@ def require_same(values: Mapping[str, object]) -> None:
     )
     differs = np.any(np.ptp(multihost_utils.process_allgather(digests), axis=0), axis=1)
     for name in itertools.compress(texts, differs):
-        of_all = texts_of_all(texts[name])
+        of_all = allgather_strings(texts[name])
         holders = {text: [str(index) for index, other in enumerate(of_all) if other == text] for text in of_all}
         found = "; ".join(f"{text} on {', '.join(indices)}" for text, indices in holders.items())
         raise UserError(f"{name} differs between the processes: {found}")
 
 
 @contextlib.contextmanager
-def refused_together(kind: type[UserError] = UserError) -> Iterator[None]:
+def raise_on_all_processes(kind: type[UserError] = UserError) -> Iterator[None]:
     """A `UserError` of this kind of one process inside becomes one of all. Nothing inside may wait for the others."""
     refusal = None
     try:
         yield
     except kind as error:
         refusal = error
-    refusals = texts_of_all(str(refusal or ""))
+    refusals = allgather_strings(str(refusal or ""))
     if refusal:
         raise refusal
     for index, text in enumerate(refusals):
@@ -167,13 +167,13 @@ def refused_together(kind: type[UserError] = UserError) -> Iterator[None]:
             raise kind(f"process {index}: {text}")
 
 
-def is_alone(error: BaseException | None) -> bool:
+def is_local_error(error: BaseException | None) -> bool:
     """Whether the other processes know nothing of this error and would be waited for in vain."""
     return error is not None and not isinstance(error, SHARED_ERRORS) and jax.process_count() > 1
 
 
 @contextlib.contextmanager
-def leaving_at_once(is_busy: Callable[[], bool]) -> Iterator[None]:
+def exit_without_barrier(is_busy: Callable[[], bool]) -> Iterator[None]:
     """Ends this process where an error is its own, without JAX's goodbye to the others; or where it is busy.
 
     That goodbye waits minutes for processes that themselves hang in a collective with this one. Its
@@ -183,7 +183,7 @@ def leaving_at_once(is_busy: Callable[[], bool]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not is_alone(error):
+        if not is_local_error(error):
             if not is_busy():
                 raise
             if jax.process_count() > 1:

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 
-LONGEST = 2_000  # characters of a message
+MAX_MESSAGE = 2_000  # characters of a message
 REFUSED, STOPPED, INTERRUPTED = 2, os.EX_TEMPFAIL, 128 + signal.SIGINT  # exit codes
 
 
@@ -23,7 +23,11 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        text = message if len(message) <= LONGEST else f"{message[: LONGEST // 2]}...{message[-LONGEST // 2 :]}"
+        text = (
+            message
+            if len(message) <= MAX_MESSAGE
+            else f"{message[: MAX_MESSAGE // 2]}...{message[-MAX_MESSAGE // 2 :]}"
+        )
         super().__init__(printable(text))
 
 
@@ -40,7 +44,7 @@ class StoppedError(Exception):
     """A run was stopped by a signal; everything up to `step` is saved. Entry points exit with code 75 (retry)."""
 
     def __init__(self, step: int):
-        super().__init__(f"stopped and saved after step {step}; a run started again goes on from there")
+        super().__init__(f"stopped and saved after step {step}; started again, the run resumes from there")
 
 
 class UnreachableError(Exception):
@@ -169,7 +173,7 @@ def _raised_by(error: BaseException) -> str:
 def explain(error: BaseException) -> int:
     """Prints the line of one of EXPLAINED; returns its exit code."""
     if isinstance(error, KeyboardInterrupt):
-        text, code = "interrupted; a run started again goes on from its newest checkpoint", INTERRUPTED
+        text, code = "interrupted; started again, the run resumes from its newest checkpoint", INTERRUPTED
     elif isinstance(error, StoppedError):
         text, code = str(error), STOPPED
     else:

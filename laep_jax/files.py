@@ -18,9 +18,9 @@ import numpy as np
 
 from laep_jax.errors import UserError, require, short
 
-MOST_JSON = 2**26  # bytes of a file; a plan for 1,000 layers of 512 experts has 6 MB
+MAX_JSON = 2**26  # bytes of a file; a plan for 1,000 layers of 512 experts has 6 MB
 MAX_LINE = 2**28  # bytes of a record of a run; a prune of 10,000 layers of 4,096 experts has 200 MB
-MOST_ARRAY = 2**33  # bytes of an array
+MAX_ARRAY = 2**33  # bytes of an array
 
 
 def open_regular(path: Path, name: str) -> BinaryIO:
@@ -71,7 +71,7 @@ def _finite(text: str) -> float:
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file."""
-    values = parse_json(read_bytes(path, name, MOST_JSON), name)
+    values = parse_json(read_bytes(path, name, MAX_JSON), name)
     if not isinstance(values, dict):
         raise UserError(f"{name} must hold a JSON object")
     return values
@@ -96,7 +96,7 @@ def parse_record(line: bytes, name: str) -> dict[str, Any]:
     require(len(line) <= MAX_LINE, f"length of {name}", len(line), f"is above {MAX_LINE} bytes, so this is no record")
     record = parse_json(line, name)
     if not _is_record(record):
-        raise UserError(f"{name} is not a record of a run; remove it to go on")
+        raise UserError(f"{name} is not a record of a run; remove it to continue")
     return record
 
 
@@ -141,7 +141,7 @@ def read_arrays(path: Path, name: str, keys: Iterable[str]) -> dict[str, np.ndar
 
 
 def parse_arrays(file: IO[bytes], name: str, keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """These arrays of an .npz file, or all, read-only: integers, floats or booleans, MOST_ARRAY bytes in all."""
+    """These arrays of an .npz file, or all, read-only: integers, floats or booleans, MAX_ARRAY bytes in all."""
     try:
         with zipfile.ZipFile(file) as archive:
             found = _array_names(archive)
@@ -149,7 +149,7 @@ def parse_arrays(file: IO[bytes], name: str, keys: Iterable[str] | None = None) 
             missing = [key for key in keys if key not in found]
             require(not missing, f"arrays in {name}", found, f"lack {missing}")
             size = sum(archive.getinfo(f"{key}.npy").file_size for key in keys)
-            require(size <= MOST_ARRAY, f"size of the arrays in {name}", size, f"is above {MOST_ARRAY} bytes")
+            require(size <= MAX_ARRAY, f"size of the arrays in {name}", size, f"is above {MAX_ARRAY} bytes")
             return {key: _parse_member(archive, archive.getinfo(f"{key}.npy")) for key in keys}
     except UserError:
         raise
@@ -166,7 +166,7 @@ def _parse_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray
 
 def _parse_array(file: IO[bytes], size: int) -> np.ndarray:
     """A .npy file of `size` bytes; its header is believed only where it fits them."""
-    if size > MOST_ARRAY or np.lib.format.read_magic(file) != (1, 0):
+    if size > MAX_ARRAY or np.lib.format.read_magic(file) != (1, 0):
         raise ValueError(f"an array of {size} bytes, or of another version")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
     length = size - file.tell()

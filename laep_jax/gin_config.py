@@ -23,7 +23,7 @@ from laep_jax.fields import settings_of
 from laep_jax.files import read_bytes
 from laep_jax.paths import expanded, require_path
 
-MOST_TEXT = 2**15  # bytes of all files and bindings; the longest here has 2,000
+MAX_TEXT = 2**15  # bytes of all files and bindings; the longest here has 2,000
 PARTS: dict[str, type] = typing.get_type_hints(Config)
 CLASSES = {part.__name__: part for part in PARTS.values()}
 HERE = Path(__file__).parent
@@ -91,8 +91,8 @@ def _hint(selector: str) -> Any:
 
 def _as_literal(text: str, *, is_text: bool) -> str:
     """A value as gin reads it: what is no Python literal, macro or reference is a string, as are numbers of a text."""
-    if len(text) > MOST_TEXT:
-        raise UserError(f"a setting of {len(text)} characters is above {MOST_TEXT}")
+    if len(text) > MAX_TEXT:
+        raise UserError(f"a setting of {len(text)} characters is above {MAX_TEXT}")
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -103,7 +103,7 @@ def _as_literal(text: str, *, is_text: bool) -> str:
 def load_config(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Config:
     """The config that files and bindings describe, later ones over earlier ones.
 
-    `UserError` on a file that is missing or does not parse, on files and bindings of more than MOST_TEXT bytes, on
+    `UserError` on a file that is missing or does not parse, on files and bindings of more than MAX_TEXT bytes, on
     unknown classes and fields (with the nearest names), a binding without effect, and whatever the dataclasses refuse.
     """
     statements = _Statements()
@@ -127,7 +127,7 @@ class _Statements(config_parser.ParserDelegate):
         self._macros: dict[str, Any] = {}
         self._idle: set[str] = set()  # macros of the command line, which are there to have an effect
         self._unknown: list[str] = []
-        self._left = MOST_TEXT
+        self._left = MAX_TEXT
 
     def configurable_reference(self, scoped_configurable_name, evaluate):
         raise ValueError(f"@{scoped_configurable_name} is a reference; a config holds values only")
@@ -139,7 +139,7 @@ class _Statements(config_parser.ParserDelegate):
         """including: the files that led here, the one of the command line first."""
         if path in including:
             raise UserError(f"{name} includes itself")
-        data = read_bytes(path, name, MOST_TEXT)
+        data = read_bytes(path, name, MAX_TEXT)
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
             raise UserError(f"{name} is UTF-16, or no text; save it as UTF-8")
         try:
@@ -151,7 +151,7 @@ class _Statements(config_parser.ParserDelegate):
     def read(self, text: str, where: str, including: tuple[Path, ...]) -> None:
         self._left -= len(text)
         if self._left < 0:
-            raise UserError(f"{where}: the config as a whole is above {MOST_TEXT} characters")
+            raise UserError(f"{where}: the config as a whole is above {MAX_TEXT} characters")
         try:
             parser = config_parser.ConfigParser(text, self)
             while statement := parser.parse_statement():  # iterating would take an unexpected end for the end

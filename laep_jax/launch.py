@@ -56,34 +56,36 @@ def launch(command: Sequence[str], num_processes: int, restarts: int = 0) -> int
     restarts: how often they are all started again after a crash. Returns 0, or the exit code of the first that
     failed (128 + the signal that ended it), 75 where they were told to stop, or 128 + the second signal.
     """
-    with _hearing() as told:
-        index, code = _run(command, num_processes, told)
+    with _caught_signals() as signals:
+        index, code = _run(command, num_processes, signals)
         for restart in range(1, restarts + 1):
-            if told or code in FINAL:
+            if signals or code in FINAL:
                 break
             print(f"process {index} ended with code {code}: restart {restart} of {restarts}", file=sys.stderr)
-            index, code = _run(command, num_processes, told)
-    if len(told) > 1:
-        return 128 + told[1]
-    return STOPPED if told and code == 128 + signal.SIGTERM else code  # before it could save there was nothing to save
+            index, code = _run(command, num_processes, signals)
+    if len(signals) > 1:
+        return 128 + signals[1]
+    if signals and code == 128 + signal.SIGTERM:  # before it could save there was nothing to save
+        return STOPPED
+    return code
 
 
 @contextlib.contextmanager
-def _hearing() -> Iterator[list[int]]:
+def _caught_signals() -> Iterator[list[int]]:
     """The list of the signals that tell the launcher to stop, as they come; those that are ignored stay so."""
-    told: list[int] = []
+    signals: list[int] = []
     found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     heard = [number for number, handler in found.items() if handler is not signal.SIG_IGN]
     try:
         for number in heard:
-            signal.signal(number, lambda number, frame: told.append(number))
-        yield told
+            signal.signal(number, lambda number, frame: signals.append(number))
+        yield signals
     finally:
         for number in heard:
             signal.signal(number, found[number])
 
 
-def _run(command: Sequence[str], num_processes: int, told: Sequence[int]) -> tuple[int, int]:
+def _run(command: Sequence[str], num_processes: int, signals: Sequence[int]) -> tuple[int, int]:
     """Runs all processes once. The first that failed and its exit code, (0, 0) without one."""
     address = f"127.0.0.1:{_free_port()}"
     with contextlib.ExitStack() as stack:
@@ -92,14 +94,14 @@ def _run(command: Sequence[str], num_processes: int, told: Sequence[int]) -> tup
         stack.callback(_kill, children)
         for index in range(num_processes):
             children.append(_start(command, address, num_processes, index, said[index]))
-        failed = _wait_for_failure(children, told)
+        failed = _wait_for_failure(children, signals)
         if not failed:
             _print(said[0])
             return 0, 0
         first = max(failed, key=lambda index: children[index].returncode)  # signals are negative
         code = _exit_code(children[first].returncode)
-        _wait(children, math.inf if code == STOPPED else GRACE, told)
-        _tell(failed, children, said)
+        _wait(children, math.inf if code == STOPPED else GRACE, signals)
+        _print_output(failed, children, said)
         return first, code
 
 
@@ -126,19 +128,19 @@ def _start(command: Sequence[str], address: str, num_processes: int, index: int,
     )
 
 
-def _wait_for_failure(children: Sequence[subprocess.Popen], told: Sequence[int]) -> list[int]:
+def _wait_for_failure(children: Sequence[subprocess.Popen], signals: Sequence[int]) -> list[int]:
     """The first to fail, with those who failed at the same time; nobody when all have ended well.
 
     Passes the first signal on, as the SIGTERM that any number of the processes may get any number of times: Ctrl-C
     has reached them already, a second one would break them off. Returns nobody after the second.
     """
     passed_on = False
-    while len(told) < 2:
+    while len(signals) < 2:
         codes = [child.poll() for child in children]
         failed = [index for index, code in enumerate(codes) if code]
         if failed or None not in codes:
             return failed
-        if told and not passed_on:
+        if signals and not passed_on:
             for child in children:
                 child.terminate()
             passed_on = True
@@ -146,10 +148,10 @@ def _wait_for_failure(children: Sequence[subprocess.Popen], told: Sequence[int])
     return []
 
 
-def _wait(children: Sequence[subprocess.Popen], seconds: float, told: Sequence[int]) -> None:
+def _wait(children: Sequence[subprocess.Popen], seconds: float, signals: Sequence[int]) -> None:
     """Returns when all have ended, after that many seconds, or after the second signal."""
     deadline = time.monotonic() + seconds
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline and len(told) < 2:
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline and len(signals) < 2:
         time.sleep(POLL)
 
 
@@ -161,7 +163,7 @@ def _kill(children: Sequence[subprocess.Popen]) -> None:
         child.wait()
 
 
-def _tell(failed: Sequence[int], children: Sequence[subprocess.Popen], said: Sequence[IO[bytes]]) -> None:
+def _print_output(failed: Sequence[int], children: Sequence[subprocess.Popen], said: Sequence[IO[bytes]]) -> None:
     """Prints what the processes said: survivors of the first failure in a line each, then in full those that failed.
 
     A refusal or a stop is the same in all of them, and is told once.

@@ -1,7 +1,8 @@
 """Eight emulated CPU devices, strict rank promotion; warnings are errors (pyproject.toml). Damage for parsers.
 
 Compiling takes most of the time. Programs are kept for the session, since the same tiny model is trained again and
-again, also by processes that tests start.
+again, also by processes that tests start; and XLA optimizes little, so that a train step compiles in a quarter of the
+time. tests/test_train.py trains with XLA's own settings.
 """
 
 import copy
@@ -14,13 +15,15 @@ programs = tempfile.TemporaryDirectory(prefix="programs-")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", programs.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from laep_jax.errors import LONGEST, UserError  # noqa: E402
+from laep_jax.errors import MAX_MESSAGE, UserError  # noqa: E402
 from laep_jax.sharding import make_cpu_devices  # noqa: E402
 from tests.support.states import States  # noqa: E402
 
@@ -31,12 +34,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(scope="session")
 def states() -> type[States]:
     return States
-
-
-@pytest.fixture
-def optimized_little(monkeypatch) -> None:
-    """The programs of processes that the test starts: what it is about is when they end, not what they compute."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 NODES = [
@@ -117,7 +114,7 @@ class Fuzz:
         except UserError as error:
             message = str(error)
         assert message.isprintable()
-        assert len(message) <= 2 * LONGEST
+        assert len(message) <= 2 * MAX_MESSAGE
         return None
 
 

@@ -90,7 +90,7 @@ def test_platforms_that_are_not_here_and_a_coordinator_that_does_not_answer_are_
     environment({"JAX_PLATFORMS": "tpu"})
     monkeypatch.setattr(jax, "process_count", no_devices)
     message = r"^JAX_PLATFORMS='tpu' has no devices here: Unable .*: no driver$"
-    with pytest.raises(UserError, match=message), distributed.leaving_at_once(lambda: False):
+    with pytest.raises(UserError, match=message), distributed.exit_without_barrier(lambda: False):
         distributed.connect()
 
     environment(ALL_GIVEN | {distributed.ADDRESS: "127.0.0.1:1"})
@@ -100,13 +100,13 @@ def test_platforms_that_are_not_here_and_a_coordinator_that_does_not_answer_are_
 
 
 def test_alone_everything_agrees():
-    assert distributed.texts_of_all("äh") == ["äh"]
+    assert distributed.allgather_strings("äh") == ["äh"]
     distributed.require_same({"the plan": "abc", "TrainConfig.seed": 0})
-    with distributed.refused_together():
+    with distributed.raise_on_all_processes():
         pass
-    with pytest.raises(UserError, match=r"^no$"), distributed.refused_together():
+    with pytest.raises(UserError, match=r"^no$"), distributed.raise_on_all_processes():
         raise UserError("no")
-    with pytest.raises(RuntimeError), distributed.leaving_at_once(lambda: False):
+    with pytest.raises(RuntimeError), distributed.exit_without_barrier(lambda: False):
         raise RuntimeError
 
 
@@ -117,7 +117,7 @@ def test_a_difference_names_every_text_and_process(monkeypatch):
         return np.stack([mine, others, mine])
 
     monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
-    monkeypatch.setattr(distributed, "texts_of_all", lambda text: [text, "b", text])
+    monkeypatch.setattr(distributed, "allgather_strings", lambda text: [text, "b", text])
     with pytest.raises(UserError, match=r"^the plan differs between the processes: a on 0, 2; b on 1$"):
         distributed.require_same({"TrainConfig.seed": 0, "the plan": "a"})
 
@@ -135,13 +135,13 @@ def test_a_difference_names_every_text_and_process(monkeypatch):
 )
 def test_which_errors_are_a_process_s_own(monkeypatch, error, alone):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert distributed.is_alone(error) == alone
+    assert distributed.is_local_error(error) == alone
 
 
 def test_a_stop_does_not_wait_for_a_compilation(monkeypatch, capsys):
     codes = []
     monkeypatch.setattr(distributed.os, "_exit", codes.append)
-    with distributed.leaving_at_once(lambda: True):
+    with distributed.exit_without_barrier(lambda: True):
         raise StoppedError(7)
     assert codes == [75]
-    assert capsys.readouterr().err == "stopped and saved after step 7; a run started again goes on from there\n"
+    assert capsys.readouterr().err == "stopped and saved after step 7; started again, the run resumes from there\n"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from laep_jax import files
-from laep_jax.errors import LONGEST, UserError, short
+from laep_jax.errors import MAX_MESSAGE, UserError, short
 from laep_jax.files import open_regular, parse_json, read_array, read_arrays, read_bytes, read_records, refuse_links
 
 
@@ -147,7 +147,7 @@ def test_what_unpacks_to_more_than_an_array_may_have_is_refused_unread(tmp_path,
     (tmp_path / "x").write_bytes(npz(np.savez_compressed, a=np.zeros(10**6, np.int8)))
     assert (tmp_path / "x").stat().st_size < 2000
     assert read_array(tmp_path / "x", "x", "a").size == 10**6
-    monkeypatch.setattr(files, "MOST_ARRAY", 10**6)
+    monkeypatch.setattr(files, "MAX_ARRAY", 10**6)
     with pytest.raises(UserError, match="size of the arrays in x=1000128 is above 1000000 bytes"):
         read_array(tmp_path / "x", "x", "a")
 
@@ -181,9 +181,9 @@ def test_messages_are_one_line_of_bounded_length():
     assert message.startswith(r"a\nb\x1b[31mxx")
     assert message.endswith(r"x\u2028end")
     assert message.isprintable()
-    assert len(message) < LONGEST + 50
+    assert len(message) < MAX_MESSAGE + 50
     deep: list = []
     for _ in range(10_000):
         deep = [deep]
     for value in (deep, [0] * 10**6, "x" * 10**6, 1 << 10**6, {i: i for i in range(10**4)}):
-        assert len(short(value)) < LONGEST
+        assert len(short(value)) < MAX_MESSAGE

@@ -33,12 +33,12 @@ from laep_jax.checkpoint import manifest
 from laep_jax.checkpoint.manifest import DamagedError
 from laep_jax.checkpoint.partial_read import open_leaves, read_leaves
 from laep_jax.checkpoint.steps import DAMAGED, SAVING, StepDirectory
-from laep_jax.distributed import is_alone, refused_together, texts_of_all
+from laep_jax.distributed import allgather_strings, is_local_error, raise_on_all_processes
 from laep_jax.errors import UserError
-from laep_jax.files import MOST_ARRAY, parse_arrays
+from laep_jax.files import MAX_ARRAY, parse_arrays
 from laep_jax.sharding import expert_axis, leaf_name
 from laep_jax.state import fingerprint
-from laep_jax.state.surgery import Kept, LeafCut, Runs, cut_leaves, leaf_key, run_position
+from laep_jax.state.surgery import Kept, LeafGather, Runs, leaf_gathers, leaf_key, run_position
 
 META_FILE, HISTORY_FILE, FINGERPRINTS_FILE = "meta.json", "history.npz", "fingerprints.npz"
 FAILURES = 2  # failed saves in a row that end the run
@@ -81,7 +81,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
-        if not is_alone(error):
+        if not is_local_error(error):
             self.close()
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class Checkpoints:
         (step, future), self._saving = self._saving, None
         error = future.exception()
         log.debug("the save of step %s has ended", step, exc_info=error)
-        texts = texts_of_all(f"{type(error).__name__}: {error}".splitlines()[0] if error else "")
+        texts = allgather_strings(f"{type(error).__name__}: {error}".splitlines()[0] if error else "")
         self._settle()
         if jax.process_index() == 0:
             self._steps.retain()
@@ -144,20 +144,11 @@ class Checkpoints:
         if failures:
             raise SaveError(f"checkpoint {self._steps.step(step)} could not be saved: {failures[0]}")
 
-    def latest(self) -> int | None:
-        """The newest complete step as process 0 finds it, None without one.
-
-        A step counts when its files are as its manifest says; what is in the large ones only reading them tells.
-        """
-        return _of_first(lambda: self._steps.latest(self._pass_over))
-
-    def _pass_over(self, step: int, damage: str) -> None:
-        log.warning("checkpoint %s passed over: %s", self._steps.step(step), damage)
-
     def newest_valid(self) -> int | None:
-        """As `latest`, for a run to go on with: newer steps that do not count are put aside first.
+        """The newest complete step as process 0 finds it, None without one; newer ones that do not count are put aside.
 
-        `UserError` where none is left of those there were: that is no reason to begin again.
+        A step counts when its files are as its manifest says; what is in the large ones only reading them shows.
+        `UserError` where none remains of those there were: that is no reason to train from the beginning.
         """
         step = _of_first(lambda: self._steps.latest(self._put_aside))
         if step is None and _of_first(self._steps.only_damaged):
@@ -176,7 +167,7 @@ class Checkpoints:
 
     def _put_aside(self, step: int, damage: str) -> None:
         path = self._steps.put_aside(step)
-        self._report(f"{damage}; it is now {path.name}, and the run goes on from an older one")
+        self._report(f"{damage}; it is now {path.name}, and the run resumes from an older one")
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """What the run said of itself; `DamagedError` where the step is missing or does not read."""
@@ -193,18 +184,18 @@ class Checkpoints:
         or dtypes differ from what is stored; `DamagedError` where the values are not those that were saved.
         """
         leaves = tree_flatten_with_path(abstract_state)[0]
-        cuts = [LeafCut(leaf, (leaf_key(path),), (), leaf_key(path), None) for path, leaf in leaves]
+        cuts = [LeafGather(leaf, (leaf_key(path),), (), leaf_key(path), None) for path, leaf in leaves]
         expected = {cut.family: _describe(cut.target.shape, cut.target.dtype) for cut in cuts}
         return self._restore(step, abstract_state, cuts, expected, None)
 
-    def restore_cut(self, step: int, abstract_state, kept: Kept, old_runs: Runs):
+    def restore_pruned(self, step: int, abstract_state, kept: Kept, old_runs: Runs):
         """The state of a step cut by a plan, read from disk no further than it survives.
 
-        abstract_state: of the cut model. kept: per layer the old slots in new order. old_runs:
+        abstract_state: of the pruned model. kept: per layer the old slots in new order. old_runs:
         `ModelConfig.runs` of the model as it was saved. Equal to `restore` followed by
-        `surgery.cut_state`, and checked as there. Errors as in `restore`.
+        `surgery.prune_state`, and checked as there. Errors as in `restore`.
         """
-        cuts = list(cut_leaves(abstract_state, old_runs, kept))
+        cuts = list(leaf_gathers(abstract_state, old_runs, kept))
         expected: Described = {}
         for cut in cuts:
             shapes = [cut.old_shape(old_runs, piece) for piece in cut.pieces] or [cut.target.shape]
@@ -214,13 +205,13 @@ class Checkpoints:
     def verify(self, step: int, state, kept: Kept | None = None) -> None:
         """`DamagedError`, naming leaf, layer and expert, unless `state` is what was saved, cut if `kept` is given."""
         saved = fingerprint.from_arrays(self._read_arrays(step, FINGERPRINTS_FILE))
-        want = fingerprint.cut_fingerprints(saved, kept) if kept else saved
+        want = fingerprint.pruned_fingerprints(saved, kept) if kept else saved
         place = fingerprint.first_difference(fingerprint.fingerprints(state), want, kept)
         if place:
             with self._validating(step):
                 raise DamagedError(f"checkpoint {self._steps.step(step)} is damaged: {place} is not what was saved")
 
-    def _restore(self, step: int, abstract_state, cuts: Sequence[LeafCut], expected: Described, kept: Kept | None):
+    def _restore(self, step: int, abstract_state, cuts: Sequence[LeafGather], expected: Described, kept: Kept | None):
         self._check_fits(step, expected)
         with self._validating(step):
             try:
@@ -250,14 +241,14 @@ class Checkpoints:
     def _read_arrays(self, step: int, name: str) -> dict[str, np.ndarray]:
         path, digest = self._steps.step(step) / name, self._read_header(step)["sha256"][name]
         with self._validating(step):
-            content = manifest.read_file(path, MOST_ARRAY, digest)
+            content = manifest.read_file(path, MAX_ARRAY, digest)
         return parse_arrays(io.BytesIO(content), str(path))  # it has its hash: of another version at worst, not damaged
 
     @contextlib.contextmanager
     def _validating(self, step: int) -> Iterator[None]:
         """What one process finds damaged is damaged for all."""
         try:
-            with refused_together(DamagedError):
+            with raise_on_all_processes(DamagedError):
                 yield
         except DamagedError as error:
             error.step = step
@@ -289,11 +280,11 @@ class Checkpoints:
 
     def _require_shared(self) -> None:
         """`UserError` unless every process finds what process 0 puts here: Orbax would wait for it for ever."""
-        marker = self.directory / f".{texts_of_all(uuid.uuid4().hex)[0]}"
+        marker = self.directory / f".{allgather_strings(uuid.uuid4().hex)[0]}"
         if jax.process_index() == 0:
             marker.touch()
         multihost_utils.sync_global_devices("marker")
-        with refused_together():
+        with raise_on_all_processes():
             if not marker.exists():
                 raise UserError(f"{self.directory} must be on a file system that all processes share")
         if jax.process_index() == 0:
@@ -307,7 +298,7 @@ class Checkpoints:
 
 def _of_first(find: Callable[[], Any]) -> Any:
     """What process 0 finds, as JSON makes it: a shared file system need not show every process the same at once."""
-    return json.loads(texts_of_all(json.dumps(find() if jax.process_index() == 0 else None))[0])
+    return json.loads(allgather_strings(json.dumps(find() if jax.process_index() == 0 else None))[0])
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:

@@ -12,11 +12,9 @@ from pathlib import Path
 
 from laep_jax.checkpoint.manifest import sync
 from laep_jax.errors import UserError
-from laep_jax.tracking.run_log import METRICS_FILE
 
 LOCK_FILE = "run.lock"
 CHECKPOINTS = "checkpoints"  # the directory of a run's checkpoints
-HAS_CHECKPOINTS = ".has_checkpoints"  # made beside it when the first is complete
 STATES = 2  # of which there must be room: one that is kept, and the next while it is written
 
 log = logging.getLogger(__name__)
@@ -58,19 +56,6 @@ def require_savable(run_dir: Path) -> None:
     found = sorted(set(path) & set("*?[\\"))
     if found:
         raise UserError(f"{path!r} has {' '.join(found)} in it, which Orbax reads as a pattern; use another workdir")
-
-
-def require_checkpoints(run_dir: Path) -> None:
-    """`UserError` where a run left records but its checkpoints are gone: a new run would erase the records."""
-    directory = run_dir / CHECKPOINTS
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    kept = any(name.isdecimal() or ".damaged" in name or name.endswith(".replaced") for name in names)
-    lost = not directory.is_dir() or ((run_dir / HAS_CHECKPOINTS).exists() and not kept)
-    if lost and (run_dir / METRICS_FILE).exists():
-        raise UserError(
-            f"{run_dir} holds the records of a run, but its checkpoints are missing from {directory}: "
-            "put them back, or use another workdir"
-        )
 
 
 def require_writable(run_dir: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from laep_jax.errors import UserError
-from laep_jax.files import MOST_JSON, parse_json, read_bytes
+from laep_jax.files import MAX_JSON, parse_json, read_bytes
 
 MANIFEST_FILE = "manifest.json"
 HASHED_BYTES = 2**20  # larger files are known by their size only
@@ -33,7 +33,7 @@ def sealed(content: Any) -> str:
 
 def read_sealed(path: Path) -> Any:
     """What `sealed` was given, as JSON makes it; `DamagedError` where it is not that."""
-    text = read_file(path, MOST_JSON)
+    text = read_file(path, MAX_JSON)
     try:
         found = parse_json(text, "it")
         digest, content = found["sha256"], found["content"]

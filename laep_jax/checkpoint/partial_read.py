@@ -1,8 +1,8 @@
-"""Reads a cut state straight out of a checkpoint: surviving experts only, already in their new places.
+"""Reads a pruned state straight out of a checkpoint: surviving experts only, already in their new places.
 
 Orbax restores whole arrays. This opens its store of arrays (zarr3 in OCDBT, one chunk an expert and
 layer, uncompressed) with TensorStore and reads, for each addressable shard of each new leaf, the
-layers and experts that it holds; `surgery.cut_pieces` says which these are (paper sections 3.2, 3.3).
+layers and experts that it holds; `surgery.moved_pieces` says which these are (paper sections 3.2, 3.3).
 """
 
 import itertools
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from laep_jax.state.surgery import LeafCut
+from laep_jax.state.surgery import LeafGather
 
 ALIGNMENT = 64  # bytes
 INDEX_BYTES = 2**26  # of OCDBT's index to be kept
@@ -71,7 +71,7 @@ def _start_read(source: ts.TensorStore, index: tuple, place: np.ndarray) -> ts.F
     return ts.array(place).write(part[ts.d[:].translate_to[0]] if part.rank else part).commit
 
 
-def _start_shard(cut: LeafCut, sources: list[ts.TensorStore], bounds: Bounds, shard: np.ndarray) -> list[ts.Future]:
+def _start_shard(cut: LeafGather, sources: list[ts.TensorStore], bounds: Bounds, shard: np.ndarray) -> list[ts.Future]:
     """Reads into one shard: one a layer, or one in all for a leaf that stays as it is."""
     box = tuple(slice(*pair) for pair in bounds)
     if not cut.pieces:
@@ -90,15 +90,15 @@ def _start_shard(cut: LeafCut, sources: list[ts.TensorStore], bounds: Bounds, sh
     return reads
 
 
-def _start_leaf(cut: LeafCut, stored: dict[str, ts.TensorStore]) -> tuple[dict[Bounds, np.ndarray], list[ts.Future]]:
+def _start_leaf(cut: LeafGather, stored: dict[str, ts.TensorStore]) -> tuple[dict[Bounds, np.ndarray], list[ts.Future]]:
     """The leaf's shards, still to be filled, and the reads that fill them."""
     sources = [stored[key] for key in cut.sources]
     shards = {box: _empty(box, np.dtype(cut.target.dtype)) for box in {*_boxes(cut.target).values()}}
     return shards, [read for box, shard in shards.items() for read in _start_shard(cut, sources, box, shard)]
 
 
-def read_leaves(cuts: Sequence[LeafCut], stored: dict[str, ts.TensorStore]) -> list[jax.Array]:
-    """The leaves of the cut state on their devices; this process reads only what its devices hold.
+def read_leaves(cuts: Sequence[LeafGather], stored: dict[str, ts.TensorStore]) -> list[jax.Array]:
+    """The leaves of the pruned state on their devices; this process reads only what its devices hold.
 
     While one leaf is waited for and put on its devices, the next is being read.
     """

@@ -9,9 +9,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from laep_jax.checkpoint.lock import HAS_CHECKPOINTS
+from laep_jax.checkpoint.lock import CHECKPOINTS
 from laep_jax.checkpoint.manifest import DamagedError, bring_to_disk, check_files, sync, write_manifest
+from laep_jax.errors import UserError
+from laep_jax.tracking.run_log import METRICS_FILE
 
+HAS_CHECKPOINTS = ".has_checkpoints"  # made beside the directory when the first step is complete
 SAVING = ".saving"  # a step that is not complete yet
 REPLACED = ".replaced"  # a step making way for a new save of the same step
 TRASH = ".trash"  # a step being removed
@@ -102,3 +105,16 @@ class StepDirectory:
             trash = path.with_name(path.name + TRASH)
             os.replace(path, trash)
             shutil.rmtree(trash)
+
+
+def require_checkpoints(run_dir: Path) -> None:
+    """`UserError` where a run left records but its checkpoints are gone: a new run would erase the records."""
+    directory = run_dir / CHECKPOINTS
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    kept = any(name.isdecimal() or DAMAGED in name or name.endswith(REPLACED) for name in names)
+    lost = not directory.is_dir() or ((run_dir / HAS_CHECKPOINTS).exists() and not kept)
+    if lost and (run_dir / METRICS_FILE).exists():
+        raise UserError(
+            f"{run_dir} holds the records of a run, but its checkpoints are missing from {directory}: "
+            "put them back, or use another workdir"
+        )

@@ -38,7 +38,7 @@ from laep_jax.errors import UserError, require
 
 VERSION = 2  # of both files, of reading, of domains and of tokenizing: another one makes every cache anew
 DIGEST, HEADER = 64, 4096  # bytes
-DOCUMENTS_AT_ONCE, BYTES_AT_ONCE = 256, 1 << 24  # tokenized together
+DOCUMENTS_CHUNK, BYTES_CHUNK = 256, 1 << 24  # tokenized together
 CHUNK = 1 << 22  # bytes hashed at a time
 
 log = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     for document in documents:
         some.append(document)
         size += len(document.text)
-        if len(some) == DOCUMENTS_AT_ONCE or size >= BYTES_AT_ONCE:
+        if len(some) == DOCUMENTS_CHUNK or size >= BYTES_CHUNK:
             yield some
             some, size = [], 0
     if some:

@@ -16,13 +16,13 @@ from laep_jax.data.sources import read_documents
 from laep_jax.data.tokenizer import END_OF_TEXT, import_tokenizers
 from laep_jax.errors import UserError, require
 
-FEWEST = 257  # every byte and the end of a document
+MIN_VOCAB_SIZE = 257  # every byte and the end of a document
 
 
 def main(argv: list[str]) -> int:
     """Trains a tokenizer and writes it as `tokenizer.json`. `UserError` on a bad corpus or setting."""
     args = _parser().parse_args(argv)
-    require(args.vocab_size >= FEWEST, "--vocab-size", args.vocab_size, f"must be at least {FEWEST}")
+    require(args.vocab_size >= MIN_VOCAB_SIZE, "--vocab-size", args.vocab_size, f"must be at least {MIN_VOCAB_SIZE}")
     config = DataConfig(args.source, args.path, args.text_field, validation_fraction=args.validation_fraction)
     corpus = survey(config)
     tokenizer = train_tokenizer(config, args.vocab_size)

@@ -17,7 +17,7 @@ from laep_jax.config import DataConfig
 from laep_jax.data.cache import Tokens, open_tokens
 from laep_jax.data.corpus import OTHER, some_names
 from laep_jax.data.listing import list_files
-from laep_jax.data.packing import cut_rows, document_indices, num_rows, pack
+from laep_jax.data.packing import document_indices, num_rows, pack, split_rows
 from laep_jax.data.tokenizer import Tokenizer, load_tokenizer
 from laep_jax.errors import printable, require
 
@@ -75,13 +75,13 @@ class Dataset:
 
     def _validation(self, rows_B: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """(these rows of validation text, for each target the index of its run of documents, [B, S])."""
-        batch = pack(cut_rows(self.tokens.validation, rows_B, self.sequence_length), self.eod)
+        batch = pack(split_rows(self.tokens.validation, rows_B, self.sequence_length), self.eod)
         return batch, document_indices(self.tokens.run_ends, rows_B, self.sequence_length)
 
     def train_batch(self, step: int) -> dict[str, np.ndarray]:
         """tokens_BS, targets_BS, segments_BS, positions_BS (see `packing.pack`) of a step, from 0 on."""
         rows_B = np.asarray(self.train_order[step * self.process_count + self.process_index])
-        return pack(cut_rows(self.tokens.train, rows_B, self.sequence_length), self.eod)
+        return pack(split_rows(self.tokens.train, rows_B, self.sequence_length), self.eod)
 
     def batch_rows(self, step: int) -> np.ndarray:
         """Numbers, in the training stream, of the rows that all processes together take in a step, in their order."""

@@ -16,7 +16,7 @@ def num_rows(stream: np.ndarray, sequence_length: int) -> int:
     return -(-len(stream) // sequence_length)
 
 
-def cut_rows(stream: np.ndarray, rows_B: np.ndarray, sequence_length: int) -> np.ndarray:
+def split_rows(stream: np.ndarray, rows_B: np.ndarray, sequence_length: int) -> np.ndarray:
     """The named rows and the token after each, int32 [B, T]; PADDING past the end of the stream."""
     places_BT = rows_B[:, None] * sequence_length + np.arange(sequence_length + 1)
     tokens_BT = stream[np.minimum(places_BT, len(stream) - 1)].astype(np.int32)

@@ -21,7 +21,7 @@ from laep_jax.data.synthetic import synthetic_documents
 from laep_jax.errors import UserError, require, short
 from laep_jax.files import open_regular, parse_json
 
-RECORDS_AT_ONCE = 1024
+RECORDS_CHUNK = 1024
 MAX_TEXT = 2**27  # bytes of a document
 MAX_LINE = 2**26  # bytes of a JSON line
 MAX_GROWTH = 100  # of a compressed file, in units of its size; text grows to 3 to 10 times
@@ -160,8 +160,8 @@ def _read_array_record(file: File, config: DataConfig) -> Iterator[tuple[str, by
     try:
         reader = ArrayRecordReader(os.fsencode(file.path))
         number = reader.num_records()
-        for first in range(0, number, RECORDS_AT_ONCE):
-            for index, record in enumerate(reader.read(first, min(first + RECORDS_AT_ONCE, number)), first):
+        for first in range(0, number, RECORDS_CHUNK):
+            for index, record in enumerate(reader.read(first, min(first + RECORDS_CHUNK, number)), first):
                 yield f"{file.name}#{index}", _utf8(record, f"record {index} of {file.name}", config)
     except (RuntimeError, IndexError) as error:
         raise UserError(problem) from error

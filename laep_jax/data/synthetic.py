@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 NUM_TOPICS, NUM_WORDS, NUM_PHRASES = 16, 120, 240  # words and phrases of each topic
-NUM_DOCUMENTS, LONGEST_DOCUMENT = 512, 180  # in phrases
+NUM_DOCUMENTS, MAX_DOCUMENT = 512, 180  # in phrases
 LETTERS = b"abcdefghijklmnopqrstuvwxyz"
 
 
@@ -36,7 +36,7 @@ def synthetic_documents() -> Iterator[tuple[str, bytes]]:
     """(name, text) of every document; a name is `topic-NN/NNNN`. About 1.7 MB."""
     topics = [_phrases(topic) for topic in range(NUM_TOPICS)]
     draw = _Zipf(NUM_TOPICS)
-    lengths = draw.integers(LONGEST_DOCUMENT // 4, LONGEST_DOCUMENT + 1, NUM_DOCUMENTS)
+    lengths = draw.integers(MAX_DOCUMENT // 4, MAX_DOCUMENT + 1, NUM_DOCUMENTS)
     for index, topic in enumerate(draw.ranks(NUM_TOPICS, NUM_DOCUMENTS)):
         ranks_P = draw.ranks(NUM_PHRASES, int(lengths[index]))
         yield f"topic-{topic:02d}/{index:04d}", b"\n".join(topics[topic][rank] for rank in ranks_P) + b"\n"

@@ -12,7 +12,7 @@ from laep_jax.errors import UserError, require
 from laep_jax.files import read_bytes
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # first one found ends documents
-MOST_BYTES = 2**27  # of a tokenizer.json; the largest known have 40 MB
+MAX_BYTES = 2**27  # of a tokenizer.json; the largest known have 40 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _load_json(path: str) -> Tokenizer:
     name = f"DataConfig.tokenizer={path!r}"
     require(Path(path).is_file(), "DataConfig.tokenizer", path, 'is neither "bytes" nor a file')
     tokenizers = import_tokenizers()
-    data = read_bytes(Path(path), name, MOST_BYTES)
+    data = read_bytes(Path(path), name, MAX_BYTES)
     with _refusing(f"{name} is no Hugging Face tokenizer.json"):
         model = tokenizers.Tokenizer.from_buffer(data)
         first_free = max(model.get_vocab(with_added_tokens=True).values()) + 1

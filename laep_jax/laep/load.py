@@ -13,7 +13,7 @@ import numpy as np
 from laep_jax.errors import require
 
 FIELD = "tokens_per_expert"
-MOST_TOKENS = 2**48  # of a layer's counts in all, so that sums and products of ranks fit int64
+MAX_TOKENS = 2**48  # of a layer's counts in all, so that sums and products of ranks fit int64
 
 
 def as_counts(tokens: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -48,7 +48,7 @@ def _layer_counts(tokens_NE: np.ndarray, layer: int) -> np.ndarray:
     _require_all(tokens_NE >= 0, tokens_NE, layer, "must not be negative")
     with np.errstate(over="ignore"):
         total = float(tokens_NE.sum(dtype=np.float64))
-    require(total < MOST_TOKENS, f"sum of {name}", total, "must be below 2**48")
+    require(total < MAX_TOKENS, f"sum of {name}", total, "must be below 2**48")
     return tokens_NE.astype(np.int64)
 
 

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from laep_jax.errors import require
-from laep_jax.files import MOST_JSON, parse_json
+from laep_jax.files import MAX_JSON, parse_json
 from laep_jax.laep.rule import PruneRule
 
 FORMAT, VERSION = "laep-plan", 2
@@ -39,7 +39,7 @@ def dump(plan: dict[str, Any]) -> str:
 
 def parse(text: str) -> dict[str, Any]:
     """The fields of a plan from JSON text. `UserError` on another format, version, key or type."""
-    require(len(text) <= MOST_JSON, "length of plan", len(text), f"is above {MOST_JSON}")
+    require(len(text) <= MAX_JSON, "length of plan", len(text), f"is above {MAX_JSON}")
     plan = parse_json(text, "plan")
     require(isinstance(plan, dict), "plan", type(plan).__name__, "must be a JSON object")
     require(plan.get("format") == FORMAT, "plan format", plan.get("format"), f"must be {FORMAT!r}")

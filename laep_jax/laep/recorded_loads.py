@@ -177,7 +177,7 @@ def _files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _read_file(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    name = f"{path} (move it away to go on without it)"
+    name = f"{path} (move it away to continue without it)"
     tokens = read_array(path, name, "")
     fits = tokens.dtype == np.int32 and tokens.ndim == 3 and tokens.shape[1:] == shape and len(tokens) > 0
     require(fits, name, f"{tokens.dtype}{list(tokens.shape)}", f"is not int32[steps, {shape[0]}, {shape[1]}]")

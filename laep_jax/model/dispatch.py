@@ -79,7 +79,12 @@ def make_routes(ids_TK: jax.Array, num_experts: int) -> Routes:
 def arrival_routes(counts_Pe: jax.Array, num_rows: int) -> Routes:
     """Routes of rows that arrived by sender, then by expert: no sort, the counts give the place of each piece.
 
-    counts_Pe: rows by [sender, expert of this device], together at most `num_rows`.
+    counts_Pe: rows by [sender, expert of this device], together at most `num_rows`. Two senders a and b, two experts
+    0 and 1, counts [[2, 1], [1, 3]]; a piece is what one sender has for one expert:
+
+        arrived             a0 a0 | a1 | b0 | b1 b1 b1
+        sorted by expert    a0 a0 | b0 | a1 | b1 b1 b1
+        arrival_of_row_R     0  1    3    2    4  5  6
     """
     piece_start_Pe = _exclusive_cumsum(counts_Pe.reshape(-1), axis=0).reshape(counts_Pe.shape)
     group_start_Pe = _exclusive_cumsum(counts_Pe.T.reshape(-1), axis=0).reshape(counts_Pe.T.shape).T

@@ -20,7 +20,7 @@ from laep_jax.model.layers import RMSNorm, rms_norm
 from laep_jax.model.moe import MoE, MoEAux
 from laep_jax.sharding import batch_sharding, platform
 
-LOGITS_AT_ONCE = 2**27  # of one row: half a gigabyte in float32
+LOGITS_CHUNK = 2**27  # of one row: half a gigabyte in float32
 
 
 class Block(nnx.Module):
@@ -120,17 +120,17 @@ def _cross_entropy(x_BSD: jax.Array, unembedding_DV: jax.Array, targets_BS: jax.
 
 
 def cross_entropy(
-    x_BSD: jax.Array, unembedding_DV: jax.Array, targets_BS: jax.Array, logits_at_once: int = LOGITS_AT_ONCE
+    x_BSD: jax.Array, unembedding_DV: jax.Array, targets_BS: jax.Array, logits_chunk: int = LOGITS_CHUNK
 ) -> jax.Array:
     """-log softmax(x W)[target], float32 [B, S], zero where there is no target.
 
-    No row has more than about `logits_at_once` logits in memory: what is more is done in parts of the
+    No row has more than about `logits_chunk` logits in memory: what is more is done in parts of the
     sequence, whose logits the backward pass computes again.
     """
     rows, length, hidden = x_BSD.shape
     vocab = unembedding_DV.shape[1]
     divisors = (n for n in range(1, length + 1) if length % n == 0)
-    parts = next(n for n in divisors if n == length or length // n * vocab <= logits_at_once)
+    parts = next(n for n in divisors if n == length or length // n * vocab <= logits_chunk)
     if parts == 1:
         return _cross_entropy(x_BSD, unembedding_DV, targets_BS)
     x_NBSD = jnp.swapaxes(x_BSD.reshape(rows, parts, length // parts, hidden), 0, 1)

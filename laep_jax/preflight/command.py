@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="laep-jax preflight",
         allow_abbrev=False,
-        description="Compiles the train step and the cut of a config for TPU chips, and says what they need. Minutes.",
+        description="Compiles the train step and the prune of a config for TPU, and says what they need: minutes.",
     )
     known = f"v5p:4x4x12 or v5p-384, v6e:2x4 or v6e-8; chips: {', '.join(CHIPS)}"
     parser.add_argument("--topology", required=True, metavar="CHIP:SLICE", help=f"for example {known}")
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "--loads",
         type=Path,
         metavar="COUNTS",
-        help="file or run directory, as `plan` takes them: adds stragglers and the cut",
+        help="file or run directory, as `plan` takes them: adds stragglers and the prune",
     )
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many such slices; `data` goes across")
     parser.add_argument("--save", type=Path, metavar="FILE", help="the step's executable, for `train.py --executable`")

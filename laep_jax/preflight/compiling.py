@@ -17,7 +17,7 @@ from laep_jax.chips import find_slice
 from laep_jax.config import Config
 from laep_jax.errors import UserError
 from laep_jax.sharding import make_mesh
-from laep_jax.state.surgery import Kept, cut_config, lower_largest_cut
+from laep_jax.state.surgery import Kept, lower_largest_gather, pruned_config
 from laep_jax.state.tree import abstract_state
 from laep_jax.training.step import abstract_batch, make_train_step
 
@@ -82,8 +82,8 @@ def compile_program(lowered: jax.stages.Lowered) -> Program:
     )
 
 
-def compile_cut(config: Config, devices: list[jax.Device], kept: Kept) -> Program:
-    """The part of the cut (`surgery.cut_state`) that needs most memory: it runs beside the full old state."""
+def compile_prune(config: Config, devices: list[jax.Device], kept: Kept) -> Program:
+    """The part of the prune (`surgery.prune_state`) that needs most memory: it runs beside the full old state."""
     mesh = make_mesh(config.mesh, devices)
-    old, new = abstract_state(config, mesh), abstract_state(cut_config(config, kept), mesh)
-    return compile_program(lower_largest_cut(old, kept, config.model, new))
+    old, new = abstract_state(config, mesh), abstract_state(pruned_config(config, kept), mesh)
+    return compile_program(lower_largest_gather(old, kept, config.model, new))

@@ -17,11 +17,11 @@ from laep_jax.laep.rule import PruneRule
 from laep_jax.laep.runs import cost_of_merging, merge_runs
 from laep_jax.model.accounting import model_size
 from laep_jax.model.attention import attention_kernel
-from laep_jax.preflight.compiling import Program, compile_cut, compile_step, topology_devices
+from laep_jax.preflight.compiling import Program, compile_prune, compile_step, topology_devices
 from laep_jax.preflight.estimate import Estimate, estimate, state_by_leaf
 from laep_jax.preflight.hlo import BETWEEN_SLICES
 from laep_jax.sharding import make_mesh
-from laep_jax.state.surgery import Kept, cut_config, with_receive_buffer
+from laep_jax.state.surgery import Kept, pruned_config, with_receive_buffer
 from laep_jax.training.executable import save_step
 
 LABELS = {BETWEEN_SLICES: "between slices"}
@@ -41,9 +41,9 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-    """step: as the config has it. after: the same after the cut that the loads ask for, None without loads.
+    """step: as the config has it. after: the same after the prune that the loads ask for, None without loads.
 
-    cut_bytes: what the cut needs at most on one chip, the old state included. state: (name, sharding, bytes) of
+    prune_bytes: what the prune needs at most on one chip, the old state included. state: (name, sharding, bytes) of
     the old state's leaves, the largest first. merging: what `LaepConfig.max_runs` costs, empty where it is not set.
     source: which steps of a run the loads are from, empty where they are from a file.
     """
@@ -54,8 +54,8 @@ class Preflight:
     attention: str
     step: Estimate
     after: Estimate | None
-    cut_bytes: int
-    cut: Program
+    prune_bytes: int
+    prune: Program
     state: list[tuple[str, str, int]]
     merging: str
     source: str
@@ -64,13 +64,13 @@ class Preflight:
     def fits(self) -> bool:
         """Whether every program fits into a chip's memory."""
         steps = [self.step, *([self.after] if self.after else [])]
-        return all(step.fits for step in steps) and self.cut_bytes <= self.chip.hbm_bytes
+        return all(step.fits for step in steps) and self.prune_bytes <= self.chip.hbm_bytes
 
 
 def preflight(
     config: Config, chip: Chip, topology: str, *, slices: int = 1, loads: Path | None = None, save: Path | None = None
 ) -> Preflight:
-    """Compiles the step and the cut of `config` for slices of one kind. `UserError` where they do not fit together.
+    """Compiles the step and the prune of `config` for slices of one kind. `UserError` where they do not fit together.
 
     loads: a file of counts, or the directory of a run, whose model as it now is takes the place of the one in `config`.
     save: file for the executable of the step.
@@ -87,7 +87,7 @@ def preflight(
     step = compile_step(before.config, devices)
     if save and step.executable:
         save_step(save, step.executable, before.config, make_mesh(before.config.mesh, devices))
-    cut = compile_cut(before.config, devices, kept)
+    prune = compile_prune(before.config, devices, kept)
     state = state_by_leaf(before.config, devices)
     return Preflight(
         topology=topology if slices == 1 else f"{slices} slices {topology}",
@@ -96,8 +96,8 @@ def preflight(
         attention=attention_kernel(before.config, devices[0]),
         step=estimate(before.config, step, chip, before.straggler),
         after=estimate(after.config, compile_step(after.config, devices), chip, after.straggler) if after else None,
-        cut_bytes=sum(size for _, _, size in state) + cut.temporary_bytes + cut.output_bytes,
-        cut=cut,
+        prune_bytes=sum(size for _, _, size in state) + prune.temporary_bytes + prune.output_bytes,
+        prune=prune,
         state=state,
         merging=merging,
         source=source,
@@ -124,12 +124,14 @@ def _with_loads(config: Config, counts: Sequence[np.ndarray]) -> tuple[Model, Ke
     plan = make_plan(counts, rule, max_runs=config.laep.max_runs)
     old = tuple(imbalance(device_loads(tokens_NE.mean(axis=0), expert_parallel)) for tokens_NE in counts)
     new = tuple(layer.imbalance_after for layer in plan.layers)
-    cut = cut_config(config, plan.kept)
-    merging = _cost_of_merging(cut_config(config, make_plan(counts, rule).kept), cut) if config.laep.max_runs else ""
+    pruned = pruned_config(config, plan.kept)
+    merging = (
+        _cost_of_merging(pruned_config(config, make_plan(counts, rule).kept), pruned) if config.laep.max_runs else ""
+    )
     return (
         Model(with_receive_buffer(config, old), old),
         plan.kept,
-        Model(with_receive_buffer(cut, new), new),
+        Model(with_receive_buffer(pruned, new), new),
         merging,
     )
 
@@ -154,7 +156,7 @@ def _cost_of_merging(config: Config, merged: Config) -> str:
 
 
 def as_json(flight: Preflight) -> dict:
-    """The step's estimate, and beside it `topology`, `fits`, `cut_bytes`, `after` and `state`."""
+    """The step's estimate, and beside it `topology`, `fits`, `prune_bytes`, `after` and `state`."""
     return {
         **dataclasses.asdict(flight.step),
         "topology": flight.topology,
@@ -163,8 +165,8 @@ def as_json(flight: Preflight) -> dict:
         "receive_buffer": flight.config.model.receive_buffer,
         "max_runs": flight.merging,
         "loads": flight.source,
-        "cut_bytes": flight.cut_bytes,
-        "cut_compile_seconds": flight.cut.compile_seconds,
+        "prune_bytes": flight.prune_bytes,
+        "prune_compile_seconds": flight.prune.compile_seconds,
         "after": dataclasses.asdict(flight.after) if flight.after else None,
         "state": [{"name": name, "sharding": spec, "bytes": size} for name, spec, size in flight.state],
     }
@@ -186,12 +188,12 @@ def table(flight: Preflight) -> str:
         *_step_lines("the step", flight.step),
     ]
     if flight.after:
-        lines += ["", *_step_lines("the step after the cut that the loads ask for", flight.after)]
-    verdict = "fits" if flight.cut_bytes <= flight.chip.hbm_bytes else "DOES NOT FIT"
+        lines += ["", *_step_lines("the step after the prune that the loads ask for", flight.after)]
+    verdict = "fits" if flight.prune_bytes <= flight.chip.hbm_bytes else "DOES NOT FIT"
     lines += [
         "",
-        f"the cut, beside the old state: {flight.cut_bytes / 1e9:.2f} GB, {verdict}; "
-        f"compiled in {flight.cut.compile_seconds:.0f} s",
+        f"the prune, beside the old state: {flight.prune_bytes / 1e9:.2f} GB, {verdict}; "
+        f"compiled in {flight.prune.compile_seconds:.0f} s",
     ]
     if not flight.fits:
         name, _, size = flight.state[0]

@@ -22,13 +22,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from laep_jax.laep.balance import imbalance
 from laep_jax.report import series
-from laep_jax.report.run_data import Cut, RunData
+from laep_jax.report.run_data import RunData, Transition
 
 BLUE, ORANGE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#999999"
 MAX_LAYERS = 8  # that get a panel of their own
 MAX_DOMAINS = 40  # that get a line of their own
 TOKENS = FuncFormatter(lambda value, _: f"{value:,.0f}" if value < 1e4 else f"{value:,.3g}")
-CUT_LINE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2}
+PRUNE_LINE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2}
 
 
 def draw_tokens_per_expert(run: RunData) -> Figure:
@@ -48,7 +48,7 @@ def draw_tokens_per_expert(run: RunData) -> Figure:
         Line2D([], [], color=BLUE, label="expert that stays"),
         *([Line2D([], [], color=VERMILLION, marker="x", label="expert that is pruned")] * bool(run.prunes)),
         Line2D([], [], color="black", linestyle="--", label="mean over the experts that are there"),
-        *_cut_handles(run),
+        *_transition_handles(run),
     ]
     _title(figure, "Tokens per expert over the run, and sorted at its end", run, layers, handles)
     return figure
@@ -62,8 +62,8 @@ def _draw_trend(axes: Axes, run: RunData, layer: int) -> None:
             axes.plot(line.steps[-1:], line.tokens[-1:], "x", color=color, markersize=4, clip_on=False)
     steps, mean = series.mean_line(run, layer)
     axes.plot(steps, mean, color="black", linestyle="--", linewidth=1.3)
-    for cut in run.cuts:
-        axes.axvline(cut.step, **CUT_LINE)
+    for transition in run.transitions:
+        axes.axvline(transition.step, **PRUNE_LINE)
     axes.set_yscale("symlog", linthresh=10, linscale=0.5)  # some experts get no token at all
     axes.yaxis.set_major_formatter(TOKENS)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -129,7 +129,7 @@ def draw_device_loads(run: RunData) -> Figure:
     """Tokens on each device before and after the last prune, and what the prune did without rearranging."""
     layers = series.chosen_layers(run.num_layers, MAX_LAYERS)
     loads = series.device_loads(run)
-    groups = [(loads.before, GREY, "before the cut" if run.cuts else "at the end")]
+    groups = [(loads.before, GREY, "before the prune" if run.transitions else "at the end")]
     if loads.in_order is not None and loads.placed is not None:
         groups += [(loads.in_order, ORANGE, "after it, had the experts kept their order")]
         groups += [(loads.placed, BLUE, "after it, as rearranged")]
@@ -143,7 +143,7 @@ def draw_device_loads(run: RunData) -> Figure:
         *(Patch(color=color, label=label) for _, color, label in groups),
         Line2D([], [], color="black", linestyle="--", label="mean over the devices"),
     ]
-    when = f"around the cut after step {run.cuts[-1].step}" if run.cuts else "at the end"
+    when = f"around step {run.transitions[-1].step}" if run.transitions else "at the end"
     _title(figure, f"Load of each device {when}", run, layers, handles)
     return figure
 
@@ -220,11 +220,11 @@ def draw_loss(run: RunData) -> Figure:
             "markersize": 10,
             "markeredgewidth": 1.8,
         }
-        axes.plot(*zip(*after, strict=True), "D", **style, label="validation, right after a cut")
-    for i, cut in enumerate(run.cuts):
-        axes.axvline(cut.step, **CUT_LINE)
+        axes.plot(*zip(*after, strict=True), "D", **style, label="validation, right after a prune")
+    for i, transition in enumerate(run.transitions):
+        axes.axvline(transition.step, **PRUNE_LINE)
         text: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(_cut_text(cut), (cut.step, 1), (0, 4 + 13 * (i % 3)), **text)
+        axes.annotate(_transition_text(transition), (transition.step, 1), (0, 4 + 13 * (i % 3)), **text)
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
     _title(figure, "Loss", run, list(range(run.num_layers)), axes.get_legend_handles_labels()[0])
@@ -258,16 +258,16 @@ def draw_domains(run: RunData) -> Figure:
     return figure
 
 
-def _cut_text(cut: Cut) -> str:
-    if cut.rearrange_only:
-        return f"rearranged after step {cut.step}"
-    before, after = (sum(len(ids) for ids in order) for order in (cut.before, cut.after))
-    return f"pruned after step {cut.step}: {before:,} to {after:,} experts"
+def _transition_text(transition: Transition) -> str:
+    if transition.rearrange_only:
+        return f"rearranged after step {transition.step}"
+    before, after = (sum(len(ids) for ids in order) for order in (transition.before, transition.after))
+    return f"pruned after step {transition.step}: {before:,} to {after:,} experts"
 
 
-def _cut_handles(run: RunData) -> list[Line2D]:
-    steps = ", ".join(str(cut.step) for cut in run.cuts)
-    return [Line2D([], [], **CUT_LINE, label=f"cut after step {steps}")] if run.cuts else []
+def _transition_handles(run: RunData) -> list[Line2D]:
+    steps = ", ".join(str(transition.step) for transition in run.transitions)
+    return [Line2D([], [], **PRUNE_LINE, label=f"plan applied after step {steps}")] if run.transitions else []
 
 
 def _grid(count: int, *, width: float, height: float, footer: float = 0.0) -> tuple[Figure, list[Axes]]:

@@ -19,11 +19,11 @@ from laep_jax.laep.plan import Lineage, initial_lineage
 from laep_jax.laep.recorded_loads import METRICS_FILE, RecordedLoads, check_lineage, read_loads
 from laep_jax.laep.rule import alpha_per_layer
 
-MOST = 1e30  # of a loss or an alpha, so that products are finite
+MAX_VALUE = 1e30  # of a loss or an alpha, so that products are finite
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class Transition:
     """One application, after `step`, of a plan made after `plan_step`: a prune, or a rearrangement alone.
 
     before, after: per layer the original ids in slot order. alpha: per layer, float('inf') where unbounded.
@@ -54,7 +54,7 @@ class RunData:
     window: int
     alpha: tuple[float, ...]
     beta: float
-    cuts: tuple[Cut, ...]
+    transitions: tuple[Transition, ...]
     train: tuple[dict, ...]
     evals: tuple[dict, ...]
     targets: dict[str, int]
@@ -64,17 +64,17 @@ class RunData:
         return self.tokens_NLE.shape[1]
 
     @property
-    def prunes(self) -> tuple[Cut, ...]:
+    def prunes(self) -> tuple[Transition, ...]:
         """The prunes that removed experts."""
-        return tuple(cut for cut in self.cuts if not cut.rearrange_only)
+        return tuple(transition for transition in self.transitions if not transition.rearrange_only)
 
     @property
     def pruned_at_LE(self) -> np.ndarray:
         """The last step before an expert was pruned; -1 where it was not."""
         pruned_at_LE = np.full(self.tokens_NLE.shape[1:], -1)
-        for cut in self.cuts:
-            for layer, (before, after) in enumerate(zip(cut.before, cut.after, strict=True)):
-                pruned_at_LE[layer, list({*before} - {*after})] = cut.step
+        for transition in self.transitions:
+            for layer, (before, after) in enumerate(zip(transition.before, transition.after, strict=True)):
+                pruned_at_LE[layer, list({*before} - {*after})] = transition.step
         return pruned_at_LE
 
     def present(self, layer: int, step: int) -> np.ndarray:
@@ -83,7 +83,7 @@ class RunData:
 
     def order(self, step: int) -> Lineage:
         """Per layer the original ids in slot order, as they were in `step`."""
-        past = [cut.after for cut in self.cuts if cut.step < step]
+        past = [transition.after for transition in self.transitions if transition.step < step]
         return past[-1] if past else initial_lineage(self.num_experts)
 
     def mean_loads(self, last: int, first: int | None = None) -> np.ndarray:
@@ -92,7 +92,7 @@ class RunData:
         Without `first` the window that ends with `last`, shortened where the model changed in it.
         """
         if first is None:
-            changes = [cut.step + 1 for cut in self.cuts if cut.step < last]
+            changes = [transition.step + 1 for transition in self.transitions if transition.step < last]
             first = max(last - self.window + 1, *changes[-1:], self.steps[0])
         rows = (self.steps >= first) & (self.steps <= last)
         assert rows.any(), (first, last)
@@ -118,7 +118,7 @@ def read_run(run_dir: Path) -> RunData:
             window=_step(laep["window"], f"{run_dir} window"),
             alpha=_alphas(laep["alpha"], num_layers),
             beta=_beta(laep["beta"]),
-            cuts=_read_cuts(run_dir, prunes, loads),
+            transitions=_read_transitions(run_dir, prunes, loads),
             train=_losses(records, "train", "loss"),
             evals=_losses(records, "eval", "validation_loss"),
             targets=next((r["targets_by_domain"] for r in reversed(records) if r["kind"] == "validation"), {}),
@@ -138,22 +138,26 @@ def _losses(records: list[dict], kind: str, field: str) -> tuple[dict, ...]:
     for record in chosen:
         step = _step(record["step"], f"step of a {kind} record")
         require_type(f"{field} of step {step}", record[field], float | None)
-        require(abs(record[field] or 0) < MOST, f"{field} of step {step}", record[field], f"is not below {MOST}")
+        require(
+            abs(record[field] or 0) < MAX_VALUE, f"{field} of step {step}", record[field], f"is not below {MAX_VALUE}"
+        )
     return chosen
 
 
-def _read_cuts(run_dir: Path, prunes: list[dict], loads: RecordedLoads) -> tuple[Cut, ...]:
+def _read_transitions(run_dir: Path, prunes: list[dict], loads: RecordedLoads) -> tuple[Transition, ...]:
     """The prunes that come after recorded steps, oldest first."""
     recorded, devices = set(loads.steps.tolist()), loads.expert_parallel
     order = initial_lineage(loads.num_experts)
-    cuts: list[Cut] = []
+    transitions: list[Transition] = []
     for record in prunes:
         step, plan_step, moves = record["step"], record["plan_step"], record["rearrange_only"]
         if step > max(recorded):
             break  # the run is going on and has not saved its loads since
-        name = f"{run_dir} cut of step {step}"
+        name = f"{run_dir} plan applied after step {step}"
         known = {step, _step(plan_step, f"{name}: plan_step")} <= recorded and plan_step <= step
-        require(known and step > (cuts[-1].step if cuts else 0), name, plan_step, "must follow recorded steps")
+        require(
+            known and step > (transitions[-1].step if transitions else 0), name, plan_step, "must follow recorded steps"
+        )
         file = str(record["plan"])
         require(
             re.fullmatch(r"plans/\d{1,10}\.json", file) is not None, f"{name}: plan", file, "must be plans/STEP.json"
@@ -163,16 +167,18 @@ def _read_cuts(run_dir: Path, prunes: list[dict], loads: RecordedLoads) -> tuple
         for layer, ids in enumerate(after):
             require_divisible(f"{name}: experts of layer {layer}", len(ids), "expert_parallel", devices)
         alphas = _alphas(plan["alpha"], len(order))
-        cuts.append(Cut(step, plan_step, bool(moves), order, after, alphas, _beta(plan["beta"])))
+        transitions.append(Transition(step, plan_step, bool(moves), order, after, alphas, _beta(plan["beta"])))
         order = after
-    return tuple(cuts)
+    return tuple(transitions)
 
 
 def _alphas(value: Any, num_layers: int) -> tuple[float, ...]:
     """Per layer; JSON writes the unbounded one as text."""
     values = value if isinstance(value, list) else [value]
-    sound = value == "hybrid" or all(item == "inf" or (type(item) in (int, float) and item < MOST) for item in values)
-    require(sound, "alpha", value, f"must be numbers below {MOST}, inf or hybrid")
+    sound = value == "hybrid" or all(
+        item == "inf" or (type(item) in (int, float) and item < MAX_VALUE) for item in values
+    )
+    require(sound, "alpha", value, f"must be numbers below {MAX_VALUE}, inf or hybrid")
     return alpha_per_layer([float(item) for item in value] if isinstance(value, list) else value, num_layers)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from laep_jax.report.run_data import Cut, RunData
+from laep_jax.report.run_data import RunData, Transition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,11 @@ def chosen_layers(num_layers: int, limit: int) -> list[int]:
 def step_bins(run: RunData, limit: int = 150) -> list[slice]:
     """Rows of the recorded loads in at most about `limit` equal groups; none reaches across a prune."""
     size = -(-len(run.steps) // limit)
-    borders = [0, *(int(np.searchsorted(run.steps, cut.step, "right")) for cut in run.cuts), len(run.steps)]
+    borders = [
+        0,
+        *(int(np.searchsorted(run.steps, transition.step, "right")) for transition in run.transitions),
+        len(run.steps),
+    ]
     return [
         slice(start, min(start + size, last))
         for first, last in itertools.pairwise(sorted(set(borders)))
@@ -124,9 +128,9 @@ def final_loads(run: RunData, layer: int) -> np.ndarray:
 
 def cumulative_load(run: RunData, layer: int) -> CumulativeLoad:
     """Figure 2: the window that the first prune was planned by, or the last window with the config's bounds."""
-    cut = run.prunes[0] if run.prunes else None
-    last = cut.plan_step if cut else int(run.steps[-1])
-    alpha, beta = (cut.alpha[layer], cut.beta) if cut else (run.alpha[layer], run.beta)
+    transition = run.prunes[0] if run.prunes else None
+    last = transition.plan_step if transition else int(run.steps[-1])
+    alpha, beta = (transition.alpha[layer], transition.beta) if transition else (run.alpha[layer], run.beta)
     ids = run.present(layer, last)
     loads = run.mean_loads(last)[layer, ids]
     order = np.lexsort((ids, loads))
@@ -136,7 +140,7 @@ def cumulative_load(run: RunData, layer: int) -> CumulativeLoad:
     return CumulativeLoad(
         experts=ids[order],
         share=running / total if total else running,
-        pruned=run.pruned_at_LE[layer, ids[order]] == cut.step if cut else np.zeros(len(ids), bool),
+        pruned=run.pruned_at_LE[layer, ids[order]] == transition.step if transition else np.zeros(len(ids), bool),
         below_alpha=below_alpha,
         below_mean=int((loads <= loads.mean()).sum()),
         eligible=min(below_alpha, int((running[1:] <= beta * total).sum())),
@@ -158,33 +162,37 @@ def device_sums(loads_LE: np.ndarray, order: Sequence[Sequence[int]], num_device
 
 def device_loads(run: RunData) -> DeviceLoads:
     """Loads around the last prune, in the windows that end and begin there; of the last window without one."""
-    if not run.cuts:
+    if not run.transitions:
         last = int(run.steps[-1])
         return DeviceLoads(device_sums(run.mean_loads(last), run.order(last), run.expert_parallel), None, None)
-    cut = run.cuts[-1]
-    before_LE = run.mean_loads(cut.step)
-    after_LE = loads_after(run, cut)
+    transition = run.transitions[-1]
+    before_LE = run.mean_loads(transition.step)
+    after_LE = loads_after(run, transition)
     return DeviceLoads(
-        before=device_sums(before_LE, cut.before, run.expert_parallel),
-        in_order=device_sums(after_LE, survivors_in_order(cut), run.expert_parallel),
-        placed=device_sums(after_LE, cut.after, run.expert_parallel),
+        before=device_sums(before_LE, transition.before, run.expert_parallel),
+        in_order=device_sums(after_LE, survivors_in_order(transition), run.expert_parallel),
+        placed=device_sums(after_LE, transition.after, run.expert_parallel),
     )
 
 
-def loads_after(run: RunData, cut: Cut) -> np.ndarray:
+def loads_after(run: RunData, transition: Transition) -> np.ndarray:
     """[L, E]: mean loads of the window that begins with the prune, or ends there where nothing follows."""
-    later = run.steps[run.steps > cut.step]
+    later = run.steps[run.steps > transition.step]
     if not len(later):
-        return run.mean_loads(cut.step)
-    ends = [int(later[-1]), int(later[0]) + run.window - 1, *(c.step for c in run.cuts if c.step > cut.step)]
-    return run.mean_loads(min(ends), first=cut.step + 1)
+        return run.mean_loads(transition.step)
+    ends = [
+        int(later[-1]),
+        int(later[0]) + run.window - 1,
+        *(c.step for c in run.transitions if c.step > transition.step),
+    ]
+    return run.mean_loads(min(ends), first=transition.step + 1)
 
 
-def survivors_in_order(cut: Cut) -> list[list[int]]:
+def survivors_in_order(transition: Transition) -> list[list[int]]:
     """Per layer the experts a prune left, in the slot order they had before it."""
     return [
         [expert for expert in before if expert in set(after)]
-        for before, after in zip(cut.before, cut.after, strict=True)
+        for before, after in zip(transition.before, transition.after, strict=True)
     ]
 
 
@@ -202,8 +210,8 @@ def shares(run: RunData, last: int) -> np.ndarray:
 def domain_losses(run: RunData) -> DomainLosses:
     """What the last prune did to each domain; nothing before the first evaluation."""
     evals = [record for record in run.evals if "validation_loss_by_domain" in record]
-    at_cut = {record["when"]: record for record in evals if run.prunes and record["step"] == run.prunes[-1].step}
-    around = [at_cut[when] for when in ("before_prune", "after_prune") if when in at_cut]
+    at_prune = {record["when"]: record for record in evals if run.prunes and record["step"] == run.prunes[-1].step}
+    around = [at_prune[when] for when in ("before_prune", "after_prune") if when in at_prune]
     chosen = [*around, *evals[-1:]]
     names = [name for name in run.targets if all(name in record["validation_loss_by_domain"] for record in chosen)]
     if not chosen:

@@ -3,7 +3,7 @@
 Every word of an array is mixed with its place, and the results are added modulo 2**32: a change of one word always
 changes both sums, any other change all but never leaves both as they are. Sums of integers are the same in every order,
 so a fingerprint is the same on every mesh. The place counts within the slice that the fingerprint is of (an expert's of
-a layer, or a layer's), so a cut moves fingerprints as it moves experts: fingerprint(x[kept]) == fingerprint(x)[kept].
+a layer, or a layer's), so a prune moves fingerprints as it moves experts: fingerprint(x[kept]) == fingerprint(x)[kept].
 
 Axes: E experts of a layer, S the two sums.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from laep_jax.sharding import Mesh, expert_axis, leaf_name, whole
+from laep_jax.sharding import Mesh, expert_axis, leaf_name, replicated
 from laep_jax.state.surgery import Kept, leaf_key, run_position
 
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of a dtype
@@ -57,7 +57,7 @@ def _compiled(leaves: tuple[jax.ShapeDtypeStruct, ...], kept_dims: tuple[tuple[i
         return [_sums(leaf, dims) for leaf, dims in zip(leaves, kept_dims, strict=True)]
 
     mesh = leaves[0].sharding.mesh if isinstance(leaves[0].sharding, NamedSharding) else None
-    return jax.jit(of_all, out_shardings=whole(mesh) if isinstance(mesh, Mesh) else None).lower(leaves).compile()
+    return jax.jit(of_all, out_shardings=replicated(mesh) if isinstance(mesh, Mesh) else None).lower(leaves).compile()
 
 
 def _kept_dims(path: tuple, leaf: jax.Array) -> tuple[int, ...]:
@@ -89,8 +89,8 @@ def _mixed(x: jax.Array, factor: int) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def cut_fingerprints(of_old: Fingerprints, kept: Kept) -> Fingerprints:
-    """What the fingerprints of a cut state must be. kept: per layer the old slots in new order."""
+def pruned_fingerprints(of_old: Fingerprints, kept: Kept) -> Fingerprints:
+    """What the fingerprints of a pruned state must be. kept: per layer the old slots in new order."""
     return {(leaf, i): v_ES[list(kept[i])] if v_ES.ndim == 2 else v_ES for (leaf, i), v_ES in of_old.items()}
 
 

@@ -1,9 +1,9 @@
-"""Cuts and rearranges a training state: one gather along the expert axis of every leaf that has one.
+"""Prunes and rearranges a training state: one gather along the expert axis of every leaf that has one.
 
 Paper sections 3.2 and 3.3. A plan's `kept[l]` lists the old expert slots of layer l in new device
 order, so pruning and rearranging are the same: new[l, e] = old[l, kept[l][e]], for the expert
 matrices, the router's columns and bias, and both Adam moments of each. Layers of equal expert count
-are stacked into runs, and a cut changes which layers these are; `cut_pieces` is that change as plain
+are stacked into runs, and a prune changes which layers these are; `moved_pieces` is that change as plain
 data, used here in device memory and by `partial_read` on the way out of a checkpoint.
 
 Axes: R layers of a piece of a run, E experts kept.
@@ -42,12 +42,12 @@ class Piece:
     kept: np.ndarray
 
 
-def cut_pieces(old_runs: Runs, kept: Kept) -> list[list[Piece]]:
-    """For every run of the cut model, the pieces of old runs that its layers come from, in order.
+def moved_pieces(old_runs: Runs, kept: Kept) -> list[list[Piece]]:
+    """For every run of the pruned model, the pieces of old runs that its layers come from, in order.
 
     `UserError` where `kept` does not fit the old model.
 
-    >>> [[(p.run, p.start, p.kept.tolist()) for p in run] for run in cut_pieces([(1, 3), (1, 2)], [[2, 0], [0, 1]])]
+    >>> [[(p.run, p.start, p.kept.tolist()) for p in run] for run in moved_pieces([(1, 3), (1, 2)], [[2, 0], [0, 1]])]
     [[(0, 0, [[2, 0]]), (1, 0, [[0, 1]])]]
     """
     layers = [(run, row, experts) for run, (count, experts) in enumerate(old_runs) for row in range(count)]
@@ -80,8 +80,8 @@ def leaf_key(path: tuple, run: int | None = None) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class LeafCut:
-    """One leaf of the cut state: what it shall be, and the old leaves it is made of.
+class LeafGather:
+    """One leaf of the pruned state: what it shall be, and the old leaves it is made of.
 
     `target`: shape, dtype, sharding. `sources`: key of each old leaf, in the order of `pieces`; a leaf
     that stays as it is has one source and no pieces. `family`: the same for all runs of one parameter.
@@ -103,25 +103,25 @@ class LeafCut:
         return tuple(shape)
 
 
-def cut_leaves(abstract_new, old_runs: Runs, kept: Kept) -> Iterator[LeafCut]:
-    """A `LeafCut` for every leaf of the abstract cut state, in the order of `jax.tree.leaves`."""
-    pieces = cut_pieces(old_runs, kept)
+def leaf_gathers(abstract_new, old_runs: Runs, kept: Kept) -> Iterator[LeafGather]:
+    """A `LeafGather` for every leaf of the abstract cut state, in the order of `jax.tree.leaves`."""
+    pieces = moved_pieces(old_runs, kept)
     for path, target in tree_flatten_with_path(abstract_new)[0]:
         position = run_position(path)
         if position is None:
-            yield LeafCut(target, (leaf_key(path),), (), leaf_key(path), None)
+            yield LeafGather(target, (leaf_key(path),), (), leaf_key(path), None)
             continue
         parts = tuple(pieces[path[position].idx])
         sources = tuple(leaf_key(path, piece.run) for piece in parts)
         axis = expert_axis(leaf_name(path), len(target.shape))
         layers = [len(piece.kept) for piece in parts]
         moves = axis is not None or layers != [old_runs[parts[0].run][0]]
-        yield LeafCut(target, sources, parts if moves else (), leaf_key(path, 0), axis)
+        yield LeafGather(target, sources, parts if moves else (), leaf_key(path, 0), axis)
 
 
-def cut_config(config: Config, kept: Kept) -> Config:
-    """The config of the cut model; `UserError` where it does not fit top_k or the resolved mesh."""
-    cut_pieces(config.model.runs, kept)
+def pruned_config(config: Config, kept: Kept) -> Config:
+    """The config of the pruned model; `UserError` where it does not fit top_k or the resolved mesh."""
+    moved_pieces(config.model.runs, kept)
     cut = config.with_num_experts(tuple(len(slots) for slots in kept))
     sizes = (cut.mesh.data, cut.mesh.fsdp, cut.mesh.expert)
     return cut if None in sizes else cut.resolve(math.prod(size or 1 for size in sizes))
@@ -138,16 +138,16 @@ def with_receive_buffer(config: Config, imbalances: Sequence[float]) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, receive_buffer=room))
 
 
-Gathers = list[jax.stages.Compiled | None]  # by leaf of the cut state; None for one that stays as it is
+Gathers = list[jax.stages.Compiled | None]  # by leaf of the pruned state; None for one that stays as it is
 
 
 def compile_gathers(abstract_old, kept: Kept, old_model: ModelConfig, abstract_new) -> Gathers:
-    """The programs of `cut_state`, for states of `jax.ShapeDtypeStruct`s with shardings; equal ones once."""
+    """The programs of `prune_state`, for states of `jax.ShapeDtypeStruct`s with shardings; equal ones once."""
     old = {leaf_key(path): leaf for path, leaf in tree_flatten_with_path(abstract_old)[0]}
     programs = functools.cache(_make_gather)
     compiled: dict[tuple, jax.stages.Compiled] = {}
     gathers: Gathers = []
-    for cut in cut_leaves(abstract_new, old_model.runs, kept):
+    for cut in leaf_gathers(abstract_new, old_model.runs, kept):
         if not cut.pieces:
             gathers.append(None)
             continue
@@ -159,28 +159,28 @@ def compile_gathers(abstract_old, kept: Kept, old_model: ModelConfig, abstract_n
     return gathers
 
 
-def cut_state(state, gathers: Gathers, kept: Kept, old_model: ModelConfig, abstract_new):
-    """The cut state, made in device memory on the same devices; consumes `state`.
+def prune_state(state, gathers: Gathers, kept: Kept, old_model: ModelConfig, abstract_new):
+    """The pruned state, made in device memory on the same devices; consumes `state`.
 
-    gathers: of `compile_gathers` with the same arguments. abstract_new: the cut model's state as
+    gathers: of `compile_gathers` with the same arguments. abstract_new: the pruned model's state as
     `jax.ShapeDtypeStruct` with shardings. Goes through one parameter (of all runs) after another and frees
     its old leaves at once, so that memory peaks at the old state and one new parameter.
     """
     old = {leaf_key(path): leaf for path, leaf in tree_flatten_with_path(state)[0]}
-    cuts = list(cut_leaves(abstract_new, old_model.runs, kept))
+    cuts = list(leaf_gathers(abstract_new, old_model.runs, kept))
     families: dict[str, list[int]] = {}
     for i, cut in enumerate(cuts):
         families.setdefault(cut.family, []).append(i)
     new: dict[int, jax.Array] = {}
     for members in families.values():
-        new |= {i: _cut_leaf(cuts[i], old, gathers[i]) for i in members}
+        new |= {i: _gather_leaf(cuts[i], old, gathers[i]) for i in members}
         jax.block_until_ready([new[i] for i in members])
         for source in {source for i in members if cuts[i].pieces for source in cuts[i].sources}:
             old.pop(source).delete()
     return tree_unflatten(jax.tree.structure(abstract_new), [new[i] for i in range(len(cuts))])
 
 
-def _cut_leaf(cut: LeafCut, old: dict[str, jax.Array], gather: jax.stages.Compiled | None) -> jax.Array:
+def _gather_leaf(cut: LeafGather, old: dict[str, jax.Array], gather: jax.stages.Compiled | None) -> jax.Array:
     if gather is None:
         return jax.device_put(old[cut.sources[0]], cut.target.sharding)
     leaf = gather(*_arguments(cut, old))
@@ -189,22 +189,22 @@ def _cut_leaf(cut: LeafCut, old: dict[str, jax.Array], gather: jax.stages.Compil
 
 
 def _gather_call(
-    cut: LeafCut, old: dict, programs: Callable[..., jax.stages.Wrapped]
+    cut: LeafGather, old: dict, programs: Callable[..., jax.stages.Wrapped]
 ) -> tuple[jax.stages.Wrapped, tuple]:
     """The jitted gather of a leaf, and its arguments; `old` may hold abstract leaves."""
     whole = tuple(_whole_experts(old[source], cut.axis) for source in cut.sources)
     return programs(cut.axis, whole, cut.target.sharding), _arguments(cut, old)
 
 
-def _arguments(cut: LeafCut, old: dict) -> tuple:
+def _arguments(cut: LeafGather, old: dict) -> tuple:
     starts = [np.int32(piece.start) for piece in cut.pieces]
     return [old[source] for source in cut.sources], starts, [piece.kept for piece in cut.pieces]
 
 
-def lower_largest_cut(abstract_old, kept: Kept, old_model: ModelConfig, abstract_new) -> jax.stages.Lowered:
-    """The program of `cut_state` that needs most memory, for a state of `jax.ShapeDtypeStruct`s."""
+def lower_largest_gather(abstract_old, kept: Kept, old_model: ModelConfig, abstract_new) -> jax.stages.Lowered:
+    """The program of `prune_state` that needs most memory, for a state of `jax.ShapeDtypeStruct`s."""
     old = {leaf_key(path): leaf for path, leaf in tree_flatten_with_path(abstract_old)[0]}
-    changed = [cut for cut in cut_leaves(abstract_new, old_model.runs, kept) if cut.pieces]
+    changed = [cut for cut in leaf_gathers(abstract_new, old_model.runs, kept) if cut.pieces]
     largest = max(changed, key=lambda cut: sum(math.prod(old[source].shape) for source in cut.sources))
     gather, arguments = _gather_call(largest, old, _make_gather)
     return gather.lower(*arguments)
@@ -214,7 +214,13 @@ def _whole_experts(leaf: jax.Array, axis: int | None) -> NamedSharding:
     """The leaf's sharding with every expert whole on each device, its mesh axis on another dimension.
 
     A gather along a sharded dimension would build the full array everywhere; two all-to-alls around
-    a local gather do not.
+    a local gather do not. Four experts of two columns on two devices, of which experts 3, 0 survive:
+
+        stored          all-to-all      gather along E   all-to-all
+        0 0 | device 0    0 | 0           3 | 3            3 3 | device 0
+        1 1 |             1 | 1           0 | 0            0 0 | device 1
+        2 2 | device 1    2 | 2
+        3 3 |             3 | 3
     """
     sharding = leaf.sharding
     assert isinstance(sharding, NamedSharding)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 RECENT = 64  # losses to compare with
-FEWEST = 16  # of them, to say anything
+MIN_RECENT = 16  # of them, to say anything
 FAR = 8.0  # standard deviations, of the noise and not of the outliers
 LEAST_SPREAD = 0.005  # of the median: where losses hardly waver
 
@@ -16,7 +16,7 @@ def is_spike(loss: float, recent: Sequence[float]) -> bool:
     >>> is_spike(2.1, [2.0, 1.9] * 10), is_spike(3.0, [2.0, 1.9] * 10)
     (False, True)
     """
-    if len(recent) < FEWEST:
+    if len(recent) < MIN_RECENT:
         return False
     median = float(np.median(recent))
     spread = 1.4826 * float(np.median(np.abs(np.asarray(recent) - median)))  # of normal noise: its deviation

@@ -5,11 +5,11 @@ from pathlib import Path
 import jax
 
 from laep_jax.checkpoint.checkpointer import META_FILE
-from laep_jax.checkpoint.lock import CHECKPOINTS, require_checkpoints, require_room
+from laep_jax.checkpoint.lock import CHECKPOINTS, require_room
 from laep_jax.checkpoint.manifest import read_sealed
-from laep_jax.checkpoint.steps import StepDirectory
+from laep_jax.checkpoint.steps import StepDirectory, require_checkpoints
 from laep_jax.config import Config
-from laep_jax.distributed import refused_together
+from laep_jax.distributed import raise_on_all_processes
 from laep_jax.errors import UserError
 from laep_jax.sharding import make_mesh
 from laep_jax.training.executable import load_step
@@ -25,7 +25,7 @@ def check(config: Config, run_dir: Path, executable: Path | None = None) -> list
     room. Whether the checkpoint's arrays are as they were saved, only restoring tells.
     """
     dataset, state_bytes = open_inputs(config, run_dir)
-    with refused_together():
+    with raise_on_all_processes():
         require_checkpoints(run_dir)
         require_room(
             next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists()), state_bytes

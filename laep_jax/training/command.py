@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import laep_jax
-from laep_jax.distributed import connect, leaving_at_once, num_processes
+from laep_jax.distributed import connect, exit_without_barrier, num_processes
 from laep_jax.errors import require
 from laep_jax.gin_config import add_config_arguments, load_config, operative_config, or_default, parse_arguments
 from laep_jax.paths import expanded, require_path
@@ -15,6 +15,7 @@ from laep_jax.switches import set_switches
 from laep_jax.training.check import check
 from laep_jax.training.prune.compile_ahead import is_compiling
 from laep_jax.training.start import train
+from laep_jax.training.watch import Watch, unwatched
 
 DESCRIPTION = """\
 Pre-trains an MoE language model, pruning and rearranging its experts on the way (LAEP).
@@ -26,7 +27,7 @@ newest checkpoint. On several hosts each host runs this command; `laep-jax launc
 """
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], watch: Watch = unwatched) -> int:
     gin_files, bindings, rest = parse_arguments(argv)
     arguments = _parser().parse_args(rest)
     gin_files = or_default(gin_files)
@@ -40,12 +41,12 @@ def main(argv: Sequence[str]) -> int:
     require(devices % processes == 0, "MeshConfig.cpu_devices", devices, f"is not divisible by {processes} processes")
     set_switches()
     make_cpu_devices(devices // processes, processes=processes)
-    with leaving_at_once(is_compiling):
+    with exit_without_barrier(is_compiling):
         connect()
         if arguments.check:
             print("\n".join(check(config, Path(workdir), arguments.executable)))
         else:
-            train(config, workdir, executable=arguments.executable)
+            train(config, workdir, executable=arguments.executable, watch=watch)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What is measured without training: the validation loss, and the loss and loads a cut model would have.
+"""What is measured without training: the validation loss, and the loss and loads a pruned model would have.
 
 Axes: L layers, E experts of a layer, M domains.
 """
@@ -45,7 +45,7 @@ def validation_loss(
 
 
 def masked_bias(router_bias: dict, pruned: Sequence[Sequence[int]]) -> dict:
-    """The router bias with minus infinity at each layer's pruned experts: exactly the cut model."""
+    """The router bias with minus infinity at each layer's pruned experts: exactly the pruned model."""
     runs, layer = [], 0
     for run in router_bias["runs"]:
         bias_LE = run["bias_E"]
@@ -65,10 +65,10 @@ def masked_loss(
     mesh: Mesh,
     domains: Sequence[str],
 ) -> ValidationLoss:
-    """`validation_loss` of the model that a cut of this state would make, with the pruned experts masked.
+    """`validation_loss` of the model that a prune of this state would make, with the pruned experts masked.
 
     The same but for the order of sums: those of the router, whose product may be computed in another way for another
-    number of experts, and with the all-gather dispatch those over a token's experts, which the cut moves to other
+    number of experts, and with the all-gather dispatch those over a token's experts, which the prune moves to other
     devices. Where neither is another it is the same bit for bit.
     """
     masked = dataclasses.replace(state, router_bias=masked_bias(state.router_bias, pruned))

@@ -19,7 +19,7 @@ from laep_jax.sharding import Mesh
 from laep_jax.state.tree import abstract_state
 from laep_jax.training.step import abstract_batch, make_train_step
 
-MOST_BYTES = 2**33  # of a file
+MAX_BYTES = 2**33  # of a file
 
 
 def requirements(config: Config, mesh: Mesh) -> dict:
@@ -57,7 +57,7 @@ def save_step(file: Path, step: jax.stages.Compiled, config: Config, mesh: Mesh)
 
 def load_step(file: Path, config: Config, mesh: Mesh) -> jax.stages.Compiled:
     """The step that `save_step` wrote. `UserError` that names the first thing in which machine or run differ."""
-    head, _, payload = read_bytes(file, f"--executable={file}", MOST_BYTES).partition(b"\n")
+    head, _, payload = read_bytes(file, f"--executable={file}", MAX_BYTES).partition(b"\n")
     then = parse_json(head, f"the first line of --executable={file}")
     require(isinstance(then, dict), "--executable", str(file), "is no file of `preflight --save`")
     for name, now in requirements(config, mesh).items():

@@ -28,8 +28,9 @@ def train_to_end(trainer: Trainer, preemption: PreemptionGuard) -> dict:
     while (step := trainer.run_state.step) < trainer.config.train.num_steps:
         if not trainer.model.compiles:
             preemption.begin_step()
-        batch = put_batch(trainer.dataset.train_batch(step), trainer.mesh)
-        trainer.model.state, metrics = trainer.model.steps.train(trainer.model.state, batch)
+        with trainer.watch("step", step + 1):
+            batch = put_batch(trainer.dataset.train_batch(step), trainer.mesh)
+            trainer.model.state, metrics = trainer.model.steps.train(trainer.model.state, batch)
         trainer.run_state.step = step = step + 1
         if unrecorded:
             record(trainer, *unrecorded)
@@ -60,6 +61,15 @@ def _decides(trainer: Trainer, step: int) -> bool:
 
 def record(trainer: Trainer, step: int, metrics: dict) -> None:
     """Fetches one step's metrics and hands them to the controller, the log and the console."""
+    with trainer.watch("record", step):
+        finite, fields = _fetch(trainer, step, metrics)
+        trainer.log.write("train", step, **fields)
+        trainer.console.train(step, fields)
+        _check_loss(trainer, step, fields["loss"], fields["grad_norm"], finite)
+
+
+def _fetch(trainer: Trainer, step: int, metrics: dict) -> tuple[bool, dict]:
+    """Whether the step was finite, and the fields of its record; the counts go to the controller and the log."""
     counts = by_layer(metrics.pop("tokens_per_expert"))
     metrics = jax.device_get(metrics)
     now = time.perf_counter()
@@ -78,12 +88,10 @@ def record(trainer: Trainer, step: int, metrics: dict) -> None:
         flops_per_token=trainer.model.size.flops_per_token,
         expert_parallel=trainer.controller.rule.expert_parallel,
     )
-    trainer.log.write("train", step, **fields)
-    trainer.console.train(step, fields)
-    _watch(trainer, step, fields["loss"], fields["grad_norm"], bool(metrics["finite"]))
+    return bool(metrics["finite"]), fields
 
 
-def _watch(trainer: Trainer, step: int, loss: float, grad_norm: float, finite: bool) -> None:
+def _check_loss(trainer: Trainer, step: int, loss: float, grad_norm: float, finite: bool) -> None:
     """Reports a step that was skipped, or whose loss is a spike, and its data; stops what does not recover."""
     run_state = trainer.run_state
     run_state.skipped = 0 if finite else run_state.skipped + 1
@@ -106,7 +114,7 @@ def _few(rows: np.ndarray) -> str:
 
 
 def _boundary(trainer: Trainer, step: int, stopping: bool) -> None:
-    """Everything that is not training: evaluation, the stability test, saving, cutting.
+    """Everything that is not training: evaluation, the stability test, saving, pruning.
 
     What is due is done before the run stops, since it resumes behind it.
     """
@@ -116,9 +124,11 @@ def _boundary(trainer: Trainer, step: int, stopping: bool) -> None:
     if step % settings.eval_every == 0:
         trainer.evaluate(step, "periodic")
     if _decides(trainer, step):
-        decide(trainer, step)
+        with trainer.watch("decide", step):
+            decide(trainer, step)
     if trainer.pending and trainer.is_due(step):
-        apply(trainer, trainer.pending)
+        with trainer.watch("apply", step):
+            apply(trainer, trainer.pending)
     elif stopping or step % settings.checkpoint_every == 0:
         trainer.save(step)
 

@@ -33,18 +33,18 @@ class PreemptionGuard:
     def __init__(self, step_timeout: float | None):
         self._step_timeout = step_timeout
         self._connected = jax.distributed.is_initialized()
-        self._told = False
+        self._requested = False
         self._found: dict[int, object] = {}  # handlers, by signal
         self._deadline = math.inf
         self._over = threading.Event()
-        self._teller = threading.Thread(target=self._tell, name="step timeout", daemon=True)
+        self._reporter = threading.Thread(target=self._report_timeout, name="step timeout", daemon=True)
 
     def __enter__(self) -> "PreemptionGuard":
-        self._teller.start()
+        self._reporter.start()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT,) if self._connected else (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) not in (None, signal.SIG_IGN):
-                    self._found[number] = signal.signal(number, self._hear)
+                    self._found[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -52,11 +52,11 @@ class PreemptionGuard:
         for number, handler in self._found.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._over.set()
-        self._teller.join()
+        self._reporter.join()
 
     def asked(self, step: int) -> bool:
         """Whether to save and end after this step. To be called once after every step; all processes agree."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._connected else self._told
+        return multihost_utils.reached_preemption_sync_point(step) if self._connected else self._requested
 
     def begin_step(self) -> None:
         """From now a step, waiting for it included, has its time; the step before has ended."""
@@ -69,8 +69,8 @@ class PreemptionGuard:
         self._deadline = math.inf
         faulthandler.cancel_dump_traceback_later()
 
-    def _hear(self, number: int, frame: object) -> None:
-        self._told = True
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._requested = True
         more = ""
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._found.pop(signal.SIGINT))  # type: ignore[arg-type]
@@ -80,13 +80,13 @@ class PreemptionGuard:
         # Not by `print`, which a signal may have interrupted.
         os.write(STDERR, f"\n{signal.Signals(number).name}: the run saves after this step and ends{more}\n".encode())
 
-    def _tell(self) -> None:
+    def _report_timeout(self) -> None:
         """Says what is about to happen. The end itself needs neither this thread nor Python's lock."""
         while not self._over.wait(HEAD_START / 4):
             if time.monotonic() > self._deadline:
                 text = (
                     f"a step takes longer than TrainConfig.step_timeout={self._step_timeout:g} s, so the process ends;"
-                    " started again, the run goes on from its newest checkpoint. This is where it hangs:\n"
+                    " started again, the run resumes from its newest checkpoint. This is where it hangs:\n"
                 )
                 os.write(STDERR, text.encode())
                 return

@@ -27,7 +27,7 @@ class RunState:
 
     `step`, with the seed in the config, is also the position in the data and the random state.
     config: of the last start, resolved, with the experts that the run began with. num_experts: of the model in this
-    checkpoint. fitted_buffer: the receive buffer that the last cut's loads need, None before a cut. lineage: per
+    checkpoint. fitted_buffer: the receive buffer that the loads of the last prune need, None before one. lineage: per
     layer the original id of each slot. retries: plans that the guard refused. skipped: steps in a row that were not
     finite. recent_losses: of the last steps, see `anomalies`.
     """

@@ -12,17 +12,17 @@ from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.checkpoint.lock import (
     CHECKPOINTS,
     exclusive,
-    require_checkpoints,
     require_directory,
     require_room,
     require_savable,
     require_writable,
 )
 from laep_jax.checkpoint.manifest import DamagedError
+from laep_jax.checkpoint.steps import require_checkpoints
 from laep_jax.chips import peak_flops
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
-from laep_jax.distributed import refused_together
+from laep_jax.distributed import raise_on_all_processes
 from laep_jax.files import refuse_links, replace_file
 from laep_jax.gin_config import operative_config
 from laep_jax.laep.load import LoadHistory
@@ -44,12 +44,16 @@ from laep_jax.training.prune.transition import finish, restore_survivors, schedu
 from laep_jax.training.resume import find_run_state, require_same_run
 from laep_jax.training.run_state import RunState
 from laep_jax.training.trainer import Model, Trainer, make_controller
+from laep_jax.training.watch import Watch, unwatched
 
 
-def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path | None = None) -> dict:
+def train(
+    config: Config, run_dir: str | os.PathLike[str], *, executable: Path | None = None, watch: Watch = unwatched
+) -> dict:
     """Trains to `config.train.num_steps`, from the newest checkpoint in `run_dir` or from the start.
 
-    executable: a file of `preflight --save`, for the model that the run began with. Returns what summary.json holds;
+    executable: a file of `preflight --save`, for the model that the run began with. watch: enters the stages of
+    `laep_jax.training.watch`. Returns what summary.json holds;
     a complete run shows its table again and changes no file. `UserError`, before anything is compiled or written,
     where the config does not fit the devices, the corpus or the checkpoint. `StoppedError` after SIGTERM or Ctrl-C,
     when the step in flight is done and saved.
@@ -60,7 +64,7 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path |
     dataset, state_bytes = open_inputs(config, run_dir)
     ended = False
     with contextlib.ExitStack() as stack:
-        with refused_together():
+        with raise_on_all_processes():
             if first:
                 stack.enter_context(exclusive(run_dir))
                 require_checkpoints(run_dir)
@@ -80,7 +84,7 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path |
                     return _show_again(run_dir, run_state, console)
                 base = Config.from_dict(run_state.config)
                 with contextlib.ExitStack() as attempt:
-                    with refused_together():
+                    with raise_on_all_processes():
                         if first and ended:
                             _require_space(run_dir, state_bytes)
                         make_controller(run_state.current(base), run_state, None)  # refuses a plan that does not fit
@@ -88,7 +92,7 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path |
                         log = attempt.enter_context(_open_log(run_dir, base, run_state.step, console))
                     _announce(config, base, run_state, changed, dataset, log, console)
                     preemption = attempt.enter_context(PreemptionGuard(config.train.step_timeout))
-                    trainer = _make_trainer(base, run_state, first_step, dataset, checkpoints, log, console)
+                    trainer = _make_trainer(base, run_state, first_step, dataset, checkpoints, log, console, watch)
                     return train_to_end(trainer, preemption)
             except DamagedError as error:
                 checkpoints.put_aside(error)
@@ -97,7 +101,7 @@ def train(config: Config, run_dir: str | os.PathLike[str], *, executable: Path |
 def open_inputs(config: Config, run_dir: Path) -> tuple[Dataset, int]:
     """The corpus, and the bytes of a training state, of a run whose settings fit this machine; else `UserError`."""
     require_switches()
-    with refused_together():
+    with raise_on_all_processes():
         require_directory(run_dir)
         require_savable(run_dir)
         refuse_links(run_dir)
@@ -152,11 +156,12 @@ def _make_trainer(
     checkpoints: Checkpoints,
     log: RunLog | NoLog,
     console: RunConsole,
+    watch: Watch,
 ) -> Trainer:
     """With a new model, that of the checkpoint, or the smaller one that the checkpoint's plan leads to."""
     config, step, pending = run_state.current(base), run_state.step, run_state.pending
     mesh = make_mesh(config.mesh)
-    rest = (mesh, dataset, checkpoints, log, console, run_state)
+    rest = (mesh, dataset, checkpoints, log, console, run_state, watch)
     if not step:
         model = Model(config, init_state(config, mesh), make_steps(config, mesh, len(dataset.domains), first_step))
         run_state.summary.parameters_before = model.size.total
@@ -165,7 +170,8 @@ def _make_trainer(
     console.event(f"resuming from step {step}" + (", with a plan to apply" if pending else "") + again)
     history = checkpoints.read_history(step)  # also where the smaller model has no use for it: damage is damage
     if pending and pending.due == step < config.train.num_steps:
-        smaller, pause = SmallerModel(pending.plan, config, mesh, len(dataset.domains)), Pause()
+        smaller = SmallerModel(pending.plan, step, config, mesh, len(dataset.domains), watch)
+        pause = Pause()
         model = restore_survivors(smaller, None, checkpoints, run_state, pause)
         trainer = Trainer(model, None, *rest)
         trainer.pause = pause

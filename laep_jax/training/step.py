@@ -16,7 +16,7 @@ import optax
 from laep_jax.config import Config
 from laep_jax.model.router import update_bias
 from laep_jax.model.transformer import token_losses
-from laep_jax.sharding import Mesh, batch_sharding, whole
+from laep_jax.sharding import Mesh, batch_sharding, replicated
 from laep_jax.state.optimizer import make_optimizer, make_schedule
 from laep_jax.state.tree import TrainState, abstract_state
 
@@ -110,7 +110,7 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     step = functools.partial(train_step, config=config, mesh=mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole(mesh)))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
 def make_eval_step(config: Config, mesh: Mesh, num_domains: int):
@@ -128,4 +128,4 @@ def make_eval_step(config: Config, mesh: Mesh, num_domains: int):
         loss_M = jnp.sum(jnp.where(belongs_BSM, loss_BS[..., None], 0), axis=(0, 1))  # a scatter has no fixed order
         return loss_M, targets_M, [part.tokens_per_expert_E for part in run_aux]
 
-    return jax.jit(eval_step, out_shardings=whole(mesh))
+    return jax.jit(eval_step, out_shardings=replicated(mesh))

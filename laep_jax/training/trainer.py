@@ -24,6 +24,7 @@ from laep_jax.training.prune.controller import Controller
 from laep_jax.training.prune.guard import softened
 from laep_jax.training.prune.smaller_model import SmallerModel
 from laep_jax.training.run_state import RunState
+from laep_jax.training.watch import Watch
 
 
 @dataclasses.dataclass
@@ -53,7 +54,7 @@ class Trainer:
     """A run that can go on from where it stands.
 
     model: as `run_state` describes it. history: of the loads of that model, None where it is new. mesh: the same for
-    all models of a run. pending: the model that a scheduled plan leads to.
+    all models of a run. watch: enters the stages. pending: the model that a scheduled plan leads to.
     """
 
     def __init__(
@@ -66,7 +67,9 @@ class Trainer:
         log: RunLog | NoLog,
         console: RunConsole,
         run_state: RunState,
+        watch: Watch,
     ):
+        self.watch = watch
         self.mesh, self.dataset, self.checkpoints = mesh, dataset, checkpoints
         self.log, self.console, self.run_state = log, console, run_state
         self.validation = [dataset.validation_batch(i) for i in range(dataset.num_validation_batches)]
@@ -102,7 +105,8 @@ class Trainer:
 
     def evaluate(self, step: int, when: str) -> float:
         """The validation loss; shown, and logged by domain."""
-        validation = validation_loss(self.model.steps.evaluate, self.model.state, *self.measured_on)
+        with self.watch("evaluate", step):
+            validation = validation_loss(self.model.steps.evaluate, self.model.state, *self.measured_on)
         loss, losses, targets = validation.loss, validation.loss_by_domain, validation.targets_by_domain
         summary = self.run_state.summary
         if summary.validation_targets_by_domain != targets:  # once, as long as the batches stay the same
@@ -123,7 +127,8 @@ class Trainer:
         self.log.save()
         save = self.checkpoints.save_now if now else self.checkpoints.save
         meta: dict[str, Any] = self.run_state.to_meta()
-        save(step, self.model.state, self.controller.history.to_arrays(), meta)
+        with self.watch("save", step):
+            save(step, self.model.state, self.controller.history.to_arrays(), meta)
 
 
 def make_controller(config: Config, run_state: RunState, history: LoadHistory | None) -> Controller:

@@ -99,20 +99,20 @@ def test_both_ways_to_cut_agree_with_slicing_on_every_mesh(states, checkpoints, 
     kept, mesh = states.plan(COUNTS, new), states.mesh(*sizes)
     model = states.config(COUNTS)
     state = states.random(COUNTS, states.mesh())
-    whole, cut = states.by_layer(state), states.cut_by_layer(state, kept)
+    whole, cut = states.by_layer(state), states.pruned_by_layer(state, kept)
     checkpoints.save(7, state, {}, META)
     checkpoints.wait()
 
     restored = checkpoints.restore(7, states.abstract(COUNTS, mesh))
     states.assert_equal(states.by_layer(restored), whole)
     abstract = states.abstract(new, mesh)
-    from_disk = checkpoints.restore_cut(7, abstract, kept, model.runs)
+    from_disk = checkpoints.restore_pruned(7, abstract, kept, model.runs)
     states.assert_equal(states.by_layer(from_disk), cut)
     for got, want in zip(jax.tree.leaves(from_disk), jax.tree.leaves(abstract), strict=True):
         assert got.sharding == want.sharding
     if sizes == (1, 2, 4):
         gathers = surgery.compile_gathers(states.abstract(COUNTS, mesh), kept, model, abstract)
-        in_memory = surgery.cut_state(restored, gathers, kept, model, abstract)
+        in_memory = surgery.prune_state(restored, gathers, kept, model, abstract)
         states.assert_equal(states.by_layer(in_memory), cut)
 
 
@@ -123,8 +123,8 @@ def test_cut_restore_of_plans_that_keep_all_or_merge_runs(states, checkpoints, n
     kept = [list(range(count)) for count in COUNTS] if new == COUNTS else states.plan(COUNTS, new)
     checkpoints.save(7, state, {}, META)
     checkpoints.wait()
-    got = checkpoints.restore_cut(7, states.abstract(new, mesh), kept, states.config(COUNTS).runs)
-    states.assert_equal(states.by_layer(got), states.cut_by_layer(state, kept))
+    got = checkpoints.restore_pruned(7, states.abstract(new, mesh), kept, states.config(COUNTS).runs)
+    states.assert_equal(states.by_layer(got), states.pruned_by_layer(state, kept))
 
 
 def bytes_read() -> int:
@@ -143,7 +143,7 @@ def test_cut_restore_reads_the_survivors_only(states, checkpoints):
     checkpoints.wait()
     abstract = {"runs": [{"gate_up_EDG": jax.ShapeDtypeStruct((2, 4, 64, 256), np.float32, sharding=sharding)}]}
     before = bytes_read()
-    got = checkpoints.restore_cut(1, abstract, [[5, 0, 11, 2], [3, 15, 1, 8]], [(2, 16)])
+    got = checkpoints.restore_pruned(1, abstract, [[5, 0, 11, 2], [3, 15, 1, 8]], [(2, 16)])
     read = bytes_read() - before
     assert got["runs"][0]["gate_up_EDG"].nbytes == leaf.nbytes // 4 == mib // 2
     assert mib // 2 <= read < mib // 2 * 1.4
@@ -196,7 +196,7 @@ def test_state_of_another_tree_or_dtype_is_refused(states, checkpoints, change, 
     with pytest.raises(UserError, match=message):
         checkpoints.restore(2, abstract)
     with pytest.raises(UserError, match=message):
-        checkpoints.restore_cut(2, abstract, [range(count) for count in COUNTS], states.config(COUNTS).runs)
+        checkpoints.restore_pruned(2, abstract, [range(count) for count in COUNTS], states.config(COUNTS).runs)
 
 
 def test_state_of_other_expert_counts_is_refused(states, checkpoints):
@@ -209,13 +209,13 @@ def test_state_of_other_expert_counts_is_refused(states, checkpoints):
     with pytest.raises(UserError, match=message):
         checkpoints.restore(2, states.abstract((12, 12, 8, 8), mesh))
     with pytest.raises(UserError, match=message):
-        checkpoints.restore_cut(
+        checkpoints.restore_pruned(
             2, states.abstract((8, 8, 8, 8), mesh), [range(8)] * 4, states.config((12, 12, 8, 8)).runs
         )
 
 
-def test_latest_passes_over_what_is_no_complete_step(checkpoints, caplog):
-    assert checkpoints.latest() is None
+def test_what_is_no_complete_step_is_put_aside_or_left_alone(checkpoints, caplog):
+    assert checkpoints.newest_valid() is None
     for step in (3, 5):
         checkpoints.save(step, small(step), {}, META)
     checkpoints.wait()
@@ -224,16 +224,19 @@ def test_latest_passes_over_what_is_no_complete_step(checkpoints, caplog):
     (checkpoints.directory / "notes").mkdir()
     (checkpoints.directory / "9").mkdir()
     (checkpoints.directory / "9" / "manifest.json").write_text('{"half": ')
-    assert checkpoints.latest() == 5
-    assert re.search(r"9 passed over: .*manifest\.json is damaged", caplog.text)
+    assert checkpoints.newest_valid() == 5
+    assert re.search(r"9/manifest\.json is damaged.*; it is now 9\.damaged, and the run", caplog.text)
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == [
+        "3", "5", "7.damaged", "8", "9.damaged", "notes"
+    ]  # fmt: skip
     for step in (9, 10):
         with pytest.raises(DamagedError, match=rf"{step}/meta\.json does not read: No such file"):
             checkpoints.restore(step, small())
-    checkpoints.save(6, small(6), {}, META)  # below the stray ones
-    checkpoints.save(7, small(7), {}, META)  # in the place of one
+    checkpoints.save(6, small(6), {}, META)
+    checkpoints.save(7, small(7), {}, META)  # in the place of one that was put aside
     checkpoints.wait()
     assert (value_at(checkpoints, 6), value_at(checkpoints, 7)) == (6, 7)
-    assert checkpoints.latest() == 7
+    assert checkpoints.newest_valid() == 7
 
 
 def test_orbax_is_quiet_below_warnings(checkpoints, caplog):
@@ -278,7 +281,7 @@ def test_interrupted_replacement_leaves_one_complete_step(checkpoints, new_one_i
         os.rename(root / "5", root / "5.replaced")
         (root / "5").mkdir()
     with Checkpoints(root, keep=3) as again:
-        assert again.latest() == 5
+        assert again.newest_valid() == 5
         assert value_at(again, 5) == value
         assert [path.name for path in root.iterdir()] == ["5"]
 
@@ -312,7 +315,7 @@ def test_leaving_right_after_save_waits_for_it(tmp_path, ending):
     assert result.returncode == (1 if "raise" in ending else 0)
     assert ("in the loop" in result.stderr) == ("raise" in ending)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.latest() == 3
+        assert checkpoints.newest_valid() == 3
         assert value_at(checkpoints, 3) == 3
 
 
@@ -332,11 +335,11 @@ def test_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path):
     assert result.returncode == -signal.SIGKILL
     assert any("saving" in path.name for path in tmp_path.iterdir()), "killed too late to show anything"
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        assert checkpoints.latest() == 1
+        assert checkpoints.newest_valid() == 1
         assert value_at(checkpoints, 1) == 1
         checkpoints.save(2, small(2), {}, META)
         checkpoints.wait()
-        assert checkpoints.latest() == 2
+        assert checkpoints.newest_valid() == 2
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
@@ -354,7 +357,7 @@ def test_failed_save_raises_in_wait_and_leaves_the_step_it_would_replace(tmp_pat
             except Exception as error:
                 print("raised", type(error).__name__)
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-            print("latest", checkpoints.latest())
+            print("latest", checkpoints.newest_valid())
             checkpoints.save(2, state(2.0, 8), {}, {})
         """,
     )

@@ -14,6 +14,7 @@ import pytest
 from laep_jax.checkpoint import checkpointer, manifest, steps
 from laep_jax.checkpoint.checkpointer import Checkpoints, SaveError
 from laep_jax.checkpoint.manifest import DamagedError, check_files, sealed
+from laep_jax.checkpoint.steps import StepDirectory
 from laep_jax.errors import UserError
 from laep_jax.state import fingerprint
 from laep_jax.training.prune import smaller_model
@@ -138,11 +139,11 @@ def test_the_damaged_expert_is_named_and_matters_only_where_it_stays(states, sav
     kept = states.plan(COUNTS, (8, 8, 8, 4))
     kept[3] = [1, 5, 2, 0]
     with pytest.raises(DamagedError, match=place):
-        copied.restore_cut(7, new, kept, runs)
+        copied.restore_pruned(7, new, kept, runs)
     kept[3] = [1, 4, 2, 0]
-    got = copied.restore_cut(7, new, kept, runs)
+    got = copied.restore_pruned(7, new, kept, runs)
     whole = states.random(COUNTS, mesh)
-    states.assert_equal(states.by_layer(got), states.cut_by_layer(whole, kept))
+    states.assert_equal(states.by_layer(got), states.pruned_by_layer(whole, kept))
     copied.verify(7, whole)
     copied.verify(7, got, kept)
     with pytest.raises(DamagedError, match=r"of layer 3, expert 4 .*more places.* is not what was saved"):
@@ -164,7 +165,7 @@ def test_a_run_goes_on_from_the_newest_step_that_validates(tmp_path):
         assert steps_in(checkpoints) == ["1", "2", "3.damaged", "8.damaged"]
         assert len(told) == 2
         assert re.search(
-            r"3/meta\.json is missing; it is now 3\.damaged, and the run goes on from an older one", told[1]
+            r"3/meta\.json is missing; it is now 3\.damaged, and the run resumes from an older one", told[1]
         )
         checkpoints.save(3, small(3), {}, {})
         checkpoints.wait()
@@ -290,7 +291,7 @@ def test_a_loss_of_power_after_wait_loses_nothing(tmp_path, monkeypatch, synced)
     found = []
     for step in (1, 2, 3):
         with mounted(tmp_path / f"at {step}", place), Checkpoints(place / "checkpoints", keep=2) as after:
-            latest = after.latest()
+            latest = after.newest_valid()
             found.append(latest)
             if latest:
                 assert value_at(after, latest) == latest
@@ -316,7 +317,7 @@ def test_what_is_no_strict_json_or_no_file_is_damaged_at_once(copied, name):
         path.write_text(content) if content else os.mkfifo(path)
         with pytest.raises(DamagedError, match=f"{name} is damaged" if content else f"{name} does not read: it is not"):
             check_files(path.parent) if name == "manifest.json" else copied.read_meta(7)
-        assert copied.latest() is None
+        assert StepDirectory(copied.directory, keep=1).latest(lambda *_: None) is None
     with pytest.raises(ValueError, match="not JSON compliant"):
         sealed(nan)
 
@@ -324,6 +325,6 @@ def test_what_is_no_strict_json_or_no_file_is_damaged_at_once(copied, name):
 def test_files_are_read_up_to_a_limit(tmp_path, monkeypatch):
     (tmp_path / "x").write_text(sealed([0] * 50))
     assert manifest.read_sealed(tmp_path / "x") == [0] * 50
-    monkeypatch.setattr(manifest, "MOST_JSON", 150)
+    monkeypatch.setattr(manifest, "MAX_JSON", 150)
     with pytest.raises(DamagedError, match=r"x does not read: size of it=\d+ is above 150 bytes"):
         manifest.read_sealed(tmp_path / "x")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from laep_jax.checkpoint.lock import exclusive, require_checkpoints, require_room, require_savable, require_writable
-from laep_jax.checkpoint.steps import SAVING, StepDirectory
+from laep_jax.checkpoint.lock import exclusive, require_room, require_savable, require_writable
+from laep_jax.checkpoint.steps import SAVING, StepDirectory, require_checkpoints
 from laep_jax.errors import UserError
 
 HOLDER = """

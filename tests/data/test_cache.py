@@ -53,7 +53,7 @@ def test_holds_both_sides_in_order(config, texts):
 
 
 def test_many_documents_keep_their_order(config, texts, monkeypatch):
-    monkeypatch.setattr(cache, "DOCUMENTS_AT_ONCE", 7)
+    monkeypatch.setattr(cache, "DOCUMENTS_CHUNK", 7)
     tokens = opening(config())
     assert tokens.train.tolist() == [token for text in texts[0] for token in [*text, 256]]
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laep_jax.data.packing import cut_rows, num_rows, pack
+from laep_jax.data.packing import num_rows, pack, split_rows
 
 EOD = 9
 DOCUMENTS = st.lists(st.lists(st.integers(0, 8), max_size=12), min_size=1, max_size=8)
@@ -16,7 +16,7 @@ def stream_of(documents):
 
 
 def rows_of(stream, length, rows):
-    return pack(cut_rows(stream, np.array(rows), length), EOD)
+    return pack(split_rows(stream, np.array(rows), length), EOD)
 
 
 def by_loop(documents, length):

@@ -1,8 +1,8 @@
 """`python -m tests.fault_injection kill`: a tiny run with prunes, killed at random, must end the same bit for bit.
 
-Half of the kills fall anywhere in the run, half at a random moment of an event of a prune: its plan, its compilation,
-the save before the cut, the restoring, the first evaluation. In every third trial the
-run is killed again while it recovers. With two processes one of them is killed, or stopped as a machine that hangs;
+Half of the kills fall anywhere in the run, half at a random moment of a stage of a prune: its decision, its
+compilation, its two phases on disk, the restoring, the first evaluation. In every third trial the run is killed again
+while it recovers. With two processes one of them is killed, or stopped as a machine that hangs;
 then all must be gone within the heartbeat. At the end parameters, moments, layout, load history, recorded loads and
 losses are hashed. A save that was complete on disk must not be lost.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from laep_jax.distributed import HEARTBEAT_TIMEOUT
 from laep_jax.errors import require
-from tests.fault_injection.worker import EVENTS, RUN, Spec
+from tests.fault_injection.worker import PRUNE, RUN, Spec
 
 PATIENCE = 1800.0  # seconds for one run, other work beside it
 LAUNCH = (
@@ -46,9 +46,7 @@ class Trial:
         self.folder, self.processes = folder / name, processes
         self.folder.mkdir()
         self.spec = Spec(str(self.folder / "run"), str(shared / "tokens"), "", str(self.folder / "hash"))
-        self.environment = {
-            name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")
-        }
+        self.environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
         self.environment["JAX_PLATFORMS"] = "cpu"
         self.environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(shared / "programs"))
         self.environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -66,6 +64,12 @@ class Trial:
         with (self.folder / f"{self.starts}.output").open("w") as output:
             done = subprocess.run(command, env=self.environment, stdout=output, stderr=output, timeout=PATIENCE)
         return done.returncode, read_events(log)
+
+    def newest_step(self) -> int:
+        """Of the checkpoints that are complete on disk, by their names; 0 without one."""
+        return max(
+            (int(path.name) for path in self.folder.glob("run/checkpoints/*") if path.name.isdecimal()), default=0
+        )
 
     @property
     def hash(self) -> str:
@@ -131,7 +135,7 @@ def uninterrupted(folder: Path, processes: int) -> Uninterrupted:
 
 def choose_hit(rng: random.Random, whole: Uninterrupted, in_prune: bool, processes: int) -> dict:
     """Where a run is struck: at a random moment of the whole run, or of a random event of a prune."""
-    event = rng.choice(list(EVENTS)) if in_prune else RUN
+    event = rng.choice(PRUNE) if in_prune else RUN
     occurrence = rng.randrange(len(whole.seconds[event]))
     return {
         "event": event,
@@ -145,12 +149,12 @@ def choose_hit(rng: random.Random, whole: Uninterrupted, in_prune: bool, process
 def survive(trial: Trial, hits: Sequence[dict], whole: Uninterrupted) -> tuple[Counter[str], float]:
     """What became of one trial, and how long the others outlived one that was struck."""
     counts: Counter[str] = Counter()
-    saved, gone = 0, 0.0
+    gone = 0.0
     for hit in (*hits, {}):
+        saved = trial.newest_step()
         code, events = trial.start(**hit)
-        resumed = [event["step"] for event in events if event["name"] == "resumed"]
-        counts["lost saves"] += bool(resumed and resumed[0] < saved)
-        saved = [saved, *(event["step"] for event in events if event["name"] == "saved")][-1]
+        trained = [event["step"] for event in events if event["name"] == "step" and event.get("begins")]
+        counts["lost saves"] += bool(trained and trained[0] <= saved)
         struck = [event["time"] for event in events if event["name"] == "struck"]
         if struck and code:
             gone = max(gone, time.time() - struck[0])

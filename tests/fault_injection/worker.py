@@ -6,6 +6,7 @@ SPEC is a JSON object with the fields of `Spec`. The run writes what it goes thr
 itself by a signal in the middle of it, and when it comes to its end prints nothing but leaves the hash of its state.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,31 +15,20 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config
-from laep_jax.distributed import connect, leaving_at_once, num_processes
+from laep_jax.distributed import connect, exit_without_barrier, num_processes
 from laep_jax.sharding import make_cpu_devices
-from laep_jax.training import loop
-from laep_jax.training.prune import smaller_model
 from laep_jax.training.prune.compile_ahead import is_compiling
 from laep_jax.training.start import train
-from laep_jax.training.trainer import Trainer
 from tests.support.tiny_run import end_of_run, tiny_config
 
 RUN = "run"  # the event that begins with the run
-# Of a prune, in its order: calls of a function, or only those that have an argument.
-EVENTS: dict[str, tuple[Any, *tuple[str, ...]]] = {
-    "plan": (loop, "decide"),
-    "compile": (smaller_model, "compile_steps"),
-    "save": (loop, "apply"),
-    "restore": (Checkpoints, "restore_cut"),
-    "first evaluation": (Trainer, "evaluate", "after_prune"),
-}
+PRUNE = ("decide", "compile", "apply", "restore", "finish")  # stages of a run, see `laep_jax.training.watch`
 NUM_STEPS = 28
 
 
@@ -54,7 +44,7 @@ def make_config(cache_dir: str) -> Config:
             "min_step": 0,
             "max_prunes": 2,
             "prune_at_step": 4,
-            "cut_delay": 2,
+            "prune_delay": 2,
         },
         train={"num_steps": NUM_STEPS, "eval_every": 9, "checkpoint_every": 5, "keep_checkpoints": 2},
     )
@@ -80,7 +70,7 @@ class Spec:
 
 
 class Events:
-    """Notes the beginnings and ends of events and strikes at the one that is named."""
+    """Notes when stages begin and end, and strikes in the one that is named."""
 
     def __init__(self, spec: Spec):
         self._spec, self._begun = spec, Counter()
@@ -89,58 +79,21 @@ class Events:
     def note(self, name: str, **fields) -> None:
         self._file.write(json.dumps({"name": name, "time": time.time()} | fields) + "\n")
 
-    def begin(self, name: str) -> None:
+    @contextlib.contextmanager
+    def watch(self, name: str, step: int) -> Iterator[None]:
         self._begun[name] += 1
-        self.note(name, begins=True)
+        self.note(name, begins=True, step=step)
         spec = self._spec
-        hit = (name, self._begun[name], jax.process_index()) == (spec.event, spec.occurrence, spec.victim)
-        if hit:
+        if (name, self._begun[name], jax.process_index()) == (spec.event, spec.occurrence, spec.victim):
             timer = threading.Timer(spec.delay, self._strike)
             timer.daemon = True
             timer.start()
+        yield
+        self.note(name, begins=False)
 
     def _strike(self) -> None:
         self.note("struck")
         os.kill(os.getpid(), self._spec.signal)
-
-    def watch(self, name: str, owner, method: str, *having: str) -> None:
-        """Makes a function an event; having: only those calls that have this argument."""
-        original = getattr(owner, method)
-
-        def watched(*args, **kwargs):
-            if not all(argument in args for argument in having):
-                return original(*args, **kwargs)
-            self.begin(name)
-            result = original(*args, **kwargs)
-            self.note(name, begins=False)
-            return result
-
-        setattr(owner, method, watched)
-
-    def watch_saves(self) -> None:
-        """Notes every step that is complete on disk, and the step that a run goes on from."""
-        save, wait, begin = Checkpoints.save, Checkpoints.wait, Trainer.__init__
-        saving: list[int] = []
-
-        def noted_save(checkpoints, step, *args):
-            save(checkpoints, step, *args)
-            saving.append(step)
-
-        def noted_wait(checkpoints):
-            wait(checkpoints)
-            while saving:
-                self.note("saved", step=saving.pop())
-
-        def noted_begin(run, *args):
-            begin(run, *args)
-            self.note("resumed", step=run.run_state.step)
-
-        for owner, name, noted in (
-            (Checkpoints, "save", noted_save),
-            (Checkpoints, "wait", noted_wait),
-            (Trainer, "__init__", noted_begin),
-        ):
-            setattr(owner, name, noted)
 
 
 def hash_of_run(run_dir: Path) -> str:
@@ -154,15 +107,11 @@ def hash_of_run(run_dir: Path) -> str:
 def main(spec: Spec) -> None:
     processes = num_processes()
     make_cpu_devices(8 // processes, processes=processes)
-    with leaving_at_once(is_compiling):
+    with exit_without_barrier(is_compiling):
         connect()
         events = Events(spec)
-        for name, place in EVENTS.items():
-            events.watch(name, *place)
-        events.watch_saves()
-        events.begin(RUN)
-        train(make_config(spec.cache_dir), spec.run_dir)
-        events.note(RUN, begins=False)
+        with events.watch(RUN, 0):
+            train(make_config(spec.cache_dir), spec.run_dir, watch=events.watch)
         if processes == 1:
             Path(spec.hash_file).write_text(hash_of_run(Path(spec.run_dir)))
 

@@ -8,7 +8,7 @@ from laep_jax.laep import recorded_loads
 from laep_jax.laep.recorded_loads import NOT_THERE, LoadsWriter, read_current_counts, read_loads
 
 WIDTHS = (4, 3)
-# the slots' ids after each cut: a prune of layer 0 after step 3, a rearrangement after 5
+# the slots' ids after each prune: a prune of layer 0 after step 3, a rearrangement after 5
 ORDERS = {
     0: [[0, 1, 2, 3], [0, 1, 2]],
     3: [[3, 0], [0, 1, 2]],

@@ -101,8 +101,8 @@ def test_a_layers_first_weights_depend_on_its_own_shape_only():
     np.testing.assert_array_equal(wide["runs"][1]["moe"]["down_EFD"][0], narrow["runs"][1]["moe"]["down_EFD"][1])
 
 
-@pytest.mark.parametrize("logits_at_once", [12 * 40, 100])
-def test_logits_of_bfloat16_activations_are_not_rounded(logits_at_once):
+@pytest.mark.parametrize("logits_chunk", [12 * 40, 100])
+def test_logits_of_bfloat16_activations_are_not_rounded(logits_chunk):
     keys = jax.random.split(jax.random.key(0), 2)
     x_BSD, unembedding_DV = (
         jax.random.normal(key, shape) for key, shape in zip(keys, [(2, 12, 64), (64, 40)], strict=True)
@@ -112,7 +112,7 @@ def test_logits_of_bfloat16_activations_are_not_rounded(logits_at_once):
     logits_BSV = np.asarray(x_BSD, np.float64) @ np.asarray(unembedding_DV, np.float64)
     chosen_BS = np.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
     expected_BS = np.log(np.sum(np.exp(logits_BSV), axis=-1)) - chosen_BS
-    loss_BS = cross_entropy(x_BSD, unembedding_DV, targets_BS, logits_at_once)
+    loss_BS = cross_entropy(x_BSD, unembedding_DV, targets_BS, logits_chunk)
     assert loss_BS.dtype == jnp.float32
     np.testing.assert_allclose(loss_BS, expected_BS, atol=1e-4)  # logits of 20: bfloat16 would be 0.06 off
 
@@ -122,13 +122,11 @@ def test_the_loss_in_parts_is_the_loss():
     x_BSD, unembedding_DV = jax.random.normal(keys[0], (2, 12, 8)), jax.random.normal(keys[1], (8, 40))
     targets_BS = np.random.default_rng(0).integers(-1, 40, (2, 12))
 
-    def of(logits_at_once):
+    def of(logits_chunk):
         def total(x_BSD, unembedding_DV):
-            return jnp.sum(cross_entropy(x_BSD, unembedding_DV, targets_BS, logits_at_once))
+            return jnp.sum(cross_entropy(x_BSD, unembedding_DV, targets_BS, logits_chunk))
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(x_BSD, unembedding_DV)
 
-    for logits_at_once in (1, 100, 12 * 40 - 1):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), of(logits_at_once), of(12 * 40)
-        )
+    for logits_chunk in (1, 100, 12 * 40 - 1):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), of(logits_chunk), of(12 * 40))

@@ -57,7 +57,7 @@ def test_a_small_model_compiles_and_fits_before_and_after_a_cut(tmp_path):
     assert after["argument_bytes"] < step["argument_bytes"]
     assert after["temporary_bytes"] < step["temporary_bytes"]  # less skew, smaller buffer
     assert 1 <= after["straggler"] < step["straggler"] == pytest.approx(1910 * 2 / 2310)
-    assert step["cut_bytes"] > step["argument_bytes"]
+    assert step["prune_bytes"] > step["argument_bytes"]
 
 
 def test_two_slices_merged_runs_and_the_executable(tmp_path):

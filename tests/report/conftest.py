@@ -33,7 +33,7 @@ def placed(loads_E, ids, devices):
 
 
 def evaluation(step, when, loss, worse=0.0):
-    """An `eval` record; worse: what the cut did to the small domain, beside what it did to all."""
+    """An `eval` record; worse: what the prune did to the small domain, beside what it did to all."""
     by_domain = {"books": loss, "forms": loss + 1 + worse, "web": loss - 0.2 - worse / 10}
     return {"kind": "eval", "step": step, "validation_loss": loss, "validation_loss_by_domain": by_domain, "when": when}
 

@@ -81,8 +81,8 @@ def test_loss_shows_every_record_and_marks_the_cut(run):
     by_label = {line.get_label(): line for line in axes.lines}
     assert len(by_label["training"].get_xdata()) == 300
     assert by_label["validation"].get_xdata().tolist() == [50, 100, 150, 180, 200, 250, 300, 300]
-    assert by_label["validation, right after a cut"].get_xdata().tolist() == [180]
-    kept = sum(len(ids) for ids in run.cuts[0].after)
+    assert by_label["validation, right after a prune"].get_xdata().tolist() == [180]
+    kept = sum(len(ids) for ids in run.transitions[0].after)
     assert [text.get_text() for text in axes.texts] == [f"pruned after step 180: 64 to {kept} experts"]
     assert [line.get_xdata() for line in axes.lines if line.get_linestyle() == ":"] == [[180, 180]]
 
@@ -93,10 +93,10 @@ def test_domains_are_lines_with_the_worst_on_top_and_marks_as_large_as_their_tar
     labels = [label.get_text() for label in panels[0].get_yticklabels()]
     assert labels == ["forms (40)", "books (9,000)", "web (2,960)"]
     assert panels[0].get_ylim()[0] > panels[0].get_ylim()[1] == panels[1].get_ylim()[1]
-    [at_cut], [newest] = (axes.collections for axes in panels)
-    np.testing.assert_allclose(at_cut.get_offsets()[:, 0], [0.56, 0.06, 0.01])
+    [at_prune], [newest] = (axes.collections for axes in panels)
+    np.testing.assert_allclose(at_prune.get_offsets()[:, 0], [0.56, 0.06, 0.01])
     np.testing.assert_allclose(np.ptp(newest.get_offsets()[:, 0]), 0, atol=1e-9)
-    assert at_cut.get_sizes().argsort().tolist() == [0, 2, 1]
+    assert at_prune.get_sizes().argsort().tolist() == [0, 2, 1]
     mean = panels[0].lines[0].get_xdata()[0]  # of all targets, not of the domains
     assert mean == pytest.approx((0.56 * 40 + 0.06 * 9000 + 0.01 * 2960) / 12000)
 
@@ -104,7 +104,9 @@ def test_domains_are_lines_with_the_worst_on_top_and_marks_as_large_as_their_tar
 def test_many_domains_show_as_forty_and_the_title_says_so(run):
     names = [f"domain {i}" for i in range(100)]
     record = dict(run.evals[-1]) | {"validation_loss_by_domain": {name: float(i) for i, name in enumerate(names)}}
-    figure = figures.draw_domains(dataclasses.replace(run, cuts=(), evals=(record,), targets=dict.fromkeys(names, 7)))
+    figure = figures.draw_domains(
+        dataclasses.replace(run, transitions=(), evals=(record,), targets=dict.fromkeys(names, 7))
+    )
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert (len(labels), labels[0], labels[-1]) == (40, "domain 99 (7)", "domain 60 (7)")
     assert "40 of 100 domains" in figure.get_suptitle()

@@ -29,19 +29,19 @@ def test_a_run_reads_back(run_dir):
     assert len(run.train) == 300
     assert [record["when"] for record in run.evals[-3:]] == ["periodic", "periodic", "end"]
     assert run.targets == {"books": 9000, "forms": 40, "web": 2960}
-    (cut,) = run.prunes
-    assert (cut.step, cut.beta, cut.alpha) == (180, 0.1, (0.4,) * 4)
-    assert cut.before == (tuple(range(16)),) * 4
-    for layer, ids in enumerate(cut.after):
+    (transition,) = run.prunes
+    assert (transition.step, transition.beta, transition.alpha) == (180, 0.1, (0.4,) * 4)
+    assert transition.before == (tuple(range(16)),) * 4
+    for layer, ids in enumerate(transition.after):
         assert sorted(ids) == run.present(layer, 181).tolist()
 
 
 def test_who_is_present_and_in_what_order(run_dir):
     run = read_run(run_dir)
     assert run.present(0, 180).tolist() == list(range(16))
-    assert len(run.present(0, 181)) == len(run.cuts[0].after[0]) < 16
-    assert run.order(180) == run.cuts[0].before
-    assert run.order(181) == run.cuts[0].after
+    assert len(run.present(0, 181)) == len(run.transitions[0].after[0]) < 16
+    assert run.order(180) == run.transitions[0].before
+    assert run.order(181) == run.transitions[0].after
 
 
 def test_mean_loads_take_the_window_and_never_two_models(run_dir):
@@ -64,16 +64,16 @@ def test_a_run_in_progress_reads_up_to_what_it_saved(copied):
     with (copied / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 301, "lo')
     (copied / "loads" / "000000257.npy").unlink()
-    save_loads(copied, np.ones((100, 4, 16), np.int32))  # saved before the cut
+    save_loads(copied, np.ones((100, 4, 16), np.int32))  # saved before the transition
     run = read_run(copied)
     assert len(run.train) == 300
-    assert run.cuts == ()
+    assert run.transitions == ()
 
 
 def test_an_unbounded_alpha_of_a_plan(copied):
     path = copied / "plans" / "180.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha": ["inf", 0.4, 0.4, 0.2]}))
-    assert read_run(copied).cuts[0].alpha == (float("inf"), 0.4, 0.4, 0.2)
+    assert read_run(copied).transitions[0].alpha == (float("inf"), 0.4, 0.4, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,10 @@ def test_an_unbounded_alpha_of_a_plan(copied):
         (lambda run: save_loads(run, np.zeros((300, 4, 16), np.int32)), "steps=300 reach beyond step 257"),
         (lambda run: save_loads(run, np.zeros((9, 64), np.int32)), r"is not int32\[steps, 4, 16\]"),
         (lambda run: save_loads(run, np.full((9, 4, 16), -2, np.int32)), "=-2 is no number of tokens"),
-        (lambda run: save_loads(run, np.ones((9, 4, 16), np.int32)), "cut of step 180=180 must follow recorded steps"),
+        (
+            lambda run: save_loads(run, np.ones((9, 4, 16), np.int32)),
+            "plan applied after step 180=180 must follow recorded steps",
+        ),
         (lambda run: (run / "plans" / "180.json").unlink(), "180.json cannot be read"),
     ],
 )
@@ -136,5 +139,5 @@ def test_any_damage_is_a_run_or_refused_and_what_is_read_draws(fuzz, make, tmp_p
 def test_a_plan_is_read_from_plans_only(copied, plan):
     path = copied / "metrics.jsonl"
     path.write_text(path.read_text().replace('"plans/180.json"', json.dumps(plan)))
-    with pytest.raises(UserError, match=r"cut of step 180: plan=.* must be plans/STEP.json"):
+    with pytest.raises(UserError, match=r"plan applied after step 180: plan=.* must be plans/STEP.json"):
         read_run(copied)

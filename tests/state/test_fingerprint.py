@@ -5,10 +5,10 @@ import pytest
 
 from laep_jax.state.fingerprint import (
     OUTSIDE,
-    cut_fingerprints,
     fingerprints,
     first_difference,
     from_arrays,
+    pruned_fingerprints,
     to_arrays,
 )
 
@@ -39,12 +39,12 @@ def test_a_cut_moves_them_as_it_moves_experts_whatever_the_runs(states):
     kept = states.plan((16,) * 4, COUNTS)
     cut = [np.stack([x_LEFD[layer][kept[layer]] for layer in layers]) for layers in ((0, 1), (2, 3))]
     new = fingerprints({"runs": [{"down_EFD": jax.device_put(x)} for x in cut]})
-    assert first_difference(new, cut_fingerprints(old, kept)) is None
+    assert first_difference(new, pruned_fingerprints(old, kept)) is None
     for layer, slot in ((2, 5), (3, 0)):
         new["runs.down_EFD", layer] = new["runs.down_EFD", layer].copy()
         new["runs.down_EFD", layer][slot] += 1
     message = f"runs.down_EFD of layer 2, expert {kept[2][5]} (1 more places)"
-    assert first_difference(new, cut_fingerprints(old, kept), kept) == message
+    assert first_difference(new, pruned_fingerprints(old, kept), kept) == message
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16", "float8_e4m3fn", "bool"])

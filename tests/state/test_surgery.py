@@ -31,12 +31,12 @@ def runs_of(counts):
     return [(len(list(group)), count) for count, group in itertools.groupby(counts)]
 
 
-def cut_state(state, kept, model, abstract_new):
+def prune_state(state, kept, model, abstract_new):
     abstract_old = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
     )
     gathers = surgery.compile_gathers(abstract_old, kept, model, abstract_new)
-    return surgery.cut_state(state, gathers, kept, model, abstract_new)
+    return surgery.prune_state(state, gathers, kept, model, abstract_new)
 
 
 @given(plans())
@@ -44,7 +44,7 @@ def test_pieces_name_every_layer_once_and_in_order(plan):
     old, kept = plan
     old_runs = runs_of(old)
     first_layer = [sum(n for n, _ in old_runs[:run]) for run in range(len(old_runs))]
-    pieces = surgery.cut_pieces(old_runs, kept)
+    pieces = surgery.moved_pieces(old_runs, kept)
     layers = [
         (first_layer[piece.run] + piece.start + row, slots.tolist())
         for run in pieces
@@ -64,9 +64,9 @@ def test_cut_state_is_plain_slicing_per_layer(states, plan, sizes):
     old, new = PLANS[plan]
     kept, mesh = states.plan(old, new), states.mesh(*sizes)
     state = states.random(old, mesh)
-    want = states.cut_by_layer(state, kept)
+    want = states.pruned_by_layer(state, kept)
     abstract = states.abstract(new, mesh)
-    got = cut_state(state, kept, states.config(old), abstract)
+    got = prune_state(state, kept, states.config(old), abstract)
     states.assert_equal(states.by_layer(got), want)
     assert jax.tree.map(lambda leaf: leaf.sharding, got) == tree_shardings(abstract, mesh)
 
@@ -77,7 +77,7 @@ def test_identity_plan_changes_no_bit(states):
     state.router_bias["runs"][0]["bias_E"] *= jnp.float32(np.nan)
     want = [np.array(leaf).tobytes() for leaf in jax.tree.leaves(state)]
     identity = [range(count) for count in counts]
-    got = cut_state(state, identity, states.config(counts), states.abstract(counts, mesh))
+    got = prune_state(state, identity, states.config(counts), states.abstract(counts, mesh))
     assert [np.array(leaf).tobytes() for leaf in jax.tree.leaves(got)] == want
 
 
@@ -87,10 +87,10 @@ def test_rearranging_and_back_is_nothing(states):
     kept = states.plan(counts, counts)
     state = states.random(counts, mesh)
     want = states.by_layer(state)
-    moved = cut_state(state, kept, model, abstract)
+    moved = prune_state(state, kept, model, abstract)
     router = ".params['runs']['moe']['router_DE']"
     assert not np.array_equal(states.by_layer(moved)[router][0], want[router][0])
-    back = cut_state(moved, [np.argsort(slots).tolist() for slots in kept], model, abstract)
+    back = prune_state(moved, [np.argsort(slots).tolist() for slots in kept], model, abstract)
     states.assert_equal(states.by_layer(back), want)
 
 
@@ -99,7 +99,7 @@ def test_old_leaves_go_as_soon_as_they_are_cut(states, monkeypatch):
     mesh = states.mesh()
     state, abstract = states.random(old, mesh), states.abstract(new, mesh)
     leaves, before = jax.tree.leaves(state), {id(leaf) for leaf in jax.live_arrays()}
-    cut_leaf, peak = surgery._cut_leaf, []
+    cut_leaf, peak = surgery._gather_leaf, []
 
     def measured(*args):
         leaf = cut_leaf(*args)
@@ -108,9 +108,9 @@ def test_old_leaves_go_as_soon_as_they_are_cut(states, monkeypatch):
         peak.append(sum(x.nbytes for x in live))
         return leaf
 
-    monkeypatch.setattr(surgery, "_cut_leaf", measured)
+    monkeypatch.setattr(surgery, "_gather_leaf", measured)
     total = sum(leaf.nbytes for leaf in leaves)
-    cut = cut_state(state, states.plan(old, new), states.config(old), abstract)
+    cut = prune_state(state, states.plan(old, new), states.config(old), abstract)
     largest = sum(run["moe"]["gate_up_EDG"].nbytes for run in cut.params["runs"])
     assert len(peak) > 20
     assert max(peak) <= total + largest
@@ -139,12 +139,12 @@ def test_gather_never_builds_the_whole_leaf_on_a_device(states):
 )
 def test_plan_that_does_not_fit_is_refused(kept, message):
     with pytest.raises(UserError, match=message):
-        surgery.cut_pieces([(2, 4)], kept)
+        surgery.moved_pieces([(2, 4)], kept)
 
 
 def test_cut_config_has_the_counts_and_keeps_the_rest(states):
     config = Config(model=states.config((16, 16, 8, 8)), mesh=MeshConfig(1, 2, 4))
-    cut = surgery.cut_config(config, states.plan((16, 16, 8, 8), (8, 8, 8, 4)))
+    cut = surgery.pruned_config(config, states.plan((16, 16, 8, 8), (8, 8, 8, 4)))
     assert cut == config.with_num_experts((8, 8, 8, 4))
 
 
@@ -155,4 +155,4 @@ def test_cut_config_has_the_counts_and_keeps_the_rest(states):
 def test_cut_config_refuses_what_does_not_fit_the_mesh_or_top_k(states, counts, message):
     config = Config(model=states.config((16, 16, 8, 8)), mesh=MeshConfig(1, 2, 4))
     with pytest.raises(UserError, match=message):
-        surgery.cut_config(config, states.plan((16, 16, 8, 8), counts))
+        surgery.pruned_config(config, states.plan((16, 16, 8, 8), counts))

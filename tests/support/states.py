@@ -91,8 +91,8 @@ class States:
         return layers
 
     @classmethod
-    def cut_by_layer(cls, state, kept) -> dict[str, list[np.ndarray]]:
-        """What `by_layer` of the cut state must be: plain slicing, layer by layer."""
+    def pruned_by_layer(cls, state, kept) -> dict[str, list[np.ndarray]]:
+        """What `by_layer` of the pruned state must be: plain slicing, layer by layer."""
         layers = cls.by_layer(state)
         for name, values in layers.items():
             dims = [dim for suffix, dim in EXPERT_DIMS.items() if suffix in name]

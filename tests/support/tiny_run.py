@@ -50,8 +50,7 @@ def timeless(fields: dict[str, Any]) -> dict[str, Any]:
 def end_of_run(run_dir: Path) -> dict[str, bytes]:
     """All that a complete run ends with but for times, by name: its last checkpoint, loads and records."""
     with Checkpoints(run_dir / "checkpoints", keep=9) as checkpoints:
-        step = checkpoints.latest()
-        assert step is not None
+        step = steps_on_disk(run_dir)[-1]
         meta = checkpoints.read_meta(step)
         config = Config.from_dict(meta["config"]).with_num_experts(tuple(meta["num_experts"]))
         assert step == config.train.num_steps, step
@@ -70,6 +69,11 @@ def end_of_run(run_dir: Path) -> dict[str, bytes]:
     return {name: np.asarray(array).tobytes() for name, array in arrays.items()} | {
         name: json.dumps(value, sort_keys=True).encode() for name, value in told.items()
     }
+
+
+def steps_on_disk(run_dir: Path) -> list[int]:
+    """Of the checkpoints that are complete."""
+    return sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdecimal())
 
 
 def differences(got: Path, want: Path) -> list[str]:

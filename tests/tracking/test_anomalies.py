@@ -9,10 +9,10 @@ from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
 from laep_jax.sharding import make_mesh, put_batch
 from laep_jax.state.tree import abstract_state, init_state
-from laep_jax.tracking.anomalies import FEWEST, is_spike
+from laep_jax.tracking.anomalies import MIN_RECENT, is_spike
 from laep_jax.training.start import train
 from laep_jax.training.step import make_train_step
-from tests.support.tiny_run import records, tiny_config
+from tests.support.tiny_run import records, steps_on_disk, tiny_config
 
 NUM_STEPS, NOT_FINITE, SPIKE = 36, (24, 25), 32
 NO_TOKEN = 10**6  # the logit of what is past the end of the vocabulary reads as NaN
@@ -83,9 +83,9 @@ def test_too_many_in_a_row_stop_the_run_and_the_last_good_state_is_there(config,
     monkeypatch.setattr(Dataset, "train_batch", spoilt(Dataset.train_batch, range(12, 99), None))
     with pytest.raises(FloatingPointError, match="3 steps in a row until step 14 were not finite"):
         train(config, tmp_path)
+    assert steps_on_disk(tmp_path)[-1] == 10
     resolved = config.resolve(8)
     with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
-        assert checkpoints.latest() == 10
         state = checkpoints.restore(10, abstract_state(resolved, make_mesh(resolved.mesh)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
 
@@ -95,6 +95,6 @@ def test_a_spike_stands_out_of_the_noise_and_of_a_falling_loss():
     falling = 6 * np.exp(-np.arange(400) / 100) + 2 + 0.1 * rng.normal(size=400)
     assert not any(is_spike(falling[i], falling[max(0, i - 64) : i]) for i in range(400))
     assert is_spike(falling[-1] + 1.5, falling[-65:-1])
-    assert not is_spike(1e9, falling[: FEWEST - 1])
-    assert is_spike(2.1, [2.0] * FEWEST)
-    assert not is_spike(2.05, [2.0] * FEWEST)
+    assert not is_spike(1e9, falling[: MIN_RECENT - 1])
+    assert is_spike(2.1, [2.0] * MIN_RECENT)
+    assert not is_spike(2.05, [2.0] * MIN_RECENT)

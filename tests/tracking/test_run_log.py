@@ -19,7 +19,7 @@ LAYERS = 2
 EXPERTS = 4
 CUT = 6
 LINEAGE = [[0, 1, 2, 3], [0, 1, 2, 3]]
-CUT_LINEAGE = [[3, 0], [2, 1]]
+PRUNED_LINEAGE = [[3, 0], [2, 1]]
 
 
 def open_log(run_dir, resume_step=0):
@@ -32,20 +32,22 @@ def tokens_of(step, lineage):
 
 
 def run(log, first, last, *, cut_first=False):
-    """What a loop writes in steps first..last, with a cut after step CUT and a save before every second step.
+    """What a loop writes in steps first..last, with a prune after step CUT and a save before every second step.
 
-    cut_first: the checkpoint was that of before the cut, which is made once more.
+    cut_first: the checkpoint was that of before the prune, which is made once more.
     """
     for step in range(first, last + 1):
         if not (cut_first and step == first):
             log.record_counts(
-                step, tokens_of(step, LINEAGE if step <= CUT else CUT_LINEAGE), LINEAGE if step <= CUT else CUT_LINEAGE
+                step,
+                tokens_of(step, LINEAGE if step <= CUT else PRUNED_LINEAGE),
+                LINEAGE if step <= CUT else PRUNED_LINEAGE,
             )
             log.write("train", step, loss=np.float32(3 / step), device_imbalance=np.array([1.5, 2.0]) / step)
             log.save()
         if step == CUT:
             log.write("eval", step, validation_loss=2.0, when="before_prune")
-            log.write("prune", step, plan=f"plans/{step}.json", lineage=CUT_LINEAGE)
+            log.write("prune", step, plan=f"plans/{step}.json", lineage=PRUNED_LINEAGE)
             log.write("eval", step, validation_loss=2.1, when="after_prune")
     log.save()
     log.close()
@@ -98,7 +100,7 @@ def test_a_record_is_on_disk_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("reached", "resume_step", "cut_again"),
     [
-        (CUT - 1, 2, False),  # before the cut
+        (CUT - 1, 2, False),  # before the prune
         (CUT, CUT - 1, False),
         (CUT, CUT, False),  # from the checkpoint after it
         (CUT, CUT, True),  # from the one before it
@@ -134,14 +136,14 @@ def test_a_new_run_drops_what_an_earlier_one_left(tmp_path):
 
 def test_records_of_the_resumed_step_that_are_new_stay_when_others_are_replaced(tmp_path):
     run(open_log(tmp_path), 1, CUT)
-    with open_log(tmp_path, CUT) as log:  # resumed before the cut, with more validation batches
+    with open_log(tmp_path, CUT) as log:  # resumed before the prune, with more validation batches
         log.write("validation", CUT, targets_by_domain={"a": 1})
         log.write("eval", CUT, validation_loss=3.0, when="after_prune")
-        log.write("prune", CUT, plan="new", lineage=CUT_LINEAGE)
-    at_cut = [record for record in read_records(tmp_path / "metrics.jsonl") if record["step"] == CUT]
-    assert [record["kind"] for record in at_cut] == ["train", "eval", "validation", "eval", "prune"]
-    assert [record["when"] for record in at_cut if record["kind"] == "eval"] == ["before_prune", "after_prune"]
-    assert (at_cut[3]["validation_loss"], at_cut[4]["plan"]) == (3.0, "new")
+        log.write("prune", CUT, plan="new", lineage=PRUNED_LINEAGE)
+    at_prune = [record for record in read_records(tmp_path / "metrics.jsonl") if record["step"] == CUT]
+    assert [record["kind"] for record in at_prune] == ["train", "eval", "validation", "eval", "prune"]
+    assert [record["when"] for record in at_prune if record["kind"] == "eval"] == ["before_prune", "after_prune"]
+    assert (at_prune[3]["validation_loss"], at_prune[4]["plan"]) == (3.0, "new")
 
 
 def test_resuming_reads_the_end_of_the_metrics_only(tmp_path, monkeypatch):

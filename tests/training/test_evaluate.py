@@ -1,4 +1,4 @@
-"""The dry run of a cut: what masking predicts is what the cut model then has."""
+"""The dry run of a prune: what masking predicts is what the pruned model then has."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from laep_jax.sharding import make_mesh
-from laep_jax.state.surgery import compile_gathers, cut_config, cut_state
+from laep_jax.state.surgery import compile_gathers, prune_state, pruned_config
 from laep_jax.state.tree import abstract_state, init_state
 from laep_jax.training.evaluate import ValidationLoss, masked_loss, validation_loss
 from laep_jax.training.step import make_eval_step
@@ -49,15 +49,15 @@ def batches() -> list[dict[str, np.ndarray]]:
 
 
 def predicted_and_cut(dispatch: str) -> tuple[ValidationLoss, ValidationLoss, ValidationLoss]:
-    """The validation loss before the cut, as masking predicts it, and of the cut model."""
+    """The validation loss before the prune, as masking predicts it, and of the pruned model."""
     config, state = model_and_state(dispatch)
     mesh, step = make_mesh(config.mesh), make_eval_step(config, make_mesh(config.mesh), len(DOMAINS))
     before = validation_loss(step, state, batches(), mesh, DOMAINS)
     predicted = masked_loss(step, state, PRUNED, batches(), mesh, DOMAINS)
-    smaller = cut_config(config, KEPT)
+    smaller = pruned_config(config, KEPT)
     target = abstract_state(smaller, mesh)
     gathers = compile_gathers(abstract_state(config, mesh), KEPT, config.model, target)
-    cut = cut_state(state, gathers, KEPT, config.model, target)
+    cut = prune_state(state, gathers, KEPT, config.model, target)
     return (
         before,
         predicted,

@@ -3,7 +3,6 @@
 import ast
 import gc
 import json
-import os
 import re
 import shutil
 import signal
@@ -29,16 +28,16 @@ from laep_jax.laep.recorded_loads import read_current_counts, read_loads
 from laep_jax.preflight import run as preflight_run
 from laep_jax.sharding import make_mesh
 from laep_jax.state.tree import abstract_state
-from laep_jax.tracking.console import RunConsole
 from laep_jax.training import loop
 from laep_jax.training.evaluate import masked_loss
 from laep_jax.training.prune.controller import Controller
 from laep_jax.training.start import train
 from laep_jax.training.step import make_eval_step, make_train_step
 from tests.fault_injection.damage import change_stored, flip_bit
-from tests.support.tiny_run import change, differences, records, tiny_config
+from tests.support.tiny_run import change, differences, records, steps_on_disk, tiny_config
+from tests.support.watching import InterruptError, after, before, interrupt, terminate
 
-PLAN_STEP, CUT_STEP, NUM_STEPS = 10, 13, 20
+PLAN_STEP, PRUNE_STEP, NUM_STEPS = 10, 13, 20
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +50,7 @@ def config(cache_dir) -> Config:
     return tiny_config(
         cache_dir,
         model={"num_layers": 3, "num_experts": 8},
-        laep={"alpha": 0.9, "beta": 0.4, "prune_at_step": PLAN_STEP, "cut_delay": CUT_STEP - PLAN_STEP},
+        laep={"alpha": 0.9, "beta": 0.4, "prune_at_step": PLAN_STEP, "prune_delay": PRUNE_STEP - PLAN_STEP},
         train={"num_steps": NUM_STEPS, "eval_every": 8, "eval_batches": 2, "checkpoint_every": 6},
     )
 
@@ -67,9 +66,9 @@ def run(config, tmp_path_factory) -> Path:
 def test_a_run_goes_through_the_whole_cycle(run, config):
     summary = json.loads((run / "summary.json").read_text())
     [prune] = records(run, "prune")
-    assert (prune["step"], prune["plan_step"], prune["plan"]) == (CUT_STEP, PLAN_STEP, f"plans/{PLAN_STEP}.json")
+    assert (prune["step"], prune["plan_step"], prune["plan"]) == (PRUNE_STEP, PLAN_STEP, f"plans/{PLAN_STEP}.json")
     assert set(prune["seconds"]) == {"plan", "evaluate", "save", "restore", "compile"}
-    assert summary["prune_steps"] == [CUT_STEP]
+    assert summary["prune_steps"] == [PRUNE_STEP]
     assert summary["experts_before"] == [8, 8, 8]
     assert 0.25 <= 1 - sum(summary["experts_after"]) / 24 <= 0.5
     assert set(summary["experts_after"]) <= {4, 8}
@@ -83,8 +82,8 @@ def test_a_run_goes_through_the_whole_cycle(run, config):
     assert [record["step"] for record in records(run, "train")] == list(range(1, NUM_STEPS + 1))
     assert [(record["step"], record["when"]) for record in records(run, "eval")] == [
         (8, "periodic"),
-        (CUT_STEP, "before_prune"),
-        (CUT_STEP, "after_prune"),
+        (PRUNE_STEP, "before_prune"),
+        (PRUNE_STEP, "after_prune"),
         (16, "periodic"),
         (NUM_STEPS, "end"),
     ]
@@ -95,15 +94,15 @@ def test_recorded_loads_are_every_token_and_none_of_the_pruned(run, config):
     tokens_NLE = read_loads(run).tokens_NLE
     assert tokens_NLE.shape == (NUM_STEPS, 3, 8)
     np.testing.assert_array_equal(np.maximum(tokens_NLE, 0).sum(2), 2 * 16 * 32)
-    assert (tokens_NLE[:CUT_STEP] >= 0).all()
+    assert (tokens_NLE[:PRUNE_STEP] >= 0).all()
     for layer, ids in enumerate(prune["lineage"]):
-        for row_E in tokens_NLE[CUT_STEP:, layer]:
+        for row_E in tokens_NLE[PRUNE_STEP:, layer]:
             assert sorted(ids) == np.flatnonzero(row_E >= 0).tolist()
 
 
 def test_counts_of_the_run_directory_are_what_the_run_itself_would_plan_by(run, config):
     counts, told = read_current_counts(run)
-    assert told == f"steps {CUT_STEP + 1} to {NUM_STEPS} of {run}, after the prune of step {CUT_STEP}"
+    assert told == f"steps {PRUNE_STEP + 1} to {NUM_STEPS} of {run}, after the prune of step {PRUNE_STEP}"
     with Checkpoints(run / "checkpoints", keep=9) as checkpoints:
         history = LoadHistory.from_arrays(checkpoints.read_history(NUM_STEPS), NUM_STEPS)
     for counts_NE, window_NE in zip(counts, history.window(len(history)), strict=True):
@@ -114,93 +113,56 @@ def test_a_plan_from_the_run_directory_is_one_for_the_model_as_it_now_is(run, co
     options = ["--expert-parallel=2", "--top-k=2", "--alpha=inf", "--beta=0.9", f"--out={tmp_path / 'plan.json'}"]
     plan_command.main([f"--counts={run}", *options])
     assert (
-        f"steps {CUT_STEP + 1} to {NUM_STEPS} of {run}, after the prune of step {CUT_STEP}" in capsys.readouterr().out
+        f"steps {PRUNE_STEP + 1} to {NUM_STEPS} of {run}, after the prune of step {PRUNE_STEP}"
+        in capsys.readouterr().out
     )
     [prune] = records(run, "prune")
     current, _, source = preflight_run._read_counts(config, run)
     assert list(current.model.experts_per_layer) == prune["experts_after"]
-    assert source.startswith(f"steps {CUT_STEP + 1} to {NUM_STEPS}")
+    assert source.startswith(f"steps {PRUNE_STEP + 1} to {NUM_STEPS}")
     planned = change(current, mesh={"fsdp": 4, "expert": 2}, laep={"plan": str(tmp_path / "plan.json")})
     controller = Controller(planned)
     assert controller.prune_plan().num_experts == current.model.experts_per_layer
 
 
-class InterruptError(Exception):
-    pass
-
-
-def interrupt_at(step: int):
-    def show(self, at: int, record: dict) -> None:
-        if at == step:
-            raise InterruptError
-
-    return show
-
-
-@pytest.mark.parametrize(
-    ("step", "checkpoint"),
-    [(3, None), (9, 6), (13, 12), (15, CUT_STEP), (19, 18)],
-    ids=["before any checkpoint", "before the plan", "between plan and cut", "at the cut", "after the cut"],
-)
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
-    run, config, tmp_path, monkeypatch, capsys, step, checkpoint
-):
-    with monkeypatch.context() as patch:
-        patch.setattr(RunConsole, "train", interrupt_at(step))
+def test_a_run_interrupted_again_and_again_resumes_as_if_nothing_had_been(run, config, tmp_path, capsys):
+    """Before any checkpoint, before the plan, between plan and prune, right after the prune, and later."""
+    steps, checkpoints = (3, 9, 13, 15, 19), (0, 6, 12, PRUNE_STEP, 18)
+    for step, checkpoint in zip(steps, checkpoints, strict=True):
         with pytest.raises(InterruptError):
-            train(config, tmp_path)
-    with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
-        assert checkpoints.latest() == checkpoint
+            train(config, tmp_path, watch=after("record", step, interrupt))
+        assert max([0, *steps_on_disk(tmp_path)]) == checkpoint
     train(config, tmp_path)
-    told = " ".join(capsys.readouterr().out.split())
-    assert checkpoint is None or f"; steps {checkpoint + 1} to {step} are done again" in told
+    shown = " ".join(capsys.readouterr().out.split())
+    for step, checkpoint in zip(steps[1:], checkpoints[1:], strict=True):
+        assert f"resuming from step {checkpoint}" in shown
+        assert f"; steps {checkpoint + 1} to {step} are done again" in shown
     assert not differences(tmp_path, run)
 
 
-def test_a_run_told_to_stop_again_and_again_goes_on_as_if_nothing_had_been(run, config, tmp_path, monkeypatch):
+def test_a_run_told_to_stop_again_and_again_resumes_as_if_nothing_had_been(run, config, tmp_path):
     found = signal.getsignal(signal.SIGTERM)
-    for step in (3, 8, PLAN_STEP, CUT_STEP):  # an ordinary one, then boundaries: evaluation, plan, cut
-
-        def show(self, at: int, record: dict, told_at: int = step - 1) -> None:
-            if at == told_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(RunConsole, "train", show)
-            with pytest.raises(StoppedError, match=f"stopped and saved after step {step}; a run started again goes on"):
-                train(config, tmp_path)
-        with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
-            assert checkpoints.latest() == step
+    for step in (3, 8, PLAN_STEP, PRUNE_STEP):  # an ordinary one, then boundaries: evaluation, plan, prune
+        with pytest.raises(StoppedError, match=f"stopped and saved after step {step}; started again, the run resumes"):
+            train(config, tmp_path, watch=after("record", step - 1, terminate))
+        assert steps_on_disk(tmp_path)[-1] == step
         assert signal.getsignal(signal.SIGTERM) is found
-
-    def at_the_end(self, at: int, record: dict) -> None:
-        if at == NUM_STEPS - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(RunConsole, "train", at_the_end)
-    train(config, tmp_path)  # the last step is done: nothing is left to stop
+    train(config, tmp_path, watch=after("record", NUM_STEPS - 1, terminate))  # the last step is done: nothing to stop
     assert not differences(tmp_path, run)
 
 
-def test_interrupted_in_the_middle_of_the_prune_the_plan_is_applied_from_disk(run, config, tmp_path, monkeypatch):
-    def stop(*args, **kwargs):
-        raise InterruptError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "restore_cut", stop)
-        for _ in range(2):  # the second time while it recovers
-            with pytest.raises(InterruptError):
-                train(config, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "decide", stop)  # nothing is decided anew before the plan is applied
-        patch.setattr(RunConsole, "train", interrupt_at(CUT_STEP + 1))
+def test_interrupted_in_the_middle_of_the_prune_the_plan_is_applied_from_disk(run, config, tmp_path):
+    for _ in range(2):  # the second time while it recovers
         with pytest.raises(InterruptError):
-            train(config, tmp_path)
+            train(config, tmp_path, watch=before("restore", PRUNE_STEP, interrupt))
+    with pytest.raises(InterruptError):
+        train(config, tmp_path, watch=after("record", PRUNE_STEP + 1, interrupt))
+    assert [record["step"] for record in records(tmp_path, "stability")] == [4, 8, PLAN_STEP]  # no new decision
     train(config, tmp_path)
     assert not differences(tmp_path, run)
 
 
-def test_cutting_in_memory_gives_the_same_run_and_lets_the_old_step_go(run, config, tmp_path, monkeypatch):
+def test_pruning_in_memory_gives_the_same_run_and_releases_the_old_step(run, config, tmp_path, monkeypatch):
     steps = []
 
     def make(*args):
@@ -208,10 +170,9 @@ def test_cutting_in_memory_gives_the_same_run_and_lets_the_old_step_go(run, conf
         steps.append(weakref.ref(step))
         return step
 
-    def show(self, at: int, record: dict) -> None:
-        if at == CUT_STEP + 1:
-            gc.collect()
-            alive.extend(step() is not None for step in steps)
+    def look() -> None:
+        gc.collect()
+        alive.extend(step() is not None for step in steps)
 
     def verify(self, step, state, kept=None, verify=Checkpoints.verify):
         verified.append((step, [len(slots) for slots in kept]))
@@ -219,13 +180,13 @@ def test_cutting_in_memory_gives_the_same_run_and_lets_the_old_step_go(run, conf
 
     alive: list[bool] = []
     verified: list[tuple] = []
-    monkeypatch.setattr(Checkpoints, "restore_cut", None)
     monkeypatch.setattr(Checkpoints, "verify", verify)
     monkeypatch.setattr("laep_jax.training.prune.compile_ahead.make_train_step", make)
-    monkeypatch.setattr(RunConsole, "train", show)
-    train(change(config, laep={"prune_via": "memory"}), tmp_path)
+    train(change(config, laep={"prune_via": "memory"}), tmp_path, watch=after("record", PRUNE_STEP + 1, look))
+    [prune] = records(tmp_path, "prune")
+    assert "bytes_read" not in prune
     assert alive == [False, False]  # the old model's, and the smaller one's, of which the compiled step is left
-    assert verified == [(CUT_STEP, records(run, "prune")[0]["experts_after"])]
+    assert verified == [(PRUNE_STEP, prune["experts_after"])]
     monkeypatch.undo()
     assert not differences(tmp_path, run)
 
@@ -239,7 +200,7 @@ def copied(run: Path, to: Path) -> Path:
 def test_from_the_newest_checkpoint_that_validates_it_is_the_same_run_though_saves_fail(
     run, config, tmp_path, monkeypatch, capsys
 ):
-    """Damage that the manifest tells, that fingerprints tell, and that a hash tells, back to before the cut."""
+    """Damage that the manifest tells, that fingerprints tell, and that a hash tells, back to before the prune."""
     checkpoints = copied(run, tmp_path / "x")
     (checkpoints / "20" / "state" / "manifest.ocdbt").unlink()
     change_stored(checkpoints / "18", "params.runs.0.moe.down_EFD", (0, 1, 2, 3))
@@ -259,11 +220,11 @@ def test_from_the_newest_checkpoint_that_validates_it_is_the_same_run_though_sav
     assert not differences(tmp_path / "x", run)
     lines = [line for line in capsys.readouterr().out.splitlines() if str(checkpoints) in line]
     assert [line.removeprefix(f"checkpoint {checkpoints}/").removeprefix(f"{checkpoints}/") for line in lines] == [
-        "20/state/manifest.ocdbt is missing; it is now 20.damaged, and the run goes on from an older one",
+        "20/state/manifest.ocdbt is missing; it is now 20.damaged, and the run resumes from an older one",
         "18 is damaged: params.runs.moe.down_EFD of layer 0, expert 1 is not what was saved;"
-        " it is now 18.damaged, and the run goes on from an older one",
+        " it is now 18.damaged, and the run resumes from an older one",
         "13/history.npz is damaged: it does not have the hash it was saved with;"
-        " it is now 13.damaged, and the run goes on from an older one",
+        " it is now 13.damaged, and the run resumes from an older one",
         "13 could not be saved: OSError: [Errno 28] No space left on device",
         "18 could not be saved: OSError: [Errno 28] No space left on device",
     ]
@@ -306,11 +267,11 @@ def test_the_cut_model_has_the_loss_that_masking_predicts(run, config):
         process_count=1,
     )
     with Checkpoints(run / "checkpoints", keep=9) as checkpoints:
-        state = checkpoints.restore(CUT_STEP, abstract_state(config, mesh))
+        state = checkpoints.restore(PRUNE_STEP, abstract_state(config, mesh))
     batches = [data.validation_batch(i) for i in range(config.train.eval_batches)]
     step = make_eval_step(config, mesh, len(data.domains))
     predicted = masked_loss(step, state, [layer.pruned for layer in plan.layers], batches, mesh, data.domains)
-    before, after = (record for record in records(run, "eval") if record["step"] == CUT_STEP)
+    before, after = (record for record in records(run, "eval") if record["step"] == PRUNE_STEP)
     assert after["validation_loss"] == pytest.approx(predicted.loss, rel=1e-6)  # float32 sums over experts, other order
     assert after["validation_loss_by_domain"] == pytest.approx(predicted.loss_by_domain, rel=1e-6)
     assert abs(after["validation_loss"] - before["validation_loss"]) > 1e-5
@@ -402,7 +363,7 @@ def whole(state) -> dict[str, bytes]:
     return {name: repr((x.shape, x.dtype)).encode() + x.tobytes() for name, x in leaves.items()}
 
 
-@pytest.mark.parametrize("step", [CUT_STEP, NUM_STEPS], ids=["before the cut", "after it"])
+@pytest.mark.parametrize("step", [PRUNE_STEP, NUM_STEPS], ids=["before the prune", "after it"])
 def test_the_state_is_the_same_from_8_to_4_to_2_to_1_devices_and_back(run, config, tmp_path, step):
     source, seen = run / "checkpoints", []
     for devices, fsdp, expert in ((8, 2, 4), (4, 1, 4), (4, 4, 1), (2, 1, 2), (1, 1, 1), (8, 4, 2)):
@@ -426,23 +387,20 @@ def test_a_new_run_that_is_refused_leaves_nothing(config, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_the_receive_buffer_follows_the_loads_at_a_cut_and_stays_so_on_resuming(config, tmp_path, monkeypatch, capsys):
-    buffers = []
+def test_the_receive_buffer_follows_the_loads_at_a_prune_and_stays_so_on_resuming(config, tmp_path, capsys):
+    def buffer() -> float | None:
+        return load_config([str(tmp_path / "model.gin")]).model.receive_buffer
 
-    def recording(config, mesh):
-        buffers.append(config.model.receive_buffer)
-        return make_train_step(config, mesh)
-
-    monkeypatch.setattr("laep_jax.training.prune.compile_ahead.make_train_step", recording)
     bounded = change(config, model={"dispatch": "ragged_all_to_all", "receive_buffer": 4.0}, train={"num_steps": 14})
     train(bounded, tmp_path)
     plan = Plan.from_json((tmp_path / "plans" / f"{PLAN_STEP}.json").read_text())
     worst = max(layer.imbalance_after for layer in plan.layers)
-    assert buffers == [4.0, pytest.approx(min(1.1 * worst, 4))]
-    assert buffers[1] < 4.0
+    fitted = buffer()
+    assert fitted == pytest.approx(min(1.1 * worst, 4))
+    assert fitted < 4.0
     capsys.readouterr()
     train(change(bounded, train={"num_steps": 16}), tmp_path)
-    assert buffers[2:] == buffers[1:2]
+    assert buffer() == fitted
     assert "changed since the checkpoint: TrainConfig.num_steps 14 -> 16" in " ".join(capsys.readouterr().out.split())
 
 

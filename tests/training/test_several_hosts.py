@@ -1,7 +1,5 @@
 """Whole runs in several real processes, as several hosts would do them, against one process with all devices."""
 
-import hashlib
-import inspect
 import json
 import os
 import re
@@ -11,47 +9,25 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental import multihost_utils
 
-from laep_jax.checkpoint.checkpointer import Checkpoints
-from laep_jax.config import Config
+from laep_jax.config import Config, LaepConfig
 from laep_jax.gin_config import operative_config
+from laep_jax.laep.plan import chosen_plan
 from laep_jax.laep.recorded_loads import read_loads
-from laep_jax.sharding import make_mesh
-from laep_jax.state.tree import abstract_state
+from laep_jax.laep.rule import PruneRule
 from laep_jax.training.start import train
 from tests.support.tiny_run import records, timeless, tiny_config
+from tests.training.restoring import restored
 
 ROOT = Path(__file__).parents[2]
 PLANNED, BETWEEN, CUT, SAVED, NUM_STEPS = 4, 5, 6, 10, 12
+STEPS = (CUT, NUM_STEPS)  # before the prune and after it
 # Losses are float32 means over 512 tokens, and devices of several processes add in another order: a few
 # units in the last place (6e-8 each) a step, growing slowly. Another batch differs a hundred times more.
 NOISE = 1e-5
 PATIENCE = 900  # seconds; other work may share the cores
-
-HOOKED = """
-import os, pathlib, signal, sys, time
-import jax
-from laep_jax import distributed
-from laep_jax.data.dataset import Dataset
-from laep_jax.errors import UserError, run_main
-from laep_jax.training import command, loop, start
-from laep_jax.training import trainer
-here, arguments = pathlib.Path(sys.argv[1]), sys.argv[2:]
-index = os.environ["JAX_PROCESS_ID"]
-(here / f"{index}.pid").write_text(str(os.getpid()))
-def leave(code, leave=os._exit):
-    (here / f"{index}.code").write_text(str(code))
-    leave(code)
-os._exit = leave
-HOOK
-code = run_main(command.main, arguments)
-(here / f"{index}.code").write_text(str(code))
-sys.exit(code)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +43,7 @@ def config(shared) -> Config:
         laep={
             "alpha": (1.2, 0.0),  # cuts the first layer only: one run of two layers becomes two runs
             "prune_at_step": PLANNED,
-            "cut_delay": CUT - PLANNED,
+            "prune_delay": CUT - PLANNED,
         },
         train={"num_steps": NUM_STEPS, "checkpoint_every": BETWEEN, "keep_checkpoints": 4},
     )
@@ -77,24 +53,23 @@ def config(shared) -> Config:
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    """Of every process that is started. All but the first compile anew, so that little optimization counts twice."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")}
-    return kept | {"PYTHONPATH": str(ROOT), "COLUMNS": "150", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    """Of every process that is started."""
+    kept = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
+    return kept | {"PYTHONPATH": str(ROOT), "COLUMNS": "150"}
 
 
 @pytest.fixture(scope="module")
 def launched(shared, config, environment):
-    """Starts a training in several processes; hook: Python lines that each of them runs first, restarted too."""
+    """Starts a training in several processes; trouble: see `tests.training.host`."""
 
     def launch(
-        workdir: Path, processes: int, *more: str, hook: str = "", restarts: int = 0
+        workdir: Path, processes: int, *more: str, trouble: str = "", restarts: int = 0
     ) -> subprocess.CompletedProcess:
         arguments = [f"--workdir={workdir}", f"--gin_file={shared}/config.gin", *more]
         program = ["-m", "laep_jax", "launch", f"--num-processes={processes}", "--"]
-        if hook:
+        if trouble:
             workdir.mkdir(exist_ok=True)
-            (workdir / "hooked.py").write_text(HOOKED.replace("HOOK", hook))
-            command = [sys.executable, str(workdir / "hooked.py"), str(workdir), *arguments]
+            command = [sys.executable, "-m", "tests.training.host", trouble, str(workdir), *arguments]
             program = [
                 "-c",
                 f"import sys\nfrom laep_jax.launch import launch\nsys.exit(launch({command}, {processes}, {restarts}))",
@@ -186,7 +161,7 @@ def test_two_processes_leave_what_one_leaves(one, two):
     assert names == [BETWEEN, CUT, SAVED, NUM_STEPS]
 
 
-@pytest.mark.parametrize("step", [BETWEEN, CUT, SAVED], ids=["before the cut", "at the cut", "after the cut"])
+@pytest.mark.parametrize("step", [BETWEEN, CUT, SAVED], ids=["before the prune", "at the prune", "after the prune"])
 def test_one_process_goes_on_from_a_checkpoint_of_two(two, tmp_path, config, step):
     workdir = rewind(two, step, tmp_path / "x")
     train(config, workdir)
@@ -196,16 +171,8 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(two, tmp_path, config, ste
 def test_two_processes_go_on_from_a_checkpoint_of_one_and_what_one_finds_damaged_both_put_aside(
     one, tmp_path, launched
 ):
-    hook = """
-from laep_jax.checkpoint import checkpointer
-def read_leaves(*args, read=checkpointer.read_leaves):
-    checkpointer.read_leaves = read
-    raise ValueError("DATA_LOSS: a bad sector")
-if index == "1":
-    checkpointer.read_leaves = read_leaves
-"""
     workdir = rewind(one, SAVED, tmp_path / "x")
-    result = launched(workdir, 2, hook=hook)
+    result = launched(workdir, 2, trouble="bad_sector")
     assert result.returncode == 0, result.stderr
     line = f"process 1: checkpoint {workdir}/checkpoints/10 is damaged: DATA_LOSS: a bad sector; it is now 10.damaged"
     assert line in result.stdout
@@ -229,58 +196,19 @@ def test_four_processes_train_as_one_does(one, tmp_path, launched):
     assert_same_training(tmp_path / "x", one)
 
 
-def restored(source: str, target: str) -> dict[str, str]:
-    """SHA-256 of every leaf of the steps of a run, as all processes hold it together; saves them anew to `target`."""
-    found = {}
-    for step in (CUT, NUM_STEPS):  # before the cut and after it
-        with Checkpoints(source, keep=9) as checkpoints:
-            meta = checkpoints.read_meta(step)
-            config = Config.from_dict(meta["config"]).with_num_experts(tuple(meta["num_experts"]))
-            state = checkpoints.restore(step, abstract_state(config, make_mesh(config.mesh)))
-        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-            array = np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-            sha = hashlib.sha256(f"{array.shape} {array.dtype}".encode() + array.tobytes())
-            found[f"{step} {jax.tree_util.keystr(path)}"] = sha.hexdigest()
-        with Checkpoints(target, keep=9) as checkpoints:
-            checkpoints.save(step, state, {}, meta)
-    return found
-
-
-RESTORING = f"""
-import hashlib, json, pathlib, sys
-from laep_jax.distributed import connect, num_processes
-from laep_jax.sharding import make_cpu_devices, make_mesh
-make_cpu_devices(8 // num_processes(), processes=num_processes())
-connect()
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-from laep_jax.config import Config
-from laep_jax.checkpoint.checkpointer import Checkpoints
-from laep_jax.state.tree import abstract_state
-CUT, NUM_STEPS = {CUT}, {NUM_STEPS}
-{inspect.getsource(restored)}
-assert jax.device_count() == 8 and jax.process_count() == num_processes()
-for name, source, target in json.loads(sys.argv[1]):
-    found = restored(source, target)
-    if jax.process_index() == 0:
-        pathlib.Path(target, "found.json").write_text(json.dumps(found))
-"""
-
-
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_state_is_the_same_bytes_in_one_process_and_in_several(one, two, tmp_path, environment, processes):
     """What one process and what two saved, restored by several, saved by these and restored by one again."""
     tasks = [(run.name, str(run / "checkpoints"), str(tmp_path / run.name)) for run in (one, two)]
-    command = [sys.executable, "-c", RESTORING, json.dumps(tasks)]
+    command = [sys.executable, "-m", "tests.training.restoring", json.dumps(STEPS), json.dumps(tasks)]
     start = f"import sys\nfrom laep_jax.launch import launch\nsys.exit(launch({command}, {processes}))"
     result = subprocess.run([sys.executable, "-c", start], cwd=ROOT, env=environment, timeout=PATIENCE, check=False)
     assert result.returncode == 0
     for name, source, target in tasks:
-        want = restored(source, str(tmp_path / f"{name} again"))
+        want = restored(STEPS, source, str(tmp_path / f"{name} again"))
         assert len(want) > 40
         assert json.loads(Path(target, "found.json").read_text()) == want
-        assert restored(target, str(tmp_path / f"{name} at last")) == want
+        assert restored(STEPS, target, str(tmp_path / f"{name} at last")) == want
 
 
 def codes(workdir: Path) -> list[str]:
@@ -296,36 +224,23 @@ def assert_all_gone(workdir: Path) -> None:
 
 
 def test_processes_with_different_plans_stop(tmp_path, launched):
-    hook = """
-import dataclasses
-from laep_jax.training.prune.controller import Controller
-def prune_plan(self, loads=None, plan=Controller.prune_plan):
-    print("sha256", plan(self, loads).sha256(), file=sys.stderr)
-    self.rule = dataclasses.replace(self.rule, beta=0.6 if index == "0" else 0.3)
-    return plan(self, loads)
-Controller.prune_plan = prune_plan
-"""
-    result = launched(tmp_path / "x", 2, hook=hook)
+    rule = PruneRule.from_settings(LaepConfig(placement="greedy"), 2, top_k=2, expert_parallel=4)
+    plans = [chosen_plan([np.arange(8.0)] * 2, pruned, rule) for pruned in ([[0, 1, 2, 3], []], [[0, 1, 2, 4], []])]
+    files = [tmp_path / "0.json", tmp_path / "1.json"]
+    for file, plan in zip(files, plans, strict=True):
+        file.write_text(plan.to_json())
+    result = launched(tmp_path / "x", 2, trouble=",".join(["own_setting", "LaepConfig.plan", *map(str, files)]))
     assert result.returncode == 2
-    [sha] = [line.split()[1] for line in result.stderr.splitlines() if line.startswith("sha256")]
     [line] = [line for line in result.stderr.splitlines() if "error" in line]
-    assert line.startswith(f"error: the plan after step {PLANNED} differs between the processes: {sha} on 0; ")
-    assert line.endswith(" on 1")
+    hashes = "; ".join(f"{plan.sha256()} on {index}" for index, plan in enumerate(plans))
+    assert line == f"error: the plan after step {PLANNED} differs between the processes: {hashes}"
     assert codes(tmp_path / "x") == ["2", "2"]
     assert [path.name for path in (tmp_path / "x" / "checkpoints").iterdir()] == []
     assert_all_gone(tmp_path / "x")
 
 
 def test_a_process_that_fails_takes_the_others_along(tmp_path, launched):
-    hook = """
-def record(trainer, step, metrics, record=loop.record):
-    if step == 2 and index == "1":
-        (here / "failed").write_text(str(time.time()))
-        raise OSError("no space left")
-    record(trainer, step, metrics)
-loop.record = record
-"""
-    result = launched(tmp_path / "x", 2, hook=hook)
+    result = launched(tmp_path / "x", 2, trouble="full_disk")
     assert time.time() - float((tmp_path / "x" / "failed").read_text()) < 30  # 5 s of grace on a busy machine
     assert result.returncode != 0
     assert "[process 1] OSError: no space left" in result.stderr
@@ -339,39 +254,17 @@ def assert_the_same_bits(got: Path, want: Path) -> None:
     np.testing.assert_array_equal(read_loads(got).tokens_NLE, read_loads(want).tokens_NLE)
 
 
-# Process 1 freezes once; started again, it alone is told to stop.
-TROUBLED = """
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's &
-distributed.HEARTBEAT_TIMEOUT = SECONDS
-again = (here / "frozen").exists()
-def train_batch(self, step, train_batch=Dataset.train_batch):
-    if index == "1" and not again and step == FREEZE:
-        (here / "frozen").touch()
-        os.kill(os.getpid(), signal.SIGSTOP)
-    return train_batch(self, step)
-def record(trainer, step, metrics, record=loop.record):
-    record(trainer, step, metrics)
-    if again:
-        if index == "1" and step == TOLD:
-            os.kill(os.getpid(), signal.SENT)
-        time.sleep(1)  # JAX looks for a signal once a second
-Dataset.train_batch, loop.record = train_batch, record
-"""
-
-
 @pytest.mark.parametrize(
     ("heartbeat", "timeout", "code", "sent"),
-    [(60, 15.0, 1, "SIGTERM"), pytest.param(30, None, 134, "SIGINT", marks=pytest.mark.slow)],
+    [(60, 6.0, 1, "SIGTERM"), pytest.param(30, None, 134, "SIGINT", marks=pytest.mark.slow)],
     ids=["step timeout, SIGTERM", "heartbeat, SIGINT"],
 )
 def test_a_frozen_process_and_a_signal_to_one_leave_nothing_behind(
     two, tmp_path, launched, heartbeat, timeout, code, sent
 ):
-    hook = TROUBLED
-    for name, value in {"SECONDS": heartbeat, "FREEZE": CUT, "TOLD": CUT + 1, "SENT": sent}.items():
-        hook = hook.replace(name, str(value))
+    trouble = f"freeze,{heartbeat},{CUT + 1},{CUT + 1},{sent}"
     limit = f"--gin.TrainConfig.step_timeout={timeout}"
-    stopped = launched(tmp_path / "x", 2, limit, hook=hook, restarts=1)
+    stopped = launched(tmp_path / "x", 2, limit, trouble=trouble, restarts=1)
     assert stopped.returncode == 75, stopped.stderr
     assert f"process 0 ended with code {code}: restart 1 of 1" in stopped.stderr
     assert ("Timeout (" in stopped.stderr) == (timeout is not None)
@@ -386,29 +279,20 @@ def test_a_frozen_process_and_a_signal_to_one_leave_nothing_behind(
     assert_the_same_bits(tmp_path / "x", two)
 
 
-REFUSED = {
-    "corpus": """
-def make_dataset(*args, **kwargs):
-    raise UserError("DataConfig.path='x' is not there")
-if index == "1":
-    start.make_dataset = make_dataset
-""",
-    "settings": "arguments.append(f'--gin.TrainConfig.seed={index}')",
-    "run directory": "arguments[0] += index",
-}
-
-
 @pytest.mark.parametrize(
-    ("hook", "message"),
+    ("trouble", "message"),
     [
-        (REFUSED["corpus"], "process 1: DataConfig.path='x' is not there"),
-        (REFUSED["settings"], "TrainConfig.seed differs between the processes: 0 on 0; 1 on 1"),
-        (REFUSED["run directory"], "process 1: x1/checkpoints must be on a file system that all processes share"),
+        (
+            "no_corpus",
+            "process 1: DataConfig.path='nowhere' is neither a file, a folder with files nor a glob of files",
+        ),
+        ("own_setting,TrainConfig.seed,0,1", "TrainConfig.seed differs between the processes: 0 on 0; 1 on 1"),
+        ("own_folder", "process 1: x1/checkpoints must be on a file system that all processes share"),
     ],
-    ids=REFUSED,
+    ids=["corpus", "settings", "run directory"],
 )
-def test_what_fits_one_process_only_all_refuse(tmp_path, launched, hook, message):
-    result = launched(tmp_path / "x", 2, hook=hook)
+def test_what_fits_one_process_only_all_refuse(tmp_path, launched, trouble, message):
+    result = launched(tmp_path / "x", 2, trouble=trouble)
     assert result.returncode == 2
     assert result.stderr.replace(f"{tmp_path}/", "") == f"error: {message}\n"
     assert codes(tmp_path / "x") == ["2", "2"]

@@ -2,7 +2,7 @@
 
 XLA compiles without Python's lock, but cannot be stopped. A process that ends by itself waits for the compilation,
 since Python joins the thread: letting the interpreter go under XLA's feet is a crash. A program that must end at
-once leaves by `os._exit`, see `laep_jax.distributed.leaving_at_once`.
+once leaves by `os._exit`, see `laep_jax.distributed.exit_without_barrier`.
 """
 
 import dataclasses

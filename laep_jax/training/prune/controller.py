@@ -11,7 +11,7 @@ import numpy as np
 
 from laep_jax.config import Config
 from laep_jax.errors import require
-from laep_jax.files import MOST_JSON, read_bytes
+from laep_jax.files import MAX_JSON, read_bytes
 from laep_jax.laep.balance import device_loads, imbalance
 from laep_jax.laep.collapse import collapsed
 from laep_jax.laep.load import LoadHistory
@@ -21,9 +21,9 @@ from laep_jax.laep.stability import StabilityReport, assess, history_capacity
 
 
 class Controller:
-    """Watches one model; after a cut, a new one watches the new model.
+    """Watches one model; after a prune, a new one watches the new model.
 
-    config: resolved. prunes: cuts made so far. history: of an interrupted run, else empty. `UserError` where
+    config: resolved. prunes: prunes made so far. history: of an interrupted run, else empty. `UserError` where
     `LaepConfig.plan` does not read or is no plan for this model.
     """
 
@@ -42,7 +42,7 @@ class Controller:
 
     def _read_plan(self, path: Path) -> Plan | None:
         """The plan in a file; None where an earlier prune has applied it."""
-        plan = Plan.from_json(read_bytes(path, str(path), MOST_JSON).decode(errors="replace"))
+        plan = Plan.from_json(read_bytes(path, str(path), MAX_JSON).decode(errors="replace"))
         if self.prunes and plan.num_experts_after == self.history.num_experts != plan.num_experts:
             return None
         ours = self.history.num_experts, self.rule.expert_parallel, self.rule.top_k

@@ -31,7 +31,7 @@ def decide(trainer: Trainer, step: int) -> None:
         _require_same_plan(step, plan)
         if plan is None:
             return
-        due = step + trainer.config.laep.cut_delay
+        due = step + trainer.config.laep.prune_delay
         trainer.console.event(
             f"step {step}: a plan for step {due}" + (f", {report.reason}" if prunes and report.stable else "")
         )
@@ -107,5 +107,5 @@ def _make_plan(trainer: Trainer, step: int) -> Plan:
 
 
 def _require_same_plan(step: int, plan: Plan | None) -> None:
-    """Stops the run where processes would cut differently: their counts, NumPy or memory are not the same."""
+    """Stops the run where processes would prune differently: their counts, NumPy or memory are not the same."""
     require_same({f"the plan after step {step}": plan.sha256() if plan else "no plan"})

@@ -10,31 +10,33 @@ from laep_jax.laep.plan import Plan
 from laep_jax.model.accounting import model_size
 from laep_jax.sharding import Mesh
 from laep_jax.state.fingerprint import compile_fingerprints
-from laep_jax.state.surgery import Gathers, Kept, compile_gathers, cut_config, cut_state, with_receive_buffer
+from laep_jax.state.surgery import Gathers, Kept, compile_gathers, prune_state, pruned_config, with_receive_buffer
 from laep_jax.state.tree import TrainState, abstract_state
 from laep_jax.tracking.pause import Pause
 from laep_jax.training.prune.compile_ahead import CompiledSteps, ahead, compile_steps
+from laep_jax.training.watch import Watch
 
 
 class SmallerModel:
     """A plan, and the model that it leads to; the steps of that model are being compiled from the start.
 
-    old: config of the model to be pruned, resolved. num_domains: of the validation text. `config`: of the smaller one.
+    due: the step after which the plan is applied. old: config of the model to be pruned, resolved. num_domains: of the
+    validation text. watch: enters the stages `compile` and `restore`. `config`: of the smaller model.
     `UserError` where the plan does not fit the model or the mesh.
     """
 
-    def __init__(self, plan: Plan, old: Config, mesh: Mesh, num_domains: int):
-        self.plan, self.old, self.num_domains = plan, old, num_domains
+    def __init__(self, plan: Plan, due: int, old: Config, mesh: Mesh, num_domains: int, watch: Watch):
+        self.plan, self.due, self.old, self.num_domains, self.watch = plan, due, old, num_domains, watch
         imbalances = [layer.imbalance_after for layer in plan.layers]
-        self.config = with_receive_buffer(cut_config(old, plan.kept), imbalances)
+        self.config = with_receive_buffer(pruned_config(old, plan.kept), imbalances)
         self._target = abstract_state(self.config, mesh)
         self._programs = ahead(lambda: self._compile(mesh))
         self._bytes: dict[str, int] = {}
 
     def restore(
-        self, state: TrainState | None, checkpoints: Checkpoints, step: int, pause: Pause
+        self, state: TrainState | None, checkpoints: Checkpoints, pause: Pause
     ) -> tuple[TrainState, CompiledSteps]:
-        """The state, from the checkpoint of `step` or from memory as the config says, and the compiled steps.
+        """The state, from the checkpoint or from memory as the config says, and the compiled steps.
 
         state: the old one, released; None where it is on disk only. Adds `restore` to the pause, and `compile`, the
         remaining compile time; raises what went wrong in the compilation.
@@ -42,22 +44,23 @@ class SmallerModel:
         if state is not None and self.old.laep.prune_via == "memory":
             with pause.part("compile"):
                 steps, gathers = self._programs.result()
-            with pause.part("restore"):
-                smaller = cut_state(state, gathers, self.plan.kept, self.old.model, self._target)
-                verify_surgery(checkpoints, step, smaller, self.plan.kept)
+            with pause.part("restore"), self.watch("restore", self.due):
+                smaller = prune_state(state, gathers, self.plan.kept, self.old.model, self._target)
+                verify_surgery(checkpoints, self.due, smaller, self.plan.kept)
                 return smaller, steps
-        with pause.part("restore"):
+        with pause.part("restore"), self.watch("restore", self.due):
             jax.tree.map(lambda leaf: leaf.delete(), state)
             before = bytes_read()
-            smaller = checkpoints.restore_cut(step, self._target, self.plan.kept, self.old.model.runs)
+            smaller = checkpoints.restore_pruned(self.due, self._target, self.plan.kept, self.old.model.runs)
             self._bytes = {"bytes_read": bytes_read() - before, "bytes_needed": bytes_needed(self._target)}
             jax.block_until_ready(smaller)
         with pause.part("compile"):
             return smaller, self._programs.result()[0]
 
     def _compile(self, mesh: Mesh) -> tuple[CompiledSteps, Gathers]:
-        compile_fingerprints(self._target)
-        return compile_steps(self.config, mesh, self._target, self.num_domains), self._gathers(mesh)
+        with self.watch("compile", self.due):
+            compile_fingerprints(self._target)
+            return compile_steps(self.config, mesh, self._target, self.num_domains), self._gathers(mesh)
 
     def _gathers(self, mesh: Mesh) -> Gathers:
         """The programs that prune in device memory, where that is how it is done."""

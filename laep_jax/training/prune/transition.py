@@ -1,6 +1,6 @@
 """A plan from its making to the smaller model: scheduled, then applied (paper sections 3.2, 3.3).
 
-A plan is applied `LaepConfig.cut_delay` steps after it was made, whether the smaller model's steps, which are
+A plan is applied `LaepConfig.prune_delay` steps after it was made, whether the smaller model's steps, which are
 compiled meanwhile, are ready or waited for: so every process prunes after the same step, and a resumed run too. There
 are two phases: the old model is saved together with the plan; then the survivors are restored into the smaller model.
 Whatever stops the run between the two, starting again applies the plan.
@@ -22,7 +22,8 @@ def schedule(trainer: Trainer, plan: Plan, made: int, due: int) -> None:
     """Schedules a plan that was made after step `made`, unless the run ends before step `due`."""
     if due < trainer.config.train.num_steps:
         trainer.run_state.pending = PendingPrune(plan, made, due)
-        trainer.pending = SmallerModel(plan, trainer.config, trainer.mesh, len(trainer.dataset.domains))
+        domains = len(trainer.dataset.domains)
+        trainer.pending = SmallerModel(plan, due, trainer.config, trainer.mesh, domains, trainer.watch)
     else:
         why = f"the run ends before step {due}, where the plan of step {made} was due"
         trainer.run_state.pending = None
@@ -50,7 +51,7 @@ def restore_survivors(
     smaller: SmallerModel, state: TrainState | None, checkpoints: Checkpoints, run_state: RunState, pause: Pause
 ) -> Model:
     """The second phase; releases the old state, None on resuming. `run_state` then describes the smaller model."""
-    restored, steps = smaller.restore(state, checkpoints, run_state.step, pause)
+    restored, steps = smaller.restore(state, checkpoints, pause)
     if smaller.config.laep.reset_moments:
         restored = dataclasses.replace(restored, opt_state=without_moments(restored.opt_state))
     run_state.lineage = apply_plan_to_lineage(run_state.lineage, smaller.plan)
@@ -65,22 +66,23 @@ def finish(trainer: Trainer, smaller: SmallerModel, model: Model) -> None:
     run_state = trainer.run_state
     step, summary, pending = run_state.step, run_state.summary, run_state.pending
     assert pending
-    if trainer.model is not model:
-        trainer.install_model(model)
-    (summary.prune_steps if smaller.plan.prunes else summary.rearrange_steps).append(step)
-    summary.parameters_after = model.size.total
-    summary.experts_after = list(run_state.num_experts)
-    if smaller.plan.prunes:
-        with trainer.pause.part("evaluate"):
-            summary.validation_loss_after_prune = trainer.evaluate(step, "after_prune")
-    trainer.log.write(
-        "prune",
-        step,
-        plan=f"plans/{pending.made}.json",
-        plan_step=pending.made,
-        lineage=run_state.lineage,
-        seconds=trainer.pause.seconds,
-        **smaller.record(),
-    )
+    with trainer.watch("finish", step):
+        if trainer.model is not model:
+            trainer.install_model(model)
+        (summary.prune_steps if smaller.plan.prunes else summary.rearrange_steps).append(step)
+        summary.parameters_after = model.size.total
+        summary.experts_after = list(run_state.num_experts)
+        if smaller.plan.prunes:
+            with trainer.pause.part("evaluate"):
+                summary.validation_loss_after_prune = trainer.evaluate(step, "after_prune")
+        trainer.log.write(
+            "prune",
+            step,
+            plan=f"plans/{pending.made}.json",
+            plan_step=pending.made,
+            lineage=run_state.lineage,
+            seconds=trainer.pause.seconds,
+            **smaller.record(),
+        )
     trainer.console.event(f"step {step}: {trainer.pause}")
     trainer.pending = run_state.pending = None

@@ -1,10 +1,12 @@
-"""The cut's steps compiled beside the training: really beside it, once, and what happens when it goes wrong."""
+"""The prune's steps compiled beside the training: really beside it, once, and what happens when it goes wrong."""
 
+import contextlib
 import logging
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,19 +15,20 @@ import pytest
 from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config
 from laep_jax.gin_config import operative_config
-from laep_jax.training.prune import compile_ahead, smaller_model
+from laep_jax.training.prune import compile_ahead
 from laep_jax.training.start import train
 from tests.support.tiny_run import change, records, tiny_config
+from tests.support.watching import before
 
 ROOT = Path(__file__).parents[3]
-PLAN_STEP, CUT_STEP, NUM_STEPS = 4, 7, 9
+PLAN_STEP, PRUNE_STEP, NUM_STEPS = 4, 7, 9
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
     return tiny_config(
         str(tmp_path_factory.mktemp("tokens")),
-        laep={"prune_at_step": PLAN_STEP, "cut_delay": CUT_STEP - PLAN_STEP},
+        laep={"prune_at_step": PLAN_STEP, "prune_delay": PRUNE_STEP - PLAN_STEP},
         train={"num_steps": NUM_STEPS, "eval_every": 3, "checkpoint_every": 50},
     )
 
@@ -72,59 +75,52 @@ def test_each_step_is_compiled_once_the_cut_models_in_the_thread(config, tmp_pat
     assert [step for step, value in seconds.items() if value is None] == [1]  # the only one with a compilation in it
 
 
-def test_training_goes_on_while_the_compilation_takes_its_time(whole, config, tmp_path, monkeypatch):
-    done = threading.Event()
-    compile_steps, restore_cut = smaller_model.compile_steps, Checkpoints.restore_cut
+def test_training_continues_while_the_compilation_takes_its_time(whole, config, tmp_path):
+    waited_for = threading.Event()
 
-    def slowly(*args):
-        assert done.wait(timeout=120), "the run waits for the compilation before the step of the cut"
-        time.sleep(2)
-        return compile_steps(*args)
+    @contextlib.contextmanager
+    def watch(stage: str, step: int) -> Iterator[None]:
+        if stage == "restore":
+            waited_for.set()
+        if stage == "compile":
+            assert waited_for.wait(timeout=120), "the run waits for the compilation before the step of the prune"
+            time.sleep(2)
+        yield
 
-    def restore(self, *args):
-        done.set()
-        return restore_cut(self, *args)
-
-    monkeypatch.setattr(smaller_model, "compile_steps", slowly)
-    monkeypatch.setattr(Checkpoints, "restore_cut", restore)
-    train(config, tmp_path)
+    train(config, tmp_path, watch=watch)
     assert losses(tmp_path) == losses(whole)
     [prune] = records(tmp_path, "prune")
-    assert (prune["plan_step"], prune["step"]) == (PLAN_STEP, CUT_STEP)
-    assert prune["seconds"]["compile"] > 0.1  # what was left of it was waited for
+    assert (prune["plan_step"], prune["step"]) == (PLAN_STEP, PRUNE_STEP)
+    assert prune["seconds"]["compile"] > 0.1  # the remaining compile time
 
 
-def test_what_goes_wrong_in_the_thread_ends_the_run_at_the_cut_and_nothing_is_lost(
-    whole, config, tmp_path, monkeypatch
-):
-    def fail(*args):
+def test_an_error_in_the_thread_ends_the_run_at_the_prune_and_nothing_is_lost(whole, config, tmp_path):
+    def fail() -> None:
         raise RuntimeError("RESOURCE_EXHAUSTED: too large")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(smaller_model, "compile_steps", fail)
-        with pytest.raises(RuntimeError, match="too large"):
-            train(config, tmp_path)
-    assert len(losses(tmp_path)) == CUT_STEP
+    with pytest.raises(RuntimeError, match="too large"):
+        train(config, tmp_path, watch=before("compile", PRUNE_STEP, fail))
+    assert len(losses(tmp_path)) == PRUNE_STEP
     train(config, tmp_path)
     assert losses(tmp_path) == losses(whole)
 
 
 def test_without_delay_the_cut_follows_its_plan_at_once(config, tmp_path):
-    train(change(config, laep={"cut_delay": 0}), tmp_path)
+    train(change(config, laep={"prune_delay": 0}), tmp_path)
     [prune] = records(tmp_path, "prune")
     assert (prune["plan_step"], prune["step"]) == (PLAN_STEP, PLAN_STEP)
     with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
         assert checkpoints.read_meta(PLAN_STEP)["pending"]["due"] == PLAN_STEP
 
 
-@pytest.mark.parametrize("num_steps", [6, CUT_STEP])
+@pytest.mark.parametrize("num_steps", [6, PRUNE_STEP])
 def test_a_plan_whose_step_the_run_does_not_reach_is_dropped_before_anything_is_compiled(
-    config, tmp_path, monkeypatch, capsys, num_steps
+    config, tmp_path, capsys, num_steps
 ):
-    monkeypatch.setattr(smaller_model, "compile_steps", None)
-    summary = train(change(config, train={"num_steps": num_steps}), tmp_path)
+    watch = before("compile", PRUNE_STEP, lambda: pytest.fail("the smaller model is compiled"))
+    summary = train(change(config, train={"num_steps": num_steps}), tmp_path, watch=watch)
     assert (
-        f"the run ends before step {CUT_STEP}, where the plan of step {PLAN_STEP} was due"
+        f"the run ends before step {PRUNE_STEP}, where the plan of step {PLAN_STEP} was due"
         in capsys.readouterr().out.replace("\n", " ")
     )
     assert summary["prune_steps"] == []
@@ -134,7 +130,7 @@ def test_a_plan_whose_step_the_run_does_not_reach_is_dropped_before_anything_is_
 def test_a_second_prune_measures_loads_with_the_step_compiled_ahead(config, tmp_path):
     laep = {
         "max_prunes": 2,
-        "cut_delay": 1,
+        "prune_delay": 1,
         "rank_correlation": -1.0,
         "overlap": 0.0,
         "stable_windows": 1,
@@ -148,33 +144,16 @@ def test_a_second_prune_measures_loads_with_the_step_compiled_ahead(config, tmp_
     assert [record["rearrange_only"] for record in records(tmp_path, "prune")] == [False, False]
 
 
-LEAVING = """
-import sys, time
-from laep_jax.errors import run_main
-from laep_jax.training import command
-from laep_jax.training.prune import smaller_model
-from laep_jax.tracking.console import RunConsole
-smaller_model.compile_steps = lambda *args: time.sleep(600)
-def show(self, step, record):
-    if step == 5:
-        raise ERROR
-RunConsole.train = show
-sys.exit(run_main(command.main, sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize(
     ("error", "code", "message"),
-    [("KeyboardInterrupt", 130, "interrupted"), ("OSError('no space left')", 1, "OSError: no space left")],
+    [("interrupt", 130, "interrupted"), ("disk", 1, "OSError: no space left")],
 )
 def test_leaving_does_not_wait_for_the_compilation(config, tmp_path, error, code, message):
     (tmp_path / "config.gin").write_text(operative_config(config))
-    arguments = [f"--gin_file={tmp_path}/config.gin", f"--workdir={tmp_path}/x"]
+    arguments = [error, f"--gin_file={tmp_path}/config.gin", f"--workdir={tmp_path}/x"]
+    command = [sys.executable, "-m", "tests.training.prune.leaving", *arguments]
     start = time.time()
-    result = subprocess.run(
-        [sys.executable, "-c", LEAVING.replace("ERROR", error), *arguments], cwd=ROOT,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == code, result.stderr
     assert message in result.stderr
     assert time.time() - start < 200  # the compilation would take 600 s

@@ -1,4 +1,4 @@
-"""What a cut may be told beyond the rule: a plan from a file, moments that begin anew; and where no one is to go."""
+"""What a prune may be told beyond the rule: a plan from a file, moments that begin anew; and where no one is to go."""
 
 import dataclasses
 from pathlib import Path
@@ -15,12 +15,12 @@ from laep_jax.laep.plan import chosen_plan, identity_plan
 from laep_jax.laep.rule import PruneRule
 from laep_jax.sharding import make_mesh
 from laep_jax.state.tree import abstract_state
-from laep_jax.tracking.console import RunConsole
 from laep_jax.training.prune.guard import softened
 from laep_jax.training.start import train
 from tests.support.tiny_run import change, differences, records, tiny_config
+from tests.support.watching import InterruptError, after, interrupt
 
-CUT_STEP, NUM_STEPS = 4, 7
+PRUNE_STEP, NUM_STEPS = 4, 7
 PRUNED = [[1, 2, 5, 7], []]
 RULE = PruneRule.from_settings(LaepConfig(placement="greedy"), 2, top_k=2, expert_parallel=4)
 
@@ -29,7 +29,7 @@ RULE = PruneRule.from_settings(LaepConfig(placement="greedy"), 2, top_k=2, exper
 def config(tmp_path_factory) -> Config:
     return tiny_config(
         str(tmp_path_factory.mktemp("tokens")),
-        laep={"prune_at_step": CUT_STEP, "cut_delay": 0, "guard_tolerance": None, "placement_loads": "recorded"},
+        laep={"prune_at_step": PRUNE_STEP, "prune_delay": 0, "guard_tolerance": None, "placement_loads": "recorded"},
         train={"num_steps": NUM_STEPS, "checkpoint_every": 50},
     )
 
@@ -46,14 +46,14 @@ def test_a_plan_from_a_file_is_applied_once_and_a_second_one_to_the_pruned_model
     first = change(config, laep={"plan": str(plan_file), "max_prunes": 1})
     train(first, tmp_path / "run")
     [prune] = records(tmp_path / "run", "prune")
-    assert prune["step"] == CUT_STEP
+    assert prune["step"] == PRUNE_STEP
     assert [sorted(ids) for ids in prune["lineage"]] == [[0, 3, 4, 6], [*range(8)]]
     loads = [np.arange(4.0), np.arange(8.0)]
     second = chosen_plan(loads, [[], [0, 1, 2, 3]], RULE)
     plan_file.write_text(second.to_json())
     later = {"max_prunes": 2, "prune_at_step": NUM_STEPS + 1}
     train(change(first, laep=later, train={"num_steps": NUM_STEPS + 3}), tmp_path / "run")
-    assert [prune["step"] for prune in records(tmp_path / "run", "prune")] == [CUT_STEP, NUM_STEPS + 1]
+    assert [prune["step"] for prune in records(tmp_path / "run", "prune")] == [PRUNE_STEP, NUM_STEPS + 1]
     assert sorted(records(tmp_path / "run", "prune")[1]["lineage"][1]) == sorted(prune["lineage"][1][4:])
 
 
@@ -85,7 +85,7 @@ def test_moments_begin_anew_after_a_cut(config, plan_file, tmp_path, prune_via):
         state = checkpoints.restore(NUM_STEPS, abstract_state(cut, make_mesh(cut.mesh)))
     parts = jax.tree.leaves(state.opt_state, is_leaf=lambda part: isinstance(part, optax.ScaleByAdamState))
     [adam] = [part for part in parts if isinstance(part, optax.ScaleByAdamState)]
-    assert int(adam.count) == NUM_STEPS - CUT_STEP
+    assert int(adam.count) == NUM_STEPS - PRUNE_STEP
     [schedule] = [part for part in parts if not isinstance(part, optax.ScaleByAdamState)]
     assert (int(schedule), int(state.step)) == (NUM_STEPS, NUM_STEPS)
 
@@ -95,11 +95,7 @@ def test_where_the_rule_prunes_no_one_nothing_is_cut(config, tmp_path):
     assert records(tmp_path, "prune") == []
 
 
-class InterruptError(Exception):
-    pass
-
-
-def test_an_open_mesh_stays_as_it_is_when_a_pruned_run_is_resumed(config, tmp_path, monkeypatch):
+def test_an_open_mesh_stays_as_it_is_when_a_pruned_run_is_resumed(config, tmp_path):
     """12 experts on 8 devices run at expert 4; resolved from the 8 that are left it would be 8, and other sums."""
     loads = [np.arange(12.0)] * 2
     plan = tmp_path / "plan.json"
@@ -109,18 +105,11 @@ def test_an_open_mesh_stays_as_it_is_when_a_pruned_run_is_resumed(config, tmp_pa
         model={"num_experts": 12},
         mesh={"fsdp": None, "expert": None},
         laep={"plan": str(plan)},
-        train={"checkpoint_every": CUT_STEP + 1},
+        train={"checkpoint_every": PRUNE_STEP + 1},
     )
     train(wide, tmp_path / "whole")
-
-    def stop(self, step, record):
-        if step == CUT_STEP + 2:
-            raise InterruptError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunConsole, "train", stop)
-        with pytest.raises(InterruptError):
-            train(wide, tmp_path / "resumed")
+    with pytest.raises(InterruptError):
+        train(wide, tmp_path / "resumed", watch=after("record", PRUNE_STEP + 2, interrupt))
     train(wide, tmp_path / "resumed")
     assert records(tmp_path / "resumed", "prune")[0]["experts_after"] == [8, 8]
     assert not differences(tmp_path / "resumed", tmp_path / "whole")
@@ -130,5 +119,5 @@ def test_nothing_is_rearranged_while_a_plan_waits_for_its_step(config, plan_file
     """Its slots are those of the experts as they are."""
     moving = change(config, laep={"plan": str(plan_file), "rearrange_gain": 0.0, "window": 2})
     train(moving, tmp_path / "run")
-    assert records(tmp_path / "run", "prune")[0]["step"] == CUT_STEP
+    assert records(tmp_path / "run", "prune")[0]["step"] == PRUNE_STEP
     assert [sorted(ids) for ids in records(tmp_path / "run", "prune")[0]["lineage"]] == [[0, 3, 4, 6], [*range(8)]]

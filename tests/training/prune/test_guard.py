@@ -12,7 +12,7 @@ from laep_jax.training.prune.guard import softened
 from laep_jax.training.start import train
 from tests.support.tiny_run import change, differences, records, tiny_config
 
-PLAN_STEP, CUT_STEP, NUM_STEPS = 40, 42, 46
+PLAN_STEP, PRUNE_STEP, NUM_STEPS = 40, 42, 46
 BETA, TOLERANCE = 0.8, 0.005
 
 
@@ -26,7 +26,7 @@ def config(tmp_path_factory) -> Config:
             "alpha": 4.0,
             "beta": BETA,
             "prune_at_step": PLAN_STEP,
-            "cut_delay": CUT_STEP - PLAN_STEP,
+            "prune_delay": PRUNE_STEP - PLAN_STEP,
             "guard_tolerance": TOLERANCE,
         },
         optimizer={"learning_rate": 2e-2},
@@ -49,13 +49,13 @@ def test_a_harmful_plan_is_refused_and_a_softer_one_applied(config, tmp_path, mo
     assert first["validation_loss"] > first["validation_loss_before"] + TOLERANCE >= second["validation_loss"]
     [cut] = records(tmp_path, "prune")
     assert Plan.from_json((tmp_path / cut["plan"]).read_text()).rule.beta == BETA / 2
-    assert summary["prune_steps"] == [CUT_STEP]
+    assert summary["prune_steps"] == [PRUNE_STEP]
     told = " ".join(capsys.readouterr().out.split())
     assert "above LaepConfig.guard_tolerance=0.005: the plan is refused" in told
 
 
 def test_after_the_last_retry_it_is_a_run_that_never_prunes(config, tmp_path, monkeypatch):
-    short = change(config, train={"num_steps": CUT_STEP})
+    short = change(config, train={"num_steps": PRUNE_STEP})
     train(change(short, laep={"max_prunes": 0}), tmp_path / "never")
     monkeypatch.setattr(controller, "make_plan", harmful_plan)
     summary = train(change(short, laep={"max_retries": 0}), tmp_path / "given up")
@@ -73,7 +73,7 @@ def test_a_loss_that_is_not_a_number_decides_nothing_or_is_harm(config, tmp_path
     measured = iter(losses)
     for name in ("validation_loss", "masked_loss"):
         monkeypatch.setattr(decide, name, lambda *arguments: ValidationLoss(next(measured), {}, {}))
-    early = {"prune_at_step": 4, "cut_delay": 9, "placement_loads": "recorded"}
+    early = {"prune_at_step": 4, "prune_delay": 9, "placement_loads": "recorded"}
     train(change(config, laep=early, train={"num_steps": 5}), tmp_path)
     assert [record["stands"] for record in records(tmp_path, "dry_run")] == verdicts
 

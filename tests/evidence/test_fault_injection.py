@@ -11,7 +11,7 @@ from tests.fault_injection.__main__ import main
 
 
 @pytest.mark.parametrize("trials", [pytest.param(1, id="short"), pytest.param(6, id="long", marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_ends_as_it_would_have(optimized_little, capsys, trials):
+def test_a_run_that_is_killed_ends_as_it_would_have(capsys, trials):
     assert main(["kill", f"--trials={trials}", "--json"]) == 0
     counts = json.loads(capsys.readouterr().out)
     assert counts["trials"] == trials
@@ -54,10 +54,10 @@ def test_damage_that_is_not_found_is_told(few, monkeypatch, capsys):
 
 
 def test_a_kill_in_a_prune_is_aimed_at_each_of_its_events():
-    whole = kill.Uninterrupted("", {name: [1.0, 2.0] for name in (kill.RUN, *kill.EVENTS)})
+    whole = kill.Uninterrupted("", {name: [1.0, 2.0] for name in (kill.RUN, *kill.PRUNE)})
     rng = kill.random.Random(0)
     hits = [kill.choose_hit(rng, whole, True, 1) for _ in range(200)]
-    assert {hit["event"] for hit in hits} == set(kill.EVENTS)
+    assert {hit["event"] for hit in hits} == set(kill.PRUNE)
     assert {hit["occurrence"] for hit in hits} == {1, 2}
     assert all(0 <= hit["delay"] <= hit["occurrence"] for hit in hits)
 

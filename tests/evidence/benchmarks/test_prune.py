@@ -13,7 +13,9 @@ def result() -> dict:
     with pytest.MonkeyPatch.context() as patch:
         sizes = {"num_layers": 2, "hidden_size": 64, "num_heads": 2, "ffn_size": 256, "num_experts": 16}
         patch.setattr(prune, "MODEL", ModelConfig(router_init=1.0, **sizes))
-        variants = {name: fields | {"cut_delay": fields["cut_delay"] // 4} for name, fields in prune.VARIANTS.items()}
+        variants = {
+            name: fields | {"prune_delay": fields["prune_delay"] // 4} for name, fields in prune.VARIANTS.items()
+        }
         patch.setattr(prune, "VARIANTS", variants)
         patch.setattr(prune, "DataConfig", functools.partial(DataConfig, sequence_length=32))
         patch.setattr(prune, "in_process", lambda _, variant: prune.measure(variant))

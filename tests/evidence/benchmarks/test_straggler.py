@@ -15,7 +15,7 @@ from benchmarks import replay, straggler
 from benchmarks.__main__ import main
 from laep_jax.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 VARIANTS = {"base", "pruned", "rearranged", "uniform"}
 
 
