@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     print("\n".join([*([source] if source else []), *describe(counts, args.top_k)]))
     args.alpha = _alpha(args.alpha)
     rule = PruneRule.from_settings(args, len(counts), top_k=args.top_k, expert_parallel=args.expert_parallel)
-    plan = make_plan(counts, rule, max_runs=args.max_runs)
+    plan = make_plan(counts, rule, max_runs=args.max_runs, replica_slots=args.replica_slots)
     print(plan.table())
     if args.max_runs:
         print(cost_of_merging(make_plan(counts, rule).num_experts_after, plan.num_experts_after, args.max_runs))
@@ -60,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="R",
         help="keep more experts, so that neighbouring layers form at most R equal runs",
+    )
+    add(
+        "--replica-slots",
+        type=int,
+        default=0,
+        metavar="R",
+        help="slots of each device for replicas of hot experts; 0 is the paper (%(default)s)",
     )
     add(
         "--out", type=Path, metavar="FILE", help="where to write the plan as JSON; without it only the table is printed"

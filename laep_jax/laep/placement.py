@@ -26,14 +26,14 @@ def place(loads_E: np.ndarray, num_groups: int, method: str) -> np.ndarray:
     """
     assert method in METHODS, method
     size = group_size(len(loads_E), num_groups)
-    loads_E = _integers(np.asarray(loads_E))
+    loads_E = integers(np.asarray(loads_E))
     slots_GK = _greedy(loads_E, num_groups, size)
     if method == "refined":
         _refine(loads_E, slots_GK)
     return slots_GK.ravel()
 
 
-def _integers(loads_E: np.ndarray) -> np.ndarray:
+def integers(loads_E: np.ndarray) -> np.ndarray:
     """Loads as int64, so that sums compare exactly and swapping must end.
 
     Floats become multiples of 2**-60 of their total or finer, less than float64 resolves of that.

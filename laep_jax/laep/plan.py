@@ -22,6 +22,7 @@ from laep_jax.laep.load import as_counts, num_with_tokens
 from laep_jax.laep.pruning import Pruning, prune_layer
 from laep_jax.laep.rule import PruneRule
 from laep_jax.laep.runs import unprune
+from laep_jax.laep.slots import EMPTY
 
 Lineage = tuple[tuple[int, ...], ...]  # per layer: the original id of each slot
 
@@ -86,11 +87,12 @@ def make_plan(
     *,
     placement_loads: Sequence[np.ndarray] | None = None,
     max_runs: int | None = None,
+    replica_slots: int = 0,
 ) -> Plan:
     """Both algorithms: prune by the recorded counts, then place the survivors.
 
     max_runs: keep more experts, so that neighbouring layers form at most so many runs of equal count, or as few as
-    their own numbers of experts allow.
+    their own numbers of experts allow. replica_slots: of each device, for replicas of hot experts; see `laep.slots`.
     tokens: counts [N, L, E], or [N, E] of each layer. placement_loads: mean tokens an iteration, [E]
     of each layer, measured with the pruned experts masked; by default the recorded means, which leave
     out that the tokens of pruned experts go elsewhere. Iterations in which a layer got no tokens are left out
@@ -114,7 +116,7 @@ def make_plan(
     shapes = tuple(loads_E.shape for loads_E in loads)
     assert shapes == tuple((count,) for count in num_experts), (shapes, num_experts)
     parts = zip(loads, iterations, choices, strict=True)
-    return Plan(num_experts, rule, tuple(make_layer_plan(*part, rule) for part in parts))
+    return Plan(num_experts, rule, tuple(make_layer_plan(*part, rule, replica_slots) for part in parts))
 
 
 def chosen_plan(loads: Sequence[np.ndarray], pruned: Sequence[Sequence[int]], rule: PruneRule) -> Plan:
@@ -180,6 +182,7 @@ def _compose_layer(first: LayerPlan, second: LayerPlan) -> LayerPlan:
         kept=original(second.kept),
         pruned=tuple(sorted(first.pruned + original(second.pruned))),
         eligible=tuple(sorted({*first.eligible, *original(second.eligible)})),
+        slots=tuple(tuple(EMPTY if slot == EMPTY else first.kept[slot] for slot in row) for row in second.slots),
     )
 
 

@@ -14,12 +14,12 @@ from laep_jax.errors import require
 from laep_jax.files import MAX_JSON, parse_json
 from laep_jax.laep.rule import PruneRule
 
-FORMAT, VERSION = "laep-plan", 2
-OTHER_VERSION = f'must be {VERSION} (for 1: write 2, and "keep_more" where the rounding is "restore")'
+FORMAT, VERSIONS = "laep-plan", (1, 2, 3)  # 1 called the rounding keep_more "restore"; 3 may have slots
 RULE = tuple(field.name for field in dataclasses.fields(PruneRule))
 IDS = ("kept", "pruned", "eligible")
 LOADS = ("imbalance_before", "imbalance_after", "lower_bound")
 LAYER = {*IDS, "device_load", *LOADS}
+SLOTS = {"slots", "shares", "slot_load"}  # in all layers or in none
 PLAN = {"format", "version", "num_layers", "num_experts", *RULE, "layers"}
 
 
@@ -28,12 +28,13 @@ def dump(plan: dict[str, Any]) -> str:
     counts, rule = plan["num_experts"], plan["rule"]
     head = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[-1],
         "num_layers": len(counts),
         "num_experts": counts[0] if len(set(counts)) == 1 else counts,
         **rule | {"alpha": ["inf" if math.isinf(alpha) else alpha for alpha in rule["alpha"]]},
     }
-    layers = ",\n".join(json.dumps(layer, allow_nan=False) for layer in plan["layers"])
+    given = [{name: value for name, value in layer.items() if name not in SLOTS or value} for layer in plan["layers"]]
+    layers = ",\n".join(json.dumps(layer, allow_nan=False) for layer in given)
     return f'{json.dumps(head, allow_nan=False)[:-1]}, "layers": [\n{layers}\n]}}\n'
 
 
@@ -44,8 +45,10 @@ def parse(text: str) -> dict[str, Any]:
     require(isinstance(plan, dict), "plan", type(plan).__name__, "must be a JSON object")
     require(plan.get("format") == FORMAT, "plan format", plan.get("format"), f"must be {FORMAT!r}")
     version = plan.get("version")
-    require(type(version) is int and version == VERSION, "plan version", version, OTHER_VERSION)
+    require(type(version) is int and version in VERSIONS, "plan version", version, f"must be one of {VERSIONS}")
     _check_keys(plan, PLAN, "plan")
+    if version == 1 and plan["rounding"] == "restore":
+        plan["rounding"] = "keep_more"
     num_layers, counts = _integer(plan["num_layers"], "num_layers"), plan["num_experts"]
     layers = _list(plan["layers"], "layers")
     require(len(layers) == num_layers, "num_layers", num_layers, f"does not fit {len(layers)} layers")
@@ -69,12 +72,15 @@ def _rule(plan: dict[str, Any]) -> dict[str, Any]:
 
 def _layer(layer: Any, field: str) -> dict[str, Any]:
     require(isinstance(layer, dict), field, layer, "must be a JSON object")
-    _check_keys(layer, LAYER, field)
-    loads = _list(layer["device_load"], f"{field}.device_load")
+    _check_keys(layer, LAYER | (SLOTS & set(layer)), field)
+    given = {"slots": [], "shares": [], "slot_load": []} | layer
+    rows = {name: _list(given[name], f"{field}.{name}") for name in ("slots", "shares")}
     return {
         **{name: _integers(layer[name], f"{field}.{name}") for name in IDS},
-        "device_load": tuple(_number(load, f"{field}.device_load") for load in loads),
+        **{name: _numbers(given[name], f"{field}.{name}") for name in ("device_load", "slot_load")},
         **{name: _number(layer[name], f"{field}.{name}") for name in LOADS},
+        "slots": tuple(_integers(row, f"{field}.slots") for row in rows["slots"]),
+        "shares": tuple(_numbers(row, f"{field}.shares") for row in rows["shares"]),
     }
 
 
@@ -90,6 +96,10 @@ def _list(value: Any, field: str) -> list:
 
 def _integers(value: Any, field: str) -> tuple[int, ...]:
     return tuple(_integer(item, field) for item in _list(value, field))
+
+
+def _numbers(value: Any, field: str) -> tuple[float, ...]:
+    return tuple(_number(item, field) for item in _list(value, field))
 
 
 def _integer(value: Any, field: str) -> int:

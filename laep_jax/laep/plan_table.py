@@ -17,6 +17,10 @@ def table(rule: PruneRule, layers: Sequence[LayerPlan]) -> str:
         "bound: no placement has a lower imbalance; gap: after over bound",
         "layer     alpha   experts    kept  eligible  pruned  imbalance before    after    bound     gap",
     ]
+    if layers[0].slots:
+        replicas = len(layers[0].slots[0]) - -(-len(layers[0].kept) // rule.expert_parallel)
+        lines[3] += f"; slots: after, with {replicas} replica slots a device"
+        lines[4] += "    slots"
     for index, (alpha, layer) in enumerate(zip(rule.alpha, layers, strict=True)):
         lines.append(_line(str(index), f"{alpha:g}", [layer]))
     return "\n".join([*lines, _line("total", "", layers)])
@@ -32,7 +36,8 @@ def _line(name: str, alpha: str, layers: Sequence[LayerPlan]) -> str:
     before = sum(layer.largest_before for layer in layers)
     ratios = [load / mean if mean else 1.0 for load in (before, largest, bound)]
     gap = max(largest / bound - 1, 0.0) if bound else 0.0  # below 0 only by rounding
+    slots = f"  {sum(max(layer.slot_load) for layer in layers) / mean:>7.4f}" if layers[0].slot_load and mean else ""
     return (
         f"{name:>5}  {alpha:>8}  {kept + pruned:>8}  {kept:>6}  {eligible:>8}  {pruned:>6}"
-        f"  {ratios[0]:>16.4f}  {ratios[1]:>7.4f}  {ratios[2]:>7.4f}  {gap:>6.2%}"
+        f"  {ratios[0]:>16.4f}  {ratios[1]:>7.4f}  {ratios[2]:>7.4f}  {gap:>6.2%}{slots}"
     )

@@ -103,7 +103,16 @@ def test_json_has_exactly_these_keys(folder):
     fields = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     assert fields.keys() == KEYS
     assert [layer.keys() for layer in fields["layers"]] == [LAYER_KEYS] * 6
-    assert (fields["format"], fields["version"], fields["num_layers"], fields["num_experts"]) == ("laep-plan", 2, 6, 8)
+    assert (fields["format"], fields["version"], fields["num_layers"], fields["num_experts"]) == ("laep-plan", 3, 6, 8)
+
+
+def test_replica_slots_are_written_and_balance(folder, capsys):
+    run(folder, "--replica-slots=1")
+    plan = written(folder)
+    assert "with 1 replica slots a device" in capsys.readouterr().out
+    for layer in plan.layers:
+        assert max(layer.slot_load) <= max(layer.device_load)
+        assert max(layer.slot_load) < 1.05 * layer.mean_load
 
 
 @pytest.mark.parametrize(

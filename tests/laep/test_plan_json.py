@@ -116,10 +116,48 @@ def test_json_is_strict_and_has_a_line_a_layer():
     fields = json.loads(GOOD.to_json(), parse_constant=constant)
     assert fields["alpha"] == [0.4, "inf"]
     assert fields["num_experts"] == 6
-    assert (fields["format"], fields["version"], fields["num_layers"]) == ("laep-plan", 2, 2)
+    assert (fields["format"], fields["version"], fields["num_layers"]) == ("laep-plan", 3, 2)
     lines = GOOD.to_json().splitlines()
     assert [json.loads(line.rstrip(",")) for line in lines[1:3]] == fields["layers"]
     assert len(lines) == 4
+
+
+def test_older_versions_are_read():
+    assert Plan.from_json(text(version=2)) == Plan.from_json(text(version=1, rounding="restore")) == GOOD
+
+
+SLOTTED = dataclasses.replace(
+    LAYER,
+    slots=((0, 3, 5), (5, 1, -1)),
+    shares=((1.0, 1.0, 0.25), (0.75, 1.0, 0.0)),
+    slot_load=(12.25, 12.25),
+)
+
+
+def test_slots_survive_json_and_are_there_where_there_are_replicas_only():
+    plan = dataclasses.replace(GOOD, layers=(SLOTTED, SLOTTED))
+    assert Plan.from_json(plan.to_json()) == plan
+    layer = json.loads(plan.to_json())["layers"][0]
+    assert (layer["slots"], layer["shares"]) == ([[0, 3, 5], [5, 1, -1]], [[1.0, 1.0, 0.25], [0.75, 1.0, 0.0]])
+    assert not {"slots", "shares", "slot_load"} & json.loads(GOOD.to_json())["layers"][0].keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slots": ((0, 3), (5, 1, -1))}, r"layers\[1\] slots and shares=.* must be of one shape, for 2 devices"),
+        ({"slot_load": (12.25,)}, r"layers\[1\] slots and shares=.* must be of one shape"),
+        ({"shares": ()}, r"layers\[1\] slots and shares=.* must be of one shape"),
+        ({"slots": ((0, 3, 3), (5, 1, -1))}, r"layers\[1\].slots=\(0, 3, 3\) name an expert twice on a device"),
+        ({"slots": ((0, 3, 2), (5, 1, -1))}, r"layers\[1\].slots=2 is no kept expert, nor -1 with a share of 0"),
+        ({"shares": ((1.0, 1.0, 0.25), (0.75, 1.0, 0.5))}, r"layers\[1\].slots=-1 is no kept expert"),
+        ({"shares": ((1.0, 1.0, 0.25), (0.25, 1.0, 0.0))}, r"layers\[1\].shares of experts=\[5\] do not add up to 1"),
+        ({"shares": ((1.0, 1.0, -0.25), (1.25, 1.0, 0.0))}, r"layers\[1\] loads=.* must be finite and not negative"),
+    ],
+)
+def test_malformed_slots_are_refused(changes, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        dataclasses.replace(GOOD, layers=(SLOTTED, dataclasses.replace(SLOTTED, **changes)))
 
 
 def test_experts_are_listed_where_the_layers_differ():
@@ -183,10 +221,10 @@ OTHER = [
     ("[1]", "plan='list' must be a JSON object"),
     ("{}", "plan format=None must be 'laep-plan'"),
     (text(format="eplb"), "plan format='eplb' must be 'laep-plan'"),
-    (text(version=None), "plan version=None must be 2"),
-    (text(version=1, rounding="restore"), r'plan version=1 must be 2 \(for 1: write 2, and "keep_more" where .*"\)$'),
-    (text(version="2"), "plan version='2' must be 2"),
-    (text(version=2.0), "plan version=2.0 must be 2"),
+    (text(version=None), r"plan version=None must be one of \(1, 2, 3\)"),
+    (text(version="2"), "plan version='2' must be one of"),
+    (text(version=2.0), "plan version=2.0 must be one of"),
+    (text(version=3, rounding="restore"), "rounding='restore' must be one of keep_more, prune"),
     (text(beta=None), r"plan keys=.* lack \['beta'\]"),
     (text(gamma=1, delta=2), r"plan keys=\['delta', 'gamma'\] are unknown"),
     (text(num_layers=2.0), "num_layers=2.0 must be an integer"),

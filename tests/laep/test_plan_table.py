@@ -47,3 +47,12 @@ def test_gap_of_sums_that_differ_by_rounding_is_not_negative():
     for _ in range(200):
         loads_E = rng.choice([0.1, 0.2, 0.3, 0.7], 16)
         assert "-" not in rearrange_plan([loads_E], rule).table()
+
+
+def test_slots_have_a_column_where_there_are_replicas():
+    tokens_NLE = np.array([[[90, 10, 10, 10], [40, 40, 20, 20]]])
+    rule = PruneRule.from_settings(LaepConfig(alpha=0.0), 2, top_k=1, expert_parallel=2)
+    lines = make_plan(tokens_NLE, rule, replica_slots=1).table().splitlines()
+    assert lines[3].endswith("slots: after, with 1 replica slots a device")
+    assert [line.split()[-1] for line in lines[4:]] == ["slots", "1.0000", "1.0000", "1.0000"]
+    assert "slots" not in make_plan(tokens_NLE, rule).table()
