@@ -64,8 +64,8 @@ class ModelConfig:
     )
     grouped_matmul: str = free(
         "auto",
-        "how the experts' products are computed; auto: blocks on CPU, ragged_dot elsewhere",
-        choices=("auto", "blocks", "ragged_dot"),
+        "how the experts' products are computed; auto: blocks on CPU, megablox on TPU, ragged_dot elsewhere",
+        choices=("auto", "blocks", "megablox", "ragged_dot"),
     )
 
     def __post_init__(self):

@@ -1,17 +1,23 @@
 """The experts' SwiGLU over rows sorted by expert, and the weighted sum of each token's rows.
 
-A block loop for CPU, `ragged_dot` elsewhere. `jax.lax.ragged_dot` on XLA:CPU multiplies every row with
-every expert, so its cost grows with the number of experts; the block loop costs what the tokens cost.
+A block loop for CPU, JAX's megablox kernels for TPU, `ragged_dot` elsewhere. `jax.lax.ragged_dot` multiplies every row
+with every expert on XLA:CPU, and so does its weight gradient on TPU, which has no kernel there: the cost grows with the
+number of experts. The block loop and the kernels cost what the tokens cost.
 Axes: T tokens, K top-k slots, R rows by expert, D hidden, E experts of this device, F ffn, G = 2F, gate
 first, B rows of a block.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox import gmm
 
 from laep_jax.model.dispatch import BLOCK, Routes, combine, permute, sum_over_slots
 
 REST_BLOCK = 32  # rows, for what BLOCK leaves over
+ROW_TILE, COLUMN_TILE = 512, 1024  # of the kernels: a weight that is read serves so many rows
 
 
 def _gated(both_BG: jax.Array) -> jax.Array:
@@ -19,20 +25,49 @@ def _gated(both_BG: jax.Array) -> jax.Array:
     return jax.nn.silu(gate_BF) * up_BF
 
 
-def experts_by_ragged_dot(
-    x_TD: jax.Array, weights_TK: jax.Array, routes: Routes, gate_up_EDG: jax.Array, down_EFD: jax.Array
+def _experts_by(
+    product: Callable[..., jax.Array],
+    x_TD: jax.Array,
+    weights_TK: jax.Array,
+    routes: Routes,
+    gate_up_EDG: jax.Array,
+    down_EFD: jax.Array,
 ) -> jax.Array:
     """[T, D] -> [T, D]: the weighted sum of each token's experts, of those that are here.
 
-    TPU kernels leave rows past the sum of the group sizes uninitialised, hence the masks.
+    product: (rows, matrices, group sizes) -> rows. Kernels leave rows past the sum of the group sizes uninitialised,
+    in gradients too, hence the masks; `permute` looks at no such row.
     """
     sizes_E = routes.group_sizes_E
     in_use_R1 = jnp.arange(routes.slot_of_row_R.size)[:, None] < jnp.sum(sizes_E)
     x_RD = permute(x_TD, routes)
     with jax.named_scope("experts"):
-        both_RG = jax.lax.ragged_dot(x_RD, gate_up_EDG, sizes_E)
-        y_RD = jax.lax.ragged_dot(_gated(jnp.where(in_use_R1, both_RG, 0)), down_EFD, sizes_E)
+        both_RG = product(x_RD, gate_up_EDG, sizes_E)
+        y_RD = product(_gated(jnp.where(in_use_R1, both_RG, 0)), down_EFD, sizes_E)
     return combine(jnp.where(in_use_R1, y_RD, 0), weights_TK, routes)
+
+
+experts_by_ragged_dot = functools.partial(_experts_by, jax.lax.ragged_dot)
+
+
+def experts_by_megablox(
+    x_TD: jax.Array,
+    weights_TK: jax.Array,
+    routes: Routes,
+    gate_up_EDG: jax.Array,
+    down_EFD: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """As `experts_by_ragged_dot`; a kernel for each of the three products. interpret: where there is no TPU, slowly."""
+    tail = -routes.slot_of_row_R.size % ROW_TILE  # rows in whole tiles
+    routes = routes._replace(slot_of_row_R=jnp.pad(routes.slot_of_row_R, (0, tail)))
+
+    def product(x_RX, w_EXY, sizes_E):
+        columns = min(COLUMN_TILE, *w_EXY.shape[1:])
+        return gmm(x_RX, w_EXY, sizes_E, x_RX.dtype, (ROW_TILE, columns, columns), None, None, False, interpret)
+
+    return _experts_by(product, x_TD, weights_TK, routes, gate_up_EDG, down_EFD)
 
 
 @jax.named_scope("experts")

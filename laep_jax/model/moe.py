@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from laep_jax.config import BATCH_AXES, AuxLossConfig, ModelConfig
-from laep_jax.model.dispatch import Tokens, all_gather_dispatch, bounded_dispatch, gather, ragged_dispatch
-from laep_jax.model.experts import experts_by_blocks, experts_by_ragged_dot
+from laep_jax.model.dispatch import Experts, Tokens, all_gather_dispatch, bounded_dispatch, gather, ragged_dispatch
+from laep_jax.model.experts import experts_by_blocks, experts_by_megablox, experts_by_ragged_dot
 from laep_jax.model.router import balance_losses, balance_sums, count_tokens, route
 from laep_jax.sharding import leaf_spec, platform
 
@@ -61,7 +61,7 @@ class MoE(nnx.Module):
             self.aux_losses,
             gate_up_spec,
             down_spec,
-            platform(mesh) == "cpu",
+            platform(mesh),
         )
         y_BSD, sums = jax.shard_map(
             on_device,
@@ -100,7 +100,7 @@ def _moe_on_device(
     aux_losses: AuxLossConfig,
     gate_up_spec: PartitionSpec,
     down_spec: PartitionSpec,
-    on_cpu: bool,
+    on_platform: str,
     x_BSD: jax.Array,
     valid_BS: jax.Array,
     router_DE: jax.Array,
@@ -117,14 +117,22 @@ def _moe_on_device(
         with jax.named_scope("counts"):
             sums["tokens_per_expert_E"] = count_tokens(ids_BSK, num_experts).sum(0, dtype=jnp.int32)
 
-    by_blocks = config.grouped_matmul == "blocks" or (config.grouped_matmul == "auto" and on_cpu)
-    grouped = experts_by_blocks if by_blocks else experts_by_ragged_dot
+    grouped = _grouped(config.grouped_matmul, on_platform)
     gate_up_EDG = _gather_fsdp(gate_up_EDG, gate_up_spec, x_BSD.dtype)
     down_EFD = _gather_fsdp(down_EFD, down_spec, x_BSD.dtype)
     tokens = Tokens(*(array.reshape(-1, array.shape[-1]) for array in (x_BSD, ids_BSK, weights_BSK)))
     with jax.named_scope("dispatch"):
-        y_TD = _dispatch(config, on_cpu)(tokens, (gate_up_EDG, down_EFD), grouped, num_experts)
+        y_TD = _dispatch(config, on_platform == "cpu")(tokens, (gate_up_EDG, down_EFD), grouped, num_experts)
     return y_TD.reshape(x_BSD.shape), {name: total[None] for name, total in sums.items()}
+
+
+def _grouped(grouped_matmul: str, on_platform: str) -> Experts:
+    """What computes the experts' products."""
+    if grouped_matmul == "auto":
+        grouped_matmul = {"cpu": "blocks", "tpu": "megablox"}.get(on_platform, "ragged_dot")
+    if grouped_matmul == "megablox":
+        return functools.partial(experts_by_megablox, interpret=on_platform == "cpu")
+    return experts_by_blocks if grouped_matmul == "blocks" else experts_by_ragged_dot
 
 
 def _dispatch(config: ModelConfig, on_cpu: bool):

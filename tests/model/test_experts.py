@@ -1,4 +1,6 @@
-"""The block loop against `ragged_dot`, with groups of every kind of length, on one device."""
+"""The block loop and the kernels against `ragged_dot`, with groups of every kind of length, on one device."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,7 @@ import numpy as np
 import pytest
 
 from laep_jax.model.dispatch import BLOCK, make_routes
-from laep_jax.model.experts import REST_BLOCK, experts_by_blocks, experts_by_ragged_dot
+from laep_jax.model.experts import REST_BLOCK, experts_by_blocks, experts_by_megablox, experts_by_ragged_dot
 
 SIZES = (
     (0, 5, BLOCK, 2 * BLOCK + 44, REST_BLOCK, REST_BLOCK - 1, 2 * BLOCK + 1, 0),
@@ -14,8 +16,15 @@ SIZES = (
 )
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_blocks_and_ragged_dot_agree_in_values_and_all_gradients(sizes):
+INTERPRETED = functools.partial(experts_by_megablox, interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("experts", "sizes"),
+    [(experts_by_blocks, SIZES[0]), (experts_by_blocks, SIZES[1]), (INTERPRETED, SIZES[0])],
+    ids=["blocks, ends", "blocks, rests", "megablox"],
+)
+def test_it_agrees_with_ragged_dot_in_values_and_all_gradients(experts, sizes):
     num_experts, num_tokens, hidden, ffn = len(sizes), sum(sizes) + 7, 8, 16  # 7 tokens go nowhere
     rng = np.random.default_rng(0)
     ids_T = np.repeat(np.arange(num_experts + 1), (*sizes, 7))
@@ -30,6 +39,6 @@ def test_blocks_and_ragged_dot_agree_in_values_and_all_gradients(sizes):
         return y_TD, *backward(dy_TD)
 
     names = ("y", "dx", "dweights", "dgate_up", "ddown")
-    pairs = zip(with_gradients(experts_by_blocks), with_gradients(experts_by_ragged_dot), strict=True)
+    pairs = zip(with_gradients(experts), with_gradients(experts_by_ragged_dot), strict=True)
     for name, (got, want) in zip(names, pairs, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()), err_msg=name)

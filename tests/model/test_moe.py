@@ -83,6 +83,7 @@ MESHES = {"1": (1, 1, 1), "EP2": (2, 2, 2), "EP4": (1, 2, 4), "EP8": (1, 1, 8)}
     ("mesh_sizes", "dispatch", "grouped_matmul"),
     [(sizes, dispatch, "blocks") for sizes in MESHES for dispatch in ("all_gather", "ragged_all_to_all")]
     + [("EP4", "all_gather", "ragged_dot"), ("EP2", "ragged_all_to_all", "ragged_dot")]
+    + [("EP2", "all_gather", "megablox")]
     + [("1", "bounded", "blocks"), ("EP4", "bounded", "ragged_dot"), ("EP8", "bounded", "blocks")],
 )
 def test_sharded_equals_dense_in_value_gradient_and_counts(mesh_sizes, dispatch, grouped_matmul):
