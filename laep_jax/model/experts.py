@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.megablox import gmm
 from laep_jax.model.dispatch import BLOCK, Routes, combine, permute, sum_over_slots
 
 REST_BLOCK = 32  # rows, for what BLOCK leaves over
-ROW_TILE, COLUMN_TILE = 512, 1024  # of the kernels: a weight that is read serves so many rows
+ROW_TILE, COLUMN_TILE = 512, 512  # of the kernels: a weight that is read serves so many rows; larger ones compile long
 
 
 def _gated(both_BG: jax.Array) -> jax.Array:

@@ -38,7 +38,7 @@ def run(*arguments: str, **changes) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=900)
 
 
-def test_a_small_model_compiles_and_fits_before_and_after_a_cut(tmp_path):
+def test_a_small_model_compiles_and_fits_before_and_after_a_prune(tmp_path):
     counts_NLE = np.ones((4, 2, 8), np.int64) * 100
     counts_NLE[:, :, :4] = [1000, 900, 5, 5]
     np.savez(tmp_path / "counts.npz", tokens_per_expert=counts_NLE)
@@ -51,7 +51,8 @@ def test_a_small_model_compiles_and_fits_before_and_after_a_cut(tmp_path):
     assert step["argument_bytes"] > sum(leaf["bytes"] for leaf in step["state"])  # the batch comes along
     assert step["kernels"]["splash attention"] == 4  # forward, again for the backward pass, and its two halves
     assert step["kernels"]["ragged-all-to-all"] == 12  # six of each way: there and back, twice, and the gradients
-    assert any(name.startswith("ragged-dot") for name in step["kernels"])
+    assert step["kernels"]["gmm"] == 3 * step["kernels"]["tgmm"]  # each product forward, again, and for dx; dw
+    assert not any(name.startswith("ragged-dot") for name in step["kernels"])  # whose dw is a dense product
     assert step["collectives"]["ragged-all-to-all"]["count"] == 6 * 2  # in each layer, the usual way only
     assert after["parameters"] < step["parameters"]
     assert after["argument_bytes"] < step["argument_bytes"]
