@@ -45,9 +45,9 @@ def draw_tokens_per_expert(run: RunData) -> Figure:
     lightest = min(line.tokens.min(initial=np.inf) for layer in layers for line in series.expert_lines(run, layer))
     _share_range([trend for trend, _ in panels[: len(layers)]], low=lightest / 2 if lightest > 20 else 0)
     handles = [
-        Line2D([], [], color=BLUE, label="expert that stays"),
-        *([Line2D([], [], color=VERMILLION, marker="x", label="expert that is pruned")] * bool(run.prunes)),
-        Line2D([], [], color="black", linestyle="--", label="mean over the experts that are there"),
+        Line2D([], [], color=BLUE, label="kept expert"),
+        *([Line2D([], [], color=VERMILLION, marker="x", label="pruned expert")] * bool(run.prunes)),
+        Line2D([], [], color="black", linestyle="--", label="mean over the experts of the layer"),
         *_transition_handles(run),
     ]
     _title(figure, "Tokens per expert over the run, and sorted at its end", run, layers, handles)
@@ -96,9 +96,9 @@ def draw_cumulative_load(run: RunData) -> Figure:
         axes.set_title(f"layer {layer}: α = {alpha}{pruned}", fontsize=11)
     bounds = series.cumulative_load(run, layers[0])
     handles = [
-        Line2D([], [], color=BLUE, marker="o", markersize=4, label="expert that stays"),
+        Line2D([], [], color=BLUE, marker="o", markersize=4, label="kept expert"),
         *(
-            [Line2D([], [], color=VERMILLION, marker="o", markersize=4, label="expert that is pruned")]
+            [Line2D([], [], color=VERMILLION, marker="o", markersize=4, label="pruned expert")]
             * bool(run.prunes)
         ),
         Line2D([], [], color=ORANGE, linestyle="--", label=f"β line: {100 * bounds.beta:.3g} % of the tokens"),
