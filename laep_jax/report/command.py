@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from laep_jax.errors import UserError
 from laep_jax.files import refuse_links
 from laep_jax.report import figures
@@ -29,11 +31,15 @@ def main(argv: list[str]) -> int:
     if not args.out:
         refuse_links(args.run_dir)
     out = args.out or args.run_dir / "figures"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, draw in FIGURES.items():
-            draw(run).savefig(out / name, dpi=DPI)
-            print(out / name)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error.strerror}") from error
+    for name, draw in FIGURES.items():
+        _save(draw(run), out / name)
+        print(out / name)
     return 0
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI)
+    except OSError as error:
+        raise UserError(f"--out={path.parent} cannot be written: {error.strerror}") from error

@@ -46,7 +46,7 @@ def draw_tokens_per_expert(run: RunData) -> Figure:
     _share_range([trend for trend, _ in panels[: len(layers)]], low=lightest / 2 if lightest > 20 else 0)
     handles = [
         Line2D([], [], color=BLUE, label="kept expert"),
-        *([Line2D([], [], color=VERMILLION, marker="x", label="pruned expert")] * bool(run.prunes)),
+        *_if_pruned(run, Line2D([], [], color=VERMILLION, marker="x", label="pruned expert")),
         Line2D([], [], color="black", linestyle="--", label="mean over the experts of the layer"),
         *_transition_handles(run),
     ]
@@ -97,10 +97,7 @@ def draw_cumulative_load(run: RunData) -> Figure:
     bounds = series.cumulative_load(run, layers[0])
     handles = [
         Line2D([], [], color=BLUE, marker="o", markersize=4, label="kept expert"),
-        *(
-            [Line2D([], [], color=VERMILLION, marker="o", markersize=4, label="pruned expert")]
-            * bool(run.prunes)
-        ),
+        *_if_pruned(run, Line2D([], [], color=VERMILLION, marker="o", markersize=4, label="pruned expert")),
         Line2D([], [], color=ORANGE, linestyle="--", label=f"β line: {100 * bounds.beta:.3g} % of the tokens"),
         Line2D([], [], color=PURPLE, linestyle="-.", label="α line: experts of at most α x mean load"),
         Line2D([], [], color=GREEN, linestyle=":", label="experts of at most the mean load"),
@@ -256,6 +253,10 @@ def draw_domains(run: RunData) -> Figure:
     ]
     _title(figure, f"Validation loss by domain{some}", run, list(range(run.num_layers)), handles)
     return figure
+
+
+def _if_pruned(run: RunData, handle: Line2D) -> list[Line2D]:
+    return [handle] if run.prunes else []
 
 
 def _transition_text(transition: Transition) -> str:
