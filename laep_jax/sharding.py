@@ -35,9 +35,8 @@ def make_cpu_devices(number: int, *, processes: int = 1) -> None:
     require(
         not forced or forced[1] == str(number), "--xla_force_host_platform_device_count", forced and forced[1], rule
     )
-    if jax.config.values["jax_num_cpu_devices"] != (
-        wanted := -1 if forced else number
-    ):  # JAX 0.7 refuses to set it once more
+    wanted = -1 if forced else number
+    if jax.config.values["jax_num_cpu_devices"] != wanted:  # JAX 0.7 refuses to set it once more
         jax.config.update("jax_num_cpu_devices", wanted)
     if number * processes > 1:
         os.environ.setdefault("PJRT_NPROC", str(THREADS_PER_DEVICE * number))

@@ -38,7 +38,7 @@ from laep_jax.errors import UserError
 from laep_jax.files import MAX_ARRAY, parse_arrays
 from laep_jax.sharding import expert_axis, leaf_name
 from laep_jax.state import fingerprint
-from laep_jax.state.surgery import Kept, LeafGather, Runs, leaf_gathers, leaf_key, run_position
+from laep_jax.state.surgery import Kept, LeafMove, Runs, leaf_key, leaf_moves, run_position
 
 META_FILE, HISTORY_FILE, FINGERPRINTS_FILE = "meta.json", "history.npz", "fingerprints.npz"
 FAILURES = 2  # failed saves in a row that end the run
@@ -184,26 +184,26 @@ class Checkpoints:
         or dtypes differ from what is stored; `DamagedError` where the values are not those that were saved.
         """
         leaves = tree_flatten_with_path(abstract_state)[0]
-        cuts = [LeafGather(leaf, (leaf_key(path),), (), leaf_key(path), None) for path, leaf in leaves]
-        expected = {cut.family: _describe(cut.target.shape, cut.target.dtype) for cut in cuts}
-        return self._restore(step, abstract_state, cuts, expected, None)
+        moves = [LeafMove(leaf, (leaf_key(path),), (), leaf_key(path), None) for path, leaf in leaves]
+        expected = {move.family: _describe(move.target.shape, move.target.dtype) for move in moves}
+        return self._restore(step, abstract_state, moves, expected, None)
 
     def restore_pruned(self, step: int, abstract_state, kept: Kept, old_runs: Runs):
-        """The state of a step cut by a plan, read from disk no further than it survives.
+        """The state of a step, pruned by a plan, read from disk no further than it survives.
 
         abstract_state: of the pruned model. kept: per layer the old slots in new order. old_runs:
         `ModelConfig.runs` of the model as it was saved. Equal to `restore` followed by
         `surgery.prune_state`, and checked as there. Errors as in `restore`.
         """
-        cuts = list(leaf_gathers(abstract_state, old_runs, kept))
+        moves = list(leaf_moves(abstract_state, old_runs, kept))
         expected: Described = {}
-        for cut in cuts:
-            shapes = [cut.old_shape(old_runs, piece) for piece in cut.pieces] or [cut.target.shape]
-            expected |= {k: _describe(shape, cut.target.dtype) for k, shape in zip(cut.sources, shapes, strict=True)}
-        return self._restore(step, abstract_state, cuts, expected, kept)
+        for move in moves:
+            shapes = [move.old_shape(old_runs, piece) for piece in move.pieces] or [move.target.shape]
+            expected |= {k: _describe(shape, move.target.dtype) for k, shape in zip(move.sources, shapes, strict=True)}
+        return self._restore(step, abstract_state, moves, expected, kept)
 
     def verify(self, step: int, state, kept: Kept | None = None) -> None:
-        """`DamagedError`, naming leaf, layer and expert, unless `state` is what was saved, cut if `kept` is given."""
+        """`DamagedError`, naming leaf, layer and expert, unless `state` is what was saved. kept: what a plan keeps of it."""
         saved = fingerprint.from_arrays(self._read_arrays(step, FINGERPRINTS_FILE))
         want = fingerprint.pruned_fingerprints(saved, kept) if kept else saved
         place = fingerprint.first_difference(fingerprint.fingerprints(state), want, kept)
@@ -211,11 +211,11 @@ class Checkpoints:
             with self._validating(step):
                 raise DamagedError(f"checkpoint {self._steps.step(step)} is damaged: {place} is not what was saved")
 
-    def _restore(self, step: int, abstract_state, cuts: Sequence[LeafGather], expected: Described, kept: Kept | None):
+    def _restore(self, step: int, abstract_state, moves: Sequence[LeafMove], expected: Described, kept: Kept | None):
         self._check_fits(step, expected)
         with self._validating(step):
             try:
-                leaves = read_leaves(cuts, open_leaves(self._steps.step(step) / "state", expected))
+                leaves = read_leaves(moves, open_leaves(self._steps.step(step) / "state", expected))
             except (ValueError, OSError) as error:  # what TensorStore has for files that are not as they should be
                 reason = str(error).splitlines()[0]
                 raise DamagedError(f"checkpoint {self._steps.step(step)} is damaged: {reason}") from error

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from laep_jax.state.surgery import LeafGather
+from laep_jax.state.surgery import LeafMove
 
 ALIGNMENT = 64  # bytes
 INDEX_BYTES = 2**26  # of OCDBT's index to be kept
@@ -71,44 +71,44 @@ def _start_read(source: ts.TensorStore, index: tuple, place: np.ndarray) -> ts.F
     return ts.array(place).write(part[ts.d[:].translate_to[0]] if part.rank else part).commit
 
 
-def _start_shard(cut: LeafGather, sources: list[ts.TensorStore], bounds: Bounds, shard: np.ndarray) -> list[ts.Future]:
+def _start_shard(move: LeafMove, sources: list[ts.TensorStore], bounds: Bounds, shard: np.ndarray) -> list[ts.Future]:
     """Reads into one shard: one a layer, or one in all for a leaf that stays as it is."""
     box = tuple(slice(*pair) for pair in bounds)
-    if not cut.pieces:
+    if not move.pieces:
         return [_start_read(sources[0], box, shard)]
     layers = [
         (source, piece.start + row, slots)
-        for source, piece in zip(sources, cut.pieces, strict=True)
+        for source, piece in zip(sources, move.pieces, strict=True)
         for row, slots in enumerate(piece.kept)
     ]
     reads = []
     for (source, row, slots), place in zip(layers[box[0]], shard, strict=True):
         index: list[int | slice | np.ndarray] = [row, *box[1:]]
-        if cut.axis is not None:
-            index[cut.axis] = slots[box[cut.axis]]
+        if move.axis is not None:
+            index[move.axis] = slots[box[move.axis]]
         reads.append(_start_read(source, tuple(index), place))
     return reads
 
 
-def _start_leaf(cut: LeafGather, stored: dict[str, ts.TensorStore]) -> tuple[dict[Bounds, np.ndarray], list[ts.Future]]:
+def _start_leaf(move: LeafMove, stored: dict[str, ts.TensorStore]) -> tuple[dict[Bounds, np.ndarray], list[ts.Future]]:
     """The leaf's shards, still to be filled, and the reads that fill them."""
-    sources = [stored[key] for key in cut.sources]
-    shards = {box: _empty(box, np.dtype(cut.target.dtype)) for box in {*_boxes(cut.target).values()}}
-    return shards, [read for box, shard in shards.items() for read in _start_shard(cut, sources, box, shard)]
+    sources = [stored[key] for key in move.sources]
+    shards = {box: _empty(box, np.dtype(move.target.dtype)) for box in {*_boxes(move.target).values()}}
+    return shards, [read for box, shard in shards.items() for read in _start_shard(move, sources, box, shard)]
 
 
-def read_leaves(cuts: Sequence[LeafGather], stored: dict[str, ts.TensorStore]) -> list[jax.Array]:
+def read_leaves(moves: Sequence[LeafMove], stored: dict[str, ts.TensorStore]) -> list[jax.Array]:
     """The leaves of the pruned state on their devices; this process reads only what its devices hold.
 
     While one leaf is waited for and put on its devices, the next is being read.
     """
-    leaves, started = [], _start_leaf(cuts[0], stored)
-    for cut, following in itertools.zip_longest(cuts, cuts[1:]):
+    leaves, started = [], _start_leaf(moves[0], stored)
+    for move, following in itertools.zip_longest(moves, moves[1:]):
         shards, reads = started
         started = _start_leaf(following, stored) if following else started
         for read in reads:
             read.result()
-        boxes = _boxes(cut.target)
+        boxes = _boxes(move.target)
         arrays = jax.device_put([shards[box] for box in boxes.values()], list(boxes))
-        leaves.append(jax.make_array_from_single_device_arrays(cut.target.shape, cut.target.sharding, arrays))
+        leaves.append(jax.make_array_from_single_device_arrays(move.target.shape, move.target.sharding, arrays))
     return leaves

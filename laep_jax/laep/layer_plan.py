@@ -91,7 +91,7 @@ class LayerPlan:
         total = dict.fromkeys(self.kept, 0.0)
         for slots, shares in zip(self.slots, self.shares, strict=True):
             used = [slot for slot in slots if slot != EMPTY]
-            require(len({*used}) == len(used), f"{field}.slots", slots, "name an expert twice on a device")
+            require(len({*used}) == len(used), f"{field}.slots", slots, "has an expert twice on one device")
             for slot, share in zip(slots, shares, strict=True):
                 known = slot in total or (slot == EMPTY and share == 0)
                 require(known, f"{field}.slots", slot, f"is no kept expert, nor {EMPTY} with a share of 0")
@@ -99,6 +99,8 @@ class LayerPlan:
                     total[slot] += share
         wrong = [slot for slot, share in total.items() if not math.isclose(share, 1, abs_tol=1e-6)]
         require(not wrong, f"{field}.shares of experts", wrong, "do not add up to 1")
+        same = math.isclose(sum(self.slot_load), sum(self.device_load), rel_tol=1e-6)
+        require(same, f"{field}.slot_load", self.slot_load, f"must add up to that of {self.device_load}")
 
 
 def make_layer_plan(

@@ -45,6 +45,10 @@ class Plan:
         require(len(self.layers) == num_layers, "entries of layers", len(self.layers), f"must be {num_layers=}")
         for index, (num_experts, layer) in enumerate(zip(self.num_experts, self.layers, strict=True)):
             layer.check(f"layers[{index}]", num_experts, self.rule)
+        slots = {
+            len(layer.slots[0]) - len(layer.kept) // len(layer.slots) if layer.slots else 0 for layer in self.layers
+        }
+        require(len(slots) == 1, "replica slots of layers", sorted(slots), "must be the same in all layers")
 
     @property
     def kept(self) -> tuple[tuple[int, ...], ...]:
@@ -158,7 +162,7 @@ def predicted_gain(plan: Plan) -> float:
 def compose(first: Plan, second: Plan) -> Plan:
     """One plan that does what `first` and then `second` do. `UserError` where they do not fit.
 
-    Loads are those of `second`, measured last; the pruning settings are those of the last plan that
+    Loads and slots are those of `second`, measured last; the pruning settings are those of the last plan that
     pruned.
     """
     require(

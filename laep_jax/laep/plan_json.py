@@ -1,4 +1,4 @@
-"""The JSON form of a plan, "laep-plan" version 2, as plain data: `dump` writes it, `parse` checks types.
+"""The JSON form of a plan, "laep-plan", as plain data: `dump` writes it, `parse` checks types.
 
 `plan.Plan` checks that the numbers make a sound plan. JSON has no infinity, so an
 unbounded alpha is written as "inf"; `num_experts` is one number if all layers have the same.
@@ -72,7 +72,7 @@ def _rule(plan: dict[str, Any]) -> dict[str, Any]:
 
 def _layer(layer: Any, field: str) -> dict[str, Any]:
     require(isinstance(layer, dict), field, layer, "must be a JSON object")
-    _check_keys(layer, LAYER | (SLOTS & set(layer)), field)
+    _check_keys(layer, LAYER | SLOTS if SLOTS & set(layer) else LAYER, field)
     given = {"slots": [], "shares": [], "slot_load": []} | layer
     rows = {name: _list(given[name], f"{field}.{name}") for name in ("slots", "shares")}
     return {

@@ -36,7 +36,9 @@ def _line(name: str, alpha: str, layers: Sequence[LayerPlan]) -> str:
     before = sum(layer.largest_before for layer in layers)
     ratios = [load / mean if mean else 1.0 for load in (before, largest, bound)]
     gap = max(largest / bound - 1, 0.0) if bound else 0.0  # below 0 only by rounding
-    slots = f"  {sum(max(layer.slot_load) for layer in layers) / mean:>7.4f}" if layers[0].slot_load and mean else ""
+    slots = ""
+    if layers[0].slots:
+        slots = f"  {sum(max(layer.slot_load) for layer in layers) / mean if mean else 1.0:>7.4f}"
     return (
         f"{name:>5}  {alpha:>8}  {kept + pruned:>8}  {kept:>6}  {eligible:>8}  {pruned:>6}"
         f"  {ratios[0]:>16.4f}  {ratios[1]:>7.4f}  {ratios[2]:>7.4f}  {gap:>6.2%}{slots}"

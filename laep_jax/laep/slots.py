@@ -5,8 +5,8 @@ even. A slot map has S slots on each of P devices, K = ceil(E / P) for the exper
 which share of an expert's tokens goes to each of its slots.
 
 One replica slot a device is enough for exact balance, whatever the loads (`exact_slots`). A map that is to last while
-the loads drift is better built around Algorithm 2's places, with a replica of what is hottest in every slot that evens
-out nothing (`home_and_fill`), and its shares made anew from the loads of the step (`levelled`).
+the loads drift is better built around Algorithm 2's places, with replicas of the hottest experts in the slots that the
+balance of today does not need (`home_and_fill`), and its shares made anew from the loads of the step (`levelled`).
 
 Axes: E experts, P devices, S slots of a device.
 """
@@ -22,7 +22,7 @@ from laep_jax.laep.placement import integers, place
 EMPTY = -1
 WORTH_A_SLOT = 0.1  # of the mean device load: smaller differences are levelled by the replicas that there are
 UNEVEN = 1.05  # max / mean above which a map gives way to the exact one
-SWEEPS = 8  # of levelling: more change no device load by a thousandth of the mean
+SWEEPS = 8  # over all replicated experts, when shares are levelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +48,17 @@ class SlotMap:
 def place_in_slots(loads_E: np.ndarray, num_devices: int, replica_slots: int) -> SlotMap:
     """Algorithm 2, refined, without replica slots; else `home_and_fill`, or the exact map where that is uneven.
 
-    loads_E: tokens of each expert, E of any number. `UserError` on a negative number of slots.
+    loads_E: tokens of each expert; E need not divide by the devices. `UserError` where a device would have more slots
+    than there are experts.
     """
-    require(replica_slots >= 0, "replica_slots", replica_slots, "must not be negative")
+    loads_E = np.asarray(loads_E)
+    most = len(loads_E) - -(-len(loads_E) // num_devices)
+    require(
+        0 <= replica_slots <= most,
+        "replica_slots",
+        replica_slots,
+        f"must be from 0 to {most} for {len(loads_E)} experts",
+    )
     if not replica_slots:
         slots_PS = _homes(loads_E, num_devices)
         return SlotMap(slots_PS, (slots_PS >= 0).astype(float))
@@ -68,6 +76,7 @@ def exact_slots(loads_E: np.ndarray, num_devices: int, replica_slots: int = 1) -
         experts by load   . . [ . . . ] x .        window <= mean;  with x for the lightest of it > mean
         this device takes     the window and a piece of x; the rest of x stays for the others
     """
+    assert replica_slots >= 1, replica_slots
     loads_E = np.asarray(loads_E)
     size = -(-len(loads_E) // num_devices)
     left = {expert: int(load) * num_devices for expert, load in enumerate(integers(loads_E))}  # so the mean is integer
@@ -172,7 +181,9 @@ def _water_level(heights: np.ndarray, volume: float) -> float:
 
 
 def levelled(slot_map: SlotMap, loads_E: np.ndarray) -> SlotMap:
-    """The same slots with shares for other loads, as a step makes them from its own counts."""
+    """The same slots with shares for other loads, as a step makes them from its own counts. loads_E: as of the map."""
+    num_experts = slot_map.slots_PS.max() + 1
+    require(len(loads_E) == num_experts, "loads", len(loads_E), f"must be of the map's {num_experts} experts")
     here_EP = np.zeros((len(loads_E), len(slot_map.slots_PS)), bool)
     load_EP = np.zeros(here_EP.shape)
     for device, (experts, shares) in enumerate(zip(slot_map.slots_PS, slot_map.shares_PS, strict=True)):

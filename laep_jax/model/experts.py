@@ -50,6 +50,11 @@ def _experts_by(
 experts_by_ragged_dot = functools.partial(_experts_by, jax.lax.ragged_dot)
 
 
+def _tiles(rows: int, inner: int, columns: int) -> tuple[int, int, int]:
+    """Of a product [rows, inner] x [inner, columns], whichever of the three it is. A dimension may be one tile."""
+    return min(ROW_TILE, rows), min(COLUMN_TILE, inner), min(COLUMN_TILE, columns)
+
+
 def experts_by_megablox(
     x_TD: jax.Array,
     weights_TK: jax.Array,
@@ -64,8 +69,7 @@ def experts_by_megablox(
     routes = routes._replace(slot_of_row_R=jnp.pad(routes.slot_of_row_R, (0, tail)))
 
     def product(x_RX, w_EXY, sizes_E):
-        columns = min(COLUMN_TILE, *w_EXY.shape[1:])
-        return gmm(x_RX, w_EXY, sizes_E, x_RX.dtype, (ROW_TILE, columns, columns), None, None, False, interpret)
+        return gmm(x_RX, w_EXY, sizes_E, x_RX.dtype, _tiles, None, None, False, interpret)
 
     return _experts_by(product, x_TD, weights_TK, routes, gate_up_EDG, down_EFD)
 

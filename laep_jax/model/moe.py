@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from laep_jax.config import BATCH_AXES, AuxLossConfig, ModelConfig
+from laep_jax.errors import require
 from laep_jax.model.dispatch import Experts, Tokens, all_gather_dispatch, bounded_dispatch, gather, ragged_dispatch
 from laep_jax.model.experts import experts_by_blocks, experts_by_megablox, experts_by_ragged_dot
 from laep_jax.model.router import balance_losses, balance_sums, count_tokens, route
@@ -131,6 +132,8 @@ def _grouped(grouped_matmul: str, on_platform: str) -> Experts:
     if grouped_matmul == "auto":
         grouped_matmul = {"cpu": "blocks", "tpu": "megablox"}.get(on_platform, "ragged_dot")
     if grouped_matmul == "megablox":
+        setting = "ModelConfig.grouped_matmul"
+        require(on_platform in ("tpu", "cpu"), setting, grouped_matmul, f"has no kernels for {on_platform}")
         return functools.partial(experts_by_megablox, interpret=on_platform == "cpu")
     return experts_by_blocks if grouped_matmul == "blocks" else experts_by_ragged_dot
 

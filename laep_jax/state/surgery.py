@@ -80,7 +80,7 @@ def leaf_key(path: tuple, run: int | None = None) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class LeafGather:
+class LeafMove:
     """One leaf of the pruned state: what it shall be, and the old leaves it is made of.
 
     `target`: shape, dtype, sharding. `sources`: key of each old leaf, in the order of `pieces`; a leaf
@@ -103,28 +103,28 @@ class LeafGather:
         return tuple(shape)
 
 
-def leaf_gathers(abstract_new, old_runs: Runs, kept: Kept) -> Iterator[LeafGather]:
-    """A `LeafGather` for every leaf of the abstract cut state, in the order of `jax.tree.leaves`."""
+def leaf_moves(abstract_new, old_runs: Runs, kept: Kept) -> Iterator[LeafMove]:
+    """A `LeafMove` for every leaf of the abstract pruned state, in the order of `jax.tree.leaves`."""
     pieces = moved_pieces(old_runs, kept)
     for path, target in tree_flatten_with_path(abstract_new)[0]:
         position = run_position(path)
         if position is None:
-            yield LeafGather(target, (leaf_key(path),), (), leaf_key(path), None)
+            yield LeafMove(target, (leaf_key(path),), (), leaf_key(path), None)
             continue
         parts = tuple(pieces[path[position].idx])
         sources = tuple(leaf_key(path, piece.run) for piece in parts)
         axis = expert_axis(leaf_name(path), len(target.shape))
         layers = [len(piece.kept) for piece in parts]
-        moves = axis is not None or layers != [old_runs[parts[0].run][0]]
-        yield LeafGather(target, sources, parts if moves else (), leaf_key(path, 0), axis)
+        is_moved = axis is not None or layers != [old_runs[parts[0].run][0]]
+        yield LeafMove(target, sources, parts if is_moved else (), leaf_key(path, 0), axis)
 
 
 def pruned_config(config: Config, kept: Kept) -> Config:
     """The config of the pruned model; `UserError` where it does not fit top_k or the resolved mesh."""
     moved_pieces(config.model.runs, kept)
-    cut = config.with_num_experts(tuple(len(slots) for slots in kept))
-    sizes = (cut.mesh.data, cut.mesh.fsdp, cut.mesh.expert)
-    return cut if None in sizes else cut.resolve(math.prod(size or 1 for size in sizes))
+    pruned = config.with_num_experts(tuple(len(slots) for slots in kept))
+    sizes = (pruned.mesh.data, pruned.mesh.fsdp, pruned.mesh.expert)
+    return pruned if None in sizes else pruned.resolve(math.prod(size or 1 for size in sizes))
 
 
 def with_receive_buffer(config: Config, imbalances: Sequence[float]) -> Config:
@@ -147,11 +147,11 @@ def compile_gathers(abstract_old, kept: Kept, old_model: ModelConfig, abstract_n
     programs = functools.cache(_make_gather)
     compiled: dict[tuple, jax.stages.Compiled] = {}
     gathers: Gathers = []
-    for cut in leaf_gathers(abstract_new, old_model.runs, kept):
-        if not cut.pieces:
+    for move in leaf_moves(abstract_new, old_model.runs, kept):
+        if not move.pieces:
             gathers.append(None)
             continue
-        gather, arguments = _gather_call(cut, old, programs)
+        gather, arguments = _gather_call(move, old, programs)
         key = (gather, *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments)))
         if key not in compiled:
             compiled[key] = gather.lower(*arguments).compile()
@@ -167,45 +167,45 @@ def prune_state(state, gathers: Gathers, kept: Kept, old_model: ModelConfig, abs
     its old leaves at once, so that memory peaks at the old state and one new parameter.
     """
     old = {leaf_key(path): leaf for path, leaf in tree_flatten_with_path(state)[0]}
-    cuts = list(leaf_gathers(abstract_new, old_model.runs, kept))
+    moves = list(leaf_moves(abstract_new, old_model.runs, kept))
     families: dict[str, list[int]] = {}
-    for i, cut in enumerate(cuts):
-        families.setdefault(cut.family, []).append(i)
+    for i, move in enumerate(moves):
+        families.setdefault(move.family, []).append(i)
     new: dict[int, jax.Array] = {}
     for members in families.values():
-        new |= {i: _gather_leaf(cuts[i], old, gathers[i]) for i in members}
+        new |= {i: _gather_leaf(moves[i], old, gathers[i]) for i in members}
         jax.block_until_ready([new[i] for i in members])
-        for source in {source for i in members if cuts[i].pieces for source in cuts[i].sources}:
+        for source in {source for i in members if moves[i].pieces for source in moves[i].sources}:
             old.pop(source).delete()
-    return tree_unflatten(jax.tree.structure(abstract_new), [new[i] for i in range(len(cuts))])
+    return tree_unflatten(jax.tree.structure(abstract_new), [new[i] for i in range(len(moves))])
 
 
-def _gather_leaf(cut: LeafGather, old: dict[str, jax.Array], gather: jax.stages.Compiled | None) -> jax.Array:
+def _gather_leaf(move: LeafMove, old: dict[str, jax.Array], gather: jax.stages.Compiled | None) -> jax.Array:
     if gather is None:
-        return jax.device_put(old[cut.sources[0]], cut.target.sharding)
-    leaf = gather(*_arguments(cut, old))
-    assert (leaf.shape, leaf.dtype) == (cut.target.shape, cut.target.dtype), (cut.family, leaf.shape, leaf.dtype)
+        return jax.device_put(old[move.sources[0]], move.target.sharding)
+    leaf = gather(*_arguments(move, old))
+    assert (leaf.shape, leaf.dtype) == (move.target.shape, move.target.dtype), (move.family, leaf.shape, leaf.dtype)
     return leaf
 
 
 def _gather_call(
-    cut: LeafGather, old: dict, programs: Callable[..., jax.stages.Wrapped]
+    move: LeafMove, old: dict, programs: Callable[..., jax.stages.Wrapped]
 ) -> tuple[jax.stages.Wrapped, tuple]:
     """The jitted gather of a leaf, and its arguments; `old` may hold abstract leaves."""
-    whole = tuple(_whole_experts(old[source], cut.axis) for source in cut.sources)
-    return programs(cut.axis, whole, cut.target.sharding), _arguments(cut, old)
+    whole = tuple(_whole_experts(old[source], move.axis) for source in move.sources)
+    return programs(move.axis, whole, move.target.sharding), _arguments(move, old)
 
 
-def _arguments(cut: LeafGather, old: dict) -> tuple:
-    starts = [np.int32(piece.start) for piece in cut.pieces]
-    return [old[source] for source in cut.sources], starts, [piece.kept for piece in cut.pieces]
+def _arguments(move: LeafMove, old: dict) -> tuple:
+    starts = [np.int32(piece.start) for piece in move.pieces]
+    return [old[source] for source in move.sources], starts, [piece.kept for piece in move.pieces]
 
 
 def lower_largest_gather(abstract_old, kept: Kept, old_model: ModelConfig, abstract_new) -> jax.stages.Lowered:
     """The program of `prune_state` that needs most memory, for a state of `jax.ShapeDtypeStruct`s."""
     old = {leaf_key(path): leaf for path, leaf in tree_flatten_with_path(abstract_old)[0]}
-    changed = [cut for cut in leaf_gathers(abstract_new, old_model.runs, kept) if cut.pieces]
-    largest = max(changed, key=lambda cut: sum(math.prod(old[source].shape) for source in cut.sources))
+    changed = [move for move in leaf_moves(abstract_new, old_model.runs, kept) if move.pieces]
+    largest = max(changed, key=lambda move: sum(math.prod(old[source].shape) for source in move.sources))
     gather, arguments = _gather_call(largest, old, _make_gather)
     return gather.lower(*arguments)
 

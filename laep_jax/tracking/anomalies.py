@@ -7,7 +7,7 @@ import numpy as np
 RECENT = 64  # losses to compare with
 MIN_RECENT = 16  # of them, to say anything
 FAR = 8.0  # standard deviations, of the noise and not of the outliers
-LEAST_SPREAD = 0.005  # of the median: where losses hardly waver
+MIN_SPREAD = 0.005  # of the median: where losses hardly waver
 
 
 def is_spike(loss: float, recent: Sequence[float]) -> bool:
@@ -20,4 +20,4 @@ def is_spike(loss: float, recent: Sequence[float]) -> bool:
         return False
     median = float(np.median(recent))
     spread = 1.4826 * float(np.median(np.abs(np.asarray(recent) - median)))  # of normal noise: its deviation
-    return loss > median + FAR * max(spread, LEAST_SPREAD * median)
+    return loss > median + FAR * max(spread, MIN_SPREAD * median)

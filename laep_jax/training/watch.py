@@ -2,7 +2,7 @@
 
 A stage is entered and left as a context manager, on every process: `step` (its batch and its program), `record` (its
 metrics have left the device), `evaluate`, `save`, and those of a plan in their order: `decide`, `compile` (in a
-thread), `apply` (evaluation, save and what follows), `restore`, `finish`.
+thread), `apply`, and within it `restore` and `finish`, which come alone where a run resumes with a plan to apply.
 """
 
 from collections.abc import Callable

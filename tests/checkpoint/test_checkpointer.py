@@ -94,7 +94,7 @@ def test_donating_the_state_right_after_save_is_safe(states, checkpoints):
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 4), (2, 2, 2), (1, 1, 4), (1, 2, 1), (1, 1, 1)])
-def test_both_ways_to_cut_agree_with_slicing_on_every_mesh(states, checkpoints, sizes):
+def test_both_ways_to_prune_agree_with_slicing_on_every_mesh(states, checkpoints, sizes):
     new = (8, 16, 4, 8)
     kept, mesh = states.plan(COUNTS, new), states.mesh(*sizes)
     model = states.config(COUNTS)
@@ -117,7 +117,7 @@ def test_both_ways_to_cut_agree_with_slicing_on_every_mesh(states, checkpoints, 
 
 
 @pytest.mark.parametrize("new", [COUNTS, (8, 8, 8, 8)])
-def test_cut_restore_of_plans_that_keep_all_or_merge_runs(states, checkpoints, new):
+def test_restoring_pruned_of_plans_that_keep_all_or_merge_runs(states, checkpoints, new):
     mesh = states.mesh()
     state = states.random(COUNTS, mesh)
     kept = [list(range(count)) for count in COUNTS] if new == COUNTS else states.plan(COUNTS, new)
@@ -132,7 +132,7 @@ def bytes_read() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes as Linux does")
-def test_cut_restore_reads_the_survivors_only(states, checkpoints):
+def test_restoring_pruned_reads_the_survivors_only(states, checkpoints):
     mesh = states.mesh()
     mib = 2**20
     shape = (2, 16, 64, 256)  # one MiB a layer and expert slot of 16

@@ -33,6 +33,8 @@ def kernel(tmp_path, monkeypatch) -> str:
     folder = tmp_path / "jupyter" / "kernels" / "under-test"
     folder.mkdir(parents=True)
     (folder / "kernel.json").write_text(json.dumps(spec))
+    for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # of the tests
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     for name in ("TMPDIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
         (tmp_path / name.lower()).mkdir()

@@ -134,6 +134,13 @@ SLOTTED = dataclasses.replace(
 )
 
 
+def test_a_part_of_the_slots_is_refused():
+    fields = json.loads(dataclasses.replace(GOOD, layers=(SLOTTED, SLOTTED)).to_json())
+    del fields["layers"][1]["shares"]
+    with pytest.raises(UserError, match=r"layers\[1\] keys=.* lack \['shares'\]"):
+        Plan.from_json(json.dumps(fields))
+
+
 def test_slots_survive_json_and_are_there_where_there_are_replicas_only():
     plan = dataclasses.replace(GOOD, layers=(SLOTTED, SLOTTED))
     assert Plan.from_json(plan.to_json()) == plan
@@ -148,10 +155,12 @@ def test_slots_survive_json_and_are_there_where_there_are_replicas_only():
         ({"slots": ((0, 3), (5, 1, -1))}, r"layers\[1\] slots and shares=.* must be of one shape, for 2 devices"),
         ({"slot_load": (12.25,)}, r"layers\[1\] slots and shares=.* must be of one shape"),
         ({"shares": ()}, r"layers\[1\] slots and shares=.* must be of one shape"),
-        ({"slots": ((0, 3, 3), (5, 1, -1))}, r"layers\[1\].slots=\(0, 3, 3\) name an expert twice on a device"),
+        ({"slots": ((0, 3, 3), (5, 1, -1))}, r"layers\[1\].slots=\(0, 3, 3\) has an expert twice on one device"),
         ({"slots": ((0, 3, 2), (5, 1, -1))}, r"layers\[1\].slots=2 is no kept expert, nor -1 with a share of 0"),
         ({"shares": ((1.0, 1.0, 0.25), (0.75, 1.0, 0.5))}, r"layers\[1\].slots=-1 is no kept expert"),
         ({"shares": ((1.0, 1.0, 0.25), (0.25, 1.0, 0.0))}, r"layers\[1\].shares of experts=\[5\] do not add up to 1"),
+        ({"slot_load": (1e9, 0.0)}, r"layers\[1\].slot_load=.* must add up to that of \(12.5, 12.0\)"),
+        ({"slots": (), "shares": (), "slot_load": ()}, r"replica slots of layers=\[0, 1\] must be the same"),
         ({"shares": ((1.0, 1.0, -0.25), (1.25, 1.0, 0.0))}, r"layers\[1\] loads=.* must be finite and not negative"),
     ],
 )

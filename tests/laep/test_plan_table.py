@@ -56,3 +56,5 @@ def test_slots_have_a_column_where_there_are_replicas():
     assert lines[3].endswith("slots: after, with 1 replica slots a device")
     assert [line.split()[-1] for line in lines[4:]] == ["slots", "1.0000", "1.0000", "1.0000"]
     assert "slots" not in make_plan(tokens_NLE, rule).table()
+    idle = make_plan(tokens_NLE, rule, placement_loads=[np.zeros(4)] * 2, replica_slots=1).table().splitlines()
+    assert [line.split()[-1] for line in idle[4:]] == ["slots", "1.0000", "1.0000", "1.0000"]

@@ -41,9 +41,13 @@ def test_replicas_are_never_worse_than_algorithm_2_refined(loads_E, num_devices,
     size = -(-len(loads_E) // num_devices)
     assert_sound(homes, len(loads_E), size)
     assert set(homes.shares_PS.ravel()) <= {0, 1}
-    for slot_map in (home_and_fill(loads_E, num_devices, replica_slots), place_in_slots(loads_E, num_devices, 1)):
+    replica_slots = min(replica_slots, len(loads_E) - size)
+    if not replica_slots:  # every device has every expert
+        return
+    maps = [make(loads_E, num_devices, replica_slots) for make in (home_and_fill, place_in_slots)]
+    for slot_map in maps:
         assert slot_map.device_loads(loads_E).max() <= homes.device_loads(loads_E).max() * (1 + 1e-12)
-    assert_sound(home_and_fill(loads_E, num_devices, replica_slots), len(loads_E), size + replica_slots)
+        assert_sound(slot_map, len(loads_E), size + replica_slots)
 
 
 @given(LOADS, LOADS, DEVICES, REPLICAS)
@@ -96,6 +100,12 @@ def test_a_map_lasts_while_loads_drift():
     assert mean["two"] < 1.005
 
 
-def test_a_negative_number_of_slots_is_refused():
-    with pytest.raises(UserError, match="replica_slots=-1 must not be negative"):
-        place_in_slots(np.ones(4), 2, -1)
+@pytest.mark.parametrize("replica_slots", [-1, 3, 10**9])
+def test_slots_that_no_device_can_use_are_refused(replica_slots):
+    with pytest.raises(UserError, match=f"replica_slots={replica_slots} must be from 0 to 2 for 4 experts"):
+        place_in_slots(np.ones(4), 2, replica_slots)
+
+
+def test_loads_of_another_layer_are_refused():
+    with pytest.raises(UserError, match="loads=5 must be of the map's 4 experts"):
+        levelled(place_in_slots([9, 1, 1, 1], 2, 1), np.ones(5))

@@ -16,6 +16,19 @@ SIZES = (
 )
 
 
+@pytest.mark.parametrize(("hidden", "ffn"), [(256, 192), (320, 512), (2048, 192), (64, 64), (4608, 1024)])
+def test_kernels_of_every_width_lower_for_tpu_with_their_gradients(hidden, ffn):
+    routes = make_routes(jnp.zeros((64, 2), jnp.int32), 4)
+    shapes = ((64, hidden), (64, 2), (4, hidden, 2 * ffn), (4, ffn, hidden))
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+    def loss(x_TD, weights_TK, gate_up_EDG, down_EFD):
+        return experts_by_megablox(x_TD, weights_TK, routes, gate_up_EDG, down_EFD).astype(jnp.float32).sum()
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    assert jax.export.export(gradients, platforms=["tpu"])(*arrays).mlir_module().count("tpu_custom_call") == 6
+
+
 INTERPRETED = functools.partial(experts_by_megablox, interpret=True)
 
 

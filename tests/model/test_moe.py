@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 
 from laep_jax.config import AuxLossConfig, MeshConfig, ModelConfig
+from laep_jax.errors import UserError
+from laep_jax.model import moe
 from laep_jax.model.moe import MoE
 from laep_jax.sharding import make_mesh, put_batch, tree_shardings
 
@@ -151,6 +153,11 @@ def test_experts_that_the_expert_axis_does_not_divide_are_refused(settings):
     _, x_BSD, _, valid_BS = _inputs()
     with pytest.raises(AssertionError, match="12 experts on 8 devices"):
         jax.eval_shape(_layer(mesh, num_experts=12, **settings), params, x_BSD, valid_BS, jnp.zeros(12))
+
+
+def test_kernels_for_tpu_are_refused_on_gpu():
+    with pytest.raises(UserError, match=r"ModelConfig\.grouped_matmul='megablox' has no kernels for gpu"):
+        moe._grouped("megablox", "gpu")
 
 
 def test_auxiliary_losses_are_of_the_global_batch():

@@ -37,7 +37,7 @@ def test_a_folder_that_cannot_be_written_is_named(run_dir, tmp_path):
 def test_a_reader_that_is_gone_is_not_taken_for_the_folder(run_dir, tmp_path):
     command = f"{sys.executable} -m laep_jax report {run_dir} --out {tmp_path} | head -n 1"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (result.stdout, result.stderr) == (f"{tmp_path}/{[*FIGURES][0]}\n", "")
+    assert (result.stdout, result.stderr) == (f"{tmp_path}/{next(iter(FIGURES))}\n", "")
 
 
 def test_imports_neither_jax_nor_training_code():

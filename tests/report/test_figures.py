@@ -75,7 +75,7 @@ def test_heatmap_hatches_exactly_the_pruned(run):
     assert len(after.collections[0].get_paths()) == (run.pruned_at_LE == 180).sum()
 
 
-def test_loss_shows_every_record_and_marks_the_cut(run):
+def test_loss_shows_every_record_and_marks_the_prune(run):
     figure = figures.draw_loss(run)
     (axes,) = figure.axes
     by_label = {line.get_label(): line for line in axes.lines}

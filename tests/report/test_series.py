@@ -31,7 +31,7 @@ def small_run(**changes):
     return dataclasses.replace(run, **changes)
 
 
-def test_every_expert_has_a_line_and_the_pruned_ones_end_at_the_cut():
+def test_every_expert_has_a_line_and_the_pruned_ones_end_at_the_prune():
     lines = series.expert_lines(small_run(), 0)
     assert [(line.expert, line.pruned) for line in lines] == [(0, False), (1, True), (2, True), (3, False)]
     assert [line.steps.tolist() for line in lines] == [[1, 2, 3, 4, 5], [1, 2, 3], [1, 2, 3], [1, 2, 3, 4, 5]]
@@ -39,7 +39,7 @@ def test_every_expert_has_a_line_and_the_pruned_ones_end_at_the_cut():
     assert lines[3].tokens.tolist() == [20, 40, 30, 30, 40]
 
 
-def test_long_runs_are_binned_without_losing_tokens_or_crossing_the_cut(run_dir):
+def test_long_runs_are_binned_without_losing_tokens_or_crossing_the_prune(run_dir):
     run = read_run(run_dir)
     bins = series.step_bins(run, limit=40)
     assert len(bins) <= 42
@@ -60,7 +60,7 @@ def test_loads_at_the_end_are_sorted_and_of_survivors_only():
     assert series.final_loads(small_run(), 0).tolist() == [35, 65]
 
 
-def test_cumulative_load_of_the_window_before_the_cut():
+def test_cumulative_load_of_the_window_before_the_prune():
     load = series.cumulative_load(small_run(), 0)  # means of steps 2 and 3: 50, 2.5, 12.5, 35
     assert load.experts.tolist() == [1, 2, 3, 0]
     np.testing.assert_allclose(load.share, [0, 0.025, 0.15, 0.5, 1])
@@ -69,7 +69,7 @@ def test_cumulative_load_of_the_window_before_the_cut():
     assert (load.alpha, load.beta) == (0.5, 0.2)
 
 
-def test_a_cut_that_came_after_its_plan_shows_the_window_of_the_plan():
+def test_a_prune_that_came_after_its_plan_shows_the_window_of_the_plan():
     load = series.cumulative_load(small_run(transitions=(dataclasses.replace(CUT, plan_step=2),)), 0)  # steps 1 and 2
     assert load.experts.tolist() == [1, 2, 3, 0]
     np.testing.assert_allclose(load.share, [0, 0.05, 0.25, 0.55, 1])
@@ -97,20 +97,20 @@ def test_without_a_prune_the_last_window_and_the_settings_bounds():
     assert (load.below_alpha, load.eligible, load.beta) == (4, 3, 0.4)
 
 
-def test_device_loads_around_the_cut():
+def test_device_loads_around_the_prune():
     loads = series.device_loads(small_run())
     assert loads.before.tolist() == [[52.5, 47.5]]
     assert loads.in_order.tolist() == [[65, 35]]
     assert loads.placed.tolist() == [[35, 65]]
 
 
-def test_device_loads_of_a_run_that_ends_with_its_cut():
+def test_device_loads_of_a_run_that_ends_with_its_prune():
     run = small_run()
     loads = series.device_loads(dataclasses.replace(run, steps=run.steps[:3], tokens_NLE=run.tokens_NLE[:3]))
     assert loads.placed.tolist() == [[35, 50]]
 
 
-def test_device_loads_without_a_cut():
+def test_device_loads_without_a_prune():
     loads = series.device_loads(small_run(transitions=()))
     assert loads.before.tolist() == [[65, 35]]
     assert loads.in_order is loads.placed is None
@@ -147,7 +147,7 @@ def evaluated(step, when, *losses):
     return {"step": step, "when": when, "validation_loss_by_domain": dict(zip("abc", losses, strict=False))}
 
 
-def test_domains_are_measured_from_before_the_cut_and_the_worst_comes_first():
+def test_domains_are_measured_from_before_the_prune_and_the_worst_comes_first():
     evals = (
         evaluated(1, "periodic", 9.0, 9.0, 9.0),
         evaluated(3, "periodic", 9.0, 9.0, 9.0),

@@ -32,7 +32,7 @@ def test_one_for_every_leaf_layer_and_expert_and_the_same_on_every_mesh(states):
         assert first_difference(fingerprints(states.random(COUNTS, states.mesh(*sizes))), want) is None
 
 
-def test_a_cut_moves_them_as_it_moves_experts_whatever_the_runs(states):
+def test_a_prune_moves_them_as_it_moves_experts_whatever_the_runs(states):
     rng = np.random.default_rng(0)
     x_LEFD = rng.normal(size=(4, 16, 4, 8)).astype(np.float32)
     old = fingerprints({"runs": [{"down_EFD": jax.device_put(x)} for x in (x_LEFD[:1], x_LEFD[1:])]})

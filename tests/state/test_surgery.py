@@ -60,7 +60,7 @@ def test_pieces_name_every_layer_once_and_in_order(plan):
     ("plan", "sizes"),
     [(plan, (1, 2, 4)) for plan in PLANS] + [("runs shift", sizes) for sizes in [(2, 2, 2), (1, 1, 4), (1, 1, 1)]],
 )
-def test_cut_state_is_plain_slicing_per_layer(states, plan, sizes):
+def test_prune_state_is_plain_slicing_per_layer(states, plan, sizes):
     old, new = PLANS[plan]
     kept, mesh = states.plan(old, new), states.mesh(*sizes)
     state = states.random(old, mesh)
@@ -94,7 +94,7 @@ def test_rearranging_and_back_is_nothing(states):
     states.assert_equal(states.by_layer(back), want)
 
 
-def test_old_leaves_go_as_soon_as_they_are_cut(states, monkeypatch):
+def test_old_leaves_go_as_soon_as_they_are_pruned(states, monkeypatch):
     old, new = (16, 16, 16, 16), (16, 8, 8, 16)
     mesh = states.mesh()
     state, abstract = states.random(old, mesh), states.abstract(new, mesh)
@@ -142,7 +142,7 @@ def test_plan_that_does_not_fit_is_refused(kept, message):
         surgery.moved_pieces([(2, 4)], kept)
 
 
-def test_cut_config_has_the_counts_and_keeps_the_rest(states):
+def test_pruned_config_has_the_counts_and_keeps_the_rest(states):
     config = Config(model=states.config((16, 16, 8, 8)), mesh=MeshConfig(1, 2, 4))
     cut = surgery.pruned_config(config, states.plan((16, 16, 8, 8), (8, 8, 8, 4)))
     assert cut == config.with_num_experts((8, 8, 8, 4))
@@ -152,7 +152,7 @@ def test_cut_config_has_the_counts_and_keeps_the_rest(states):
     ("counts", "message"),
     [((16, 16, 8, 6), "not divisible by MeshConfig.expert=4"), ((16, 16, 1, 8), "is below top_k=2")],
 )
-def test_cut_config_refuses_what_does_not_fit_the_mesh_or_top_k(states, counts, message):
+def test_pruned_config_refuses_what_does_not_fit_the_mesh_or_top_k(states, counts, message):
     config = Config(model=states.config((16, 16, 8, 8)), mesh=MeshConfig(1, 2, 4))
     with pytest.raises(UserError, match=message):
         surgery.pruned_config(config, states.plan((16, 16, 8, 8), counts))

@@ -22,8 +22,8 @@ from tests.support.tiny_run import records, timeless, tiny_config
 from tests.training.restoring import restored
 
 ROOT = Path(__file__).parents[2]
-PLANNED, BETWEEN, CUT, SAVED, NUM_STEPS = 4, 5, 6, 10, 12
-STEPS = (CUT, NUM_STEPS)  # before the prune and after it
+PLANNED, BETWEEN, PRUNED, SAVED, NUM_STEPS = 4, 5, 6, 10, 12
+STEPS = (PRUNED, NUM_STEPS)  # before the prune and after it
 # Losses are float32 means over 512 tokens, and devices of several processes add in another order: a few
 # units in the last place (6e-8 each) a step, growing slowly. Another batch differs a hundred times more.
 NOISE = 1e-5
@@ -43,7 +43,7 @@ def config(shared) -> Config:
         laep={
             "alpha": (1.2, 0.0),  # cuts the first layer only: one run of two layers becomes two runs
             "prune_at_step": PLANNED,
-            "prune_delay": CUT - PLANNED,
+            "prune_delay": PRUNED - PLANNED,
         },
         train={"num_steps": NUM_STEPS, "checkpoint_every": BETWEEN, "keep_checkpoints": 4},
     )
@@ -158,10 +158,10 @@ def test_two_processes_leave_what_one_leaves(one, two):
     assert files(two) == files(one)
     assert len(list((two / "tensorboard").iterdir())) == 1
     names = sorted(int(path.name) for path in (two / "checkpoints").iterdir())
-    assert names == [BETWEEN, CUT, SAVED, NUM_STEPS]
+    assert names == [BETWEEN, PRUNED, SAVED, NUM_STEPS]
 
 
-@pytest.mark.parametrize("step", [BETWEEN, CUT, SAVED], ids=["before the prune", "at the prune", "after the prune"])
+@pytest.mark.parametrize("step", [BETWEEN, PRUNED, SAVED], ids=["before the prune", "at the prune", "after the prune"])
 def test_one_process_goes_on_from_a_checkpoint_of_two(two, tmp_path, config, step):
     workdir = rewind(two, step, tmp_path / "x")
     train(config, workdir)
@@ -182,7 +182,7 @@ def test_two_processes_go_on_from_a_checkpoint_of_one_and_what_one_finds_damaged
 
 @pytest.mark.slow
 def test_four_processes_go_on_from_a_checkpoint_of_two(two, tmp_path, launched):
-    workdir = rewind(two, CUT, tmp_path / "x")
+    workdir = rewind(two, PRUNED, tmp_path / "x")
     result = launched(workdir, 4)
     assert result.returncode == 0, result.stderr
     assert "resuming from step 6, with a plan to apply" in result.stdout
@@ -262,16 +262,16 @@ def assert_the_same_bits(got: Path, want: Path) -> None:
 def test_a_frozen_process_and_a_signal_to_one_leave_nothing_behind(
     two, tmp_path, launched, heartbeat, timeout, code, sent
 ):
-    trouble = f"freeze,{heartbeat},{CUT + 1},{CUT + 1},{sent}"
+    trouble = f"freeze,{heartbeat},{PRUNED + 1},{PRUNED + 1},{sent}"
     limit = f"--gin.TrainConfig.step_timeout={timeout}"
     stopped = launched(tmp_path / "x", 2, limit, trouble=trouble, restarts=1)
     assert stopped.returncode == 75, stopped.stderr
     assert f"process 0 ended with code {code}: restart 1 of 1" in stopped.stderr
     assert ("Timeout (" in stopped.stderr) == (timeout is not None)
-    assert f"resuming from step {CUT}" in stopped.stdout
+    assert f"resuming from step {PRUNED}" in stopped.stdout
     assert codes(tmp_path / "x") == ["75", "75"]
     [step] = re.findall(r"stopped and saved after step (\d+); ", stopped.stderr)
-    assert CUT + 1 < int(step) < NUM_STEPS
+    assert PRUNED + 1 < int(step) < NUM_STEPS
     assert step in {path.name for path in (tmp_path / "x" / "checkpoints").iterdir()}
     result = launched(tmp_path / "x", 2)
     assert result.returncode == 0, result.stderr

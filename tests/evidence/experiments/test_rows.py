@@ -6,6 +6,7 @@ import pytest
 
 from experiments.catalogue import EXPERIMENTS
 from experiments.derived import DERIVED
+from experiments.results import FOLDER, read_results
 from experiments.rows import base_of, load_row, names
 from experiments.runner import branch_step
 from laep_jax.errors import UserError
@@ -19,7 +20,7 @@ def test_every_file_is_a_row_of_an_experiment_and_the_other_way_round():
 
 
 @pytest.mark.parametrize("name", sorted(USED))
-def test_a_row_that_prunes_branches_from_the_same_run_without_a_cut(name):
+def test_a_row_that_prunes_branches_from_the_same_run_without_a_prune(name):
     row = load_row(name, seed=3)
     base = base_of(row)
     assert row.seed == 3
@@ -29,6 +30,13 @@ def test_a_row_that_prunes_branches_from_the_same_run_without_a_cut(name):
         assert dataclasses.replace(base.config, laep=row.config.laep) == row.config
         kept = row.config.train.keep_checkpoints * row.config.train.checkpoint_every
         assert branch_step(row) > row.config.train.num_steps - kept - 1, "the base run keeps no checkpoint so old"
+
+
+def test_every_stored_result_is_of_a_row_as_it_is_now():
+    stored = [result for result in read_results(FOLDER) if result["row"] in USED]
+    assert len(stored) > 100
+    for result in stored:
+        assert result["digest"] == load_row(result["row"], result["seed"]).digest, (result["row"], result["seed"])
 
 
 def test_rows_of_a_table_differ_in_nothing_but_what_they_are_about():

@@ -77,7 +77,7 @@ def test_a_plan_that_does_not_fit(config, plan_file, tmp_path):
 
 
 @pytest.mark.parametrize("prune_via", ["checkpoint", "memory"])
-def test_moments_begin_anew_after_a_cut(config, plan_file, tmp_path, prune_via):
+def test_moments_begin_anew_after_a_prune(config, plan_file, tmp_path, prune_via):
     config = change(config, laep={"plan": str(plan_file), "reset_moments": True, "prune_via": prune_via})
     train(config, tmp_path / "run")
     cut = config.with_num_experts((4, 8)).resolve(8)
@@ -90,7 +90,7 @@ def test_moments_begin_anew_after_a_cut(config, plan_file, tmp_path, prune_via):
     assert (int(schedule), int(state.step)) == (NUM_STEPS, NUM_STEPS)
 
 
-def test_where_the_rule_prunes_no_one_nothing_is_cut(config, tmp_path):
+def test_where_the_rule_prunes_no_expert_nothing_is_pruned(config, tmp_path):
     train(change(config, laep={"alpha": 0.0}), tmp_path)
     assert records(tmp_path, "prune") == []
 
