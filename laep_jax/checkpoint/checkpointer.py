@@ -203,7 +203,7 @@ class Checkpoints:
         return self._restore(step, abstract_state, moves, expected, kept)
 
     def verify(self, step: int, state, kept: Kept | None = None) -> None:
-        """`DamagedError`, naming leaf, layer and expert, unless `state` is what was saved. kept: what a plan keeps of it."""
+        """`DamagedError`, naming leaf, layer and expert, unless `state` is what was saved. kept: what a plan keeps."""
         saved = fingerprint.from_arrays(self._read_arrays(step, FINGERPRINTS_FILE))
         want = fingerprint.pruned_fingerprints(saved, kept) if kept else saved
         place = fingerprint.first_difference(fingerprint.fingerprints(state), want, kept)
