@@ -1,4 +1,4 @@
-"""Command lines that begin with the name of a module: what there is, and the one that is meant.
+"""Subcommand dispatch: command lines that begin with the name of a module.
 
 A table has for every name its module and a line about it; only the module that is meant is imported.
 """

@@ -178,7 +178,7 @@ def exit_without_barrier(is_busy: Callable[[], bool]) -> Iterator[None]:
 
     That goodbye waits minutes for processes that themselves hang in a collective with this one. Its
     death is what lets them go: the connection breaks, or the heartbeat stops. is_busy: whether threads of
-    this process go on for minutes, which Python would wait for as well.
+    this process run for minutes, which Python would wait for as well.
     """
     try:
         yield

@@ -54,7 +54,7 @@ def launch(command: Sequence[str], num_processes: int, restarts: int = 0) -> int
     """Runs `command` as that many connected processes; no process is left when this returns or raises.
 
     restarts: how often they are all started again after a crash. Returns 0, or the exit code of the first that
-    failed (128 + the signal that ended it), 75 where they were told to stop, or 128 + the second signal.
+    failed (128 + the signal that ended it), 75 where a signal stopped them, or 128 + the second signal.
     """
     with _caught_signals() as signals:
         index, code = _run(command, num_processes, signals)
@@ -72,7 +72,7 @@ def launch(command: Sequence[str], num_processes: int, restarts: int = 0) -> int
 
 @contextlib.contextmanager
 def _caught_signals() -> Iterator[list[int]]:
-    """The list of the signals that tell the launcher to stop, as they come; those that are ignored stay so."""
+    """The list of the signals to stop, as they come; those that are ignored stay so."""
     signals: list[int] = []
     found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     heard = [number for number, handler in found.items() if handler is not signal.SIG_IGN]
@@ -166,7 +166,7 @@ def _kill(children: Sequence[subprocess.Popen]) -> None:
 def _print_output(failed: Sequence[int], children: Sequence[subprocess.Popen], said: Sequence[IO[bytes]]) -> None:
     """Prints what the processes said: survivors of the first failure in a line each, then in full those that failed.
 
-    A refusal or a stop is the same in all of them, and is told once.
+    A refusal or a stop is the same in all of them, and is printed once.
     """
     codes = [child.returncode for child in children]
     if codes[0] in (REFUSED, STOPPED) and len(set(codes)) == 1:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
-    """Nobody else enters as long as this process is inside; the kernel lets go of the lock where it dies.
+    """Holds an exclusive lock on the run directory; the kernel releases it when the process dies.
 
     run_dir: made if missing. `UserError` naming the process that is inside. Where the file system has no locks, there
     is a warning only.

@@ -1,6 +1,6 @@
 """What a training run carries from step to step.
 
-Letters as in `laep_jax.sharding`. Every leaf that belongs to layers lives under the key "runs", in
+Axes as in `laep_jax.sharding`. Every leaf that belongs to layers lives under the key "runs", in
 the list entry of its run, stacked over the run's layers; optimizer moments repeat those paths.
 """
 

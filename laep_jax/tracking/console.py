@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and the table at its end.
+"""Progress lines and status of a run, and the table at its end.
 
 On a terminal one line that is renewed in place; elsewhere (a file, a pipe, a notebook) one plain line
 every `log_every` steps. Whatever happens on the way (a prune, a checkpoint, a validation loss) is a line

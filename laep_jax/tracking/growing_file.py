@@ -1,4 +1,4 @@
-"""Files that only log: where one cannot be written, the run goes on, says so once, and tries again."""
+"""Log files: where one cannot be written, the run continues, reports it once, and tries again."""
 
 import os
 from collections.abc import Callable

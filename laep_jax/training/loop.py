@@ -22,7 +22,7 @@ from laep_jax.training.trainer import Trainer
 
 
 def train_to_end(trainer: Trainer, preemption: PreemptionGuard) -> dict:
-    """Runs to the end; returns the summary. `StoppedError` where it was told to stop, and has saved."""
+    """Trains to the end; returns the summary. `StoppedError` after a signal, once the state is saved."""
     unrecorded = None
     trainer.clock = time.perf_counter()
     while (step := trainer.run_state.step) < trainer.config.train.num_steps:

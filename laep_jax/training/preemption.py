@@ -1,8 +1,8 @@
-"""How a run ends before its last step: told to by a signal, or because a step hangs.
+"""How a run ends before its last step: by a signal, or because a step hangs.
 
 SIGTERM is what clusters and `laep_jax launch` send, SIGINT is Ctrl-C. Neither breaks anything off: the run
-asks after every step whether it was told to stop. Connected processes must all stop after the same step;
-there JAX catches SIGTERM, tells the others and agrees with them on a step.
+asks after every step whether to stop. Connected processes must all stop after the same step; there JAX catches
+SIGTERM, informs the others and agrees with them on a step.
 
 A step that never ends can neither be broken off nor raise anything: it waits inside XLA, perhaps for another
 host. Then the process shows where every thread is, and ends.
@@ -19,7 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 
 STDERR = 2  # as a number: a notebook's sys.stderr is no file
-HEAD_START = 2.0  # seconds of the line that explains the stacks over the stacks
+HEAD_START = 2.0  # seconds between the line that explains the stacks and the stacks
 
 
 class PreemptionGuard:
@@ -59,13 +59,13 @@ class PreemptionGuard:
         return multihost_utils.reached_preemption_sync_point(step) if self._connected else self._requested
 
     def begin_step(self) -> None:
-        """From now a step, waiting for it included, has its time; the step before has ended."""
+        """Arms the time limit for a step, waiting for it included; the step before has ended."""
         if self._step_timeout:
             self._deadline = time.monotonic() + self._step_timeout
             faulthandler.dump_traceback_later(self._step_timeout + HEAD_START, exit=True, file=STDERR)
 
     def end_step(self) -> None:
-        """What follows is no step and takes as long as it takes."""
+        """Disarms the time limit: what follows is not a step."""
         self._deadline = math.inf
         faulthandler.cancel_dump_traceback_later()
 
@@ -81,7 +81,7 @@ class PreemptionGuard:
         os.write(STDERR, f"\n{signal.Signals(number).name}: the run saves after this step and ends{more}\n".encode())
 
     def _report_timeout(self) -> None:
-        """Says what is about to happen. The end itself needs neither this thread nor Python's lock."""
+        """Explains the stacks that follow. The end itself needs neither this thread nor Python's lock."""
         while not self._over.wait(HEAD_START / 4):
             if time.monotonic() > self._deadline:
                 text = (

@@ -51,7 +51,7 @@ class Model:
 
 
 class Trainer:
-    """A run that can go on from where it stands.
+    """A run that can continue from where it stands.
 
     model: as `run_state` describes it. history: of the loads of that model, None where it is new. mesh: the same for
     all models of a run. watch: enters the stages. pending: the model that a scheduled plan leads to.

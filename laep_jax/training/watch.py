@@ -1,4 +1,4 @@
-"""The stages of a run, for a program that wants to see them: it times them, or interrupts the run in one.
+"""The named stages of a run, for a program that times them or interrupts the run in one.
 
 A stage is entered and left as a context manager, on every process: `step` (its batch and its program), `record` (its
 metrics have left the device), `evaluate`, `save`, and those of a plan in their order: `decide`, `compile` (in a
@@ -12,5 +12,5 @@ Watch = Callable[[str, int], AbstractContextManager[object]]
 
 
 def unwatched(stage: str, step: int) -> AbstractContextManager[object]:
-    """What a run does where nobody watches."""
+    """The default: no stage does anything."""
     return nullcontext()

@@ -1,7 +1,7 @@
-"""The steps of a model compiled ahead, in a thread, from shapes alone: the training of another model goes on beside it.
+"""The steps of a model compiled ahead, in a thread, from shapes alone, while another model is trained.
 
 XLA compiles without Python's lock, but cannot be stopped. A process that ends by itself waits for the compilation,
-since Python joins the thread: letting the interpreter go under XLA's feet is a crash. A program that must end at
+since Python joins the thread: tearing down the interpreter during a compilation crashes. A program that must end at
 once leaves by `os._exit`, see `laep_jax.distributed.exit_without_barrier`.
 """
 
