@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from laep_jax.model.dispatch import BLOCK, make_routes
 from laep_jax.model.experts import REST_BLOCK, experts_by_blocks, experts_by_megablox, experts_by_ragged_dot
@@ -26,7 +27,7 @@ def test_kernels_of_every_width_lower_for_tpu_with_their_gradients(hidden, ffn):
         return experts_by_megablox(x_TD, weights_TK, routes, gate_up_EDG, down_EFD).astype(jnp.float32).sum()
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
-    assert jax.export.export(gradients, platforms=["tpu"])(*arrays).mlir_module().count("tpu_custom_call") == 6
+    assert export.export(gradients, platforms=["tpu"])(*arrays).mlir_module().count("tpu_custom_call") == 6
 
 
 INTERPRETED = functools.partial(experts_by_megablox, interpret=True)
