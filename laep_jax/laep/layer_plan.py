@@ -50,6 +50,11 @@ class LayerPlan:
         """The largest device load with the survivors in their old order."""
         return self.imbalance_before * self.mean_load
 
+    @property
+    def replica_slots(self) -> int:
+        """Of each device."""
+        return len(self.slots[0]) - len(self.kept) // len(self.slots) if self.slots else 0
+
     def check(self, field: str, num_experts: int, rule: PruneRule) -> None:
         """Raises `UserError` where this is no plan for a layer of `num_experts`."""
         expert_parallel, top_k = rule.expert_parallel, rule.top_k

@@ -45,9 +45,7 @@ class Plan:
         require(len(self.layers) == num_layers, "entries of layers", len(self.layers), f"must be {num_layers=}")
         for index, (num_experts, layer) in enumerate(zip(self.num_experts, self.layers, strict=True)):
             layer.check(f"layers[{index}]", num_experts, self.rule)
-        slots = {
-            len(layer.slots[0]) - len(layer.kept) // len(layer.slots) if layer.slots else 0 for layer in self.layers
-        }
+        slots = {layer.replica_slots for layer in self.layers}
         require(len(slots) == 1, "replica slots of layers", sorted(slots), "must be the same in all layers")
 
     @property

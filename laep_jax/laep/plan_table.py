@@ -18,8 +18,7 @@ def table(rule: PruneRule, layers: Sequence[LayerPlan]) -> str:
         "layer     alpha   experts    kept  eligible  pruned  imbalance before    after    bound     gap",
     ]
     if layers[0].slots:
-        replicas = len(layers[0].slots[0]) - -(-len(layers[0].kept) // rule.expert_parallel)
-        lines[3] += f"; slots: after, with {replicas} replica slots a device"
+        lines[3] += f"; slots: after, with {layers[0].replica_slots} replica slots a device"
         lines[4] += "    slots"
     for index, (alpha, layer) in enumerate(zip(rule.alpha, layers, strict=True)):
         lines.append(_line(str(index), f"{alpha:g}", [layer]))

@@ -60,8 +60,7 @@ def place_in_slots(loads_E: np.ndarray, num_devices: int, replica_slots: int) ->
         f"must be from 0 to {most} for {len(loads_E)} experts",
     )
     if not replica_slots:
-        slots_PS = _homes(loads_E, num_devices)
-        return SlotMap(slots_PS, (slots_PS >= 0).astype(float))
+        return _homes(loads_E, num_devices)
     slot_map = home_and_fill(loads_E, num_devices, replica_slots)
     return slot_map if slot_map.imbalance(loads_E) <= UNEVEN else exact_slots(loads_E, num_devices, replica_slots)
 
@@ -116,13 +115,9 @@ def home_and_fill(loads_E: np.ndarray, num_devices: int, replica_slots: int) -> 
     Algorithm 2, refined.
     """
     loads_E = np.asarray(loads_E, float)
-    homes_PK = _homes(loads_E, num_devices)
-    load_EP = np.zeros((len(loads_E), num_devices))
-    here_EP = np.zeros(load_EP.shape, bool)
-    for device, experts in enumerate(homes_PK):
-        here_EP[experts[experts >= 0], device] = True
-        load_EP[experts[experts >= 0], device] = loads_E[experts[experts >= 0]]
-    num_slots = homes_PK.shape[1] + replica_slots
+    homes = _homes(loads_E, num_devices)
+    load_EP, here_EP = _by_device(homes, loads_E)
+    num_slots = homes.slots_PS.shape[1] + replica_slots
     while move := _best_move(load_EP, here_EP, num_slots):
         expert, giver, taker, load = move
         load_EP[expert, [giver, taker]] += [-load, load]
@@ -184,13 +179,20 @@ def levelled(slot_map: SlotMap, loads_E: np.ndarray) -> SlotMap:
     """The same slots with shares for other loads, as a step makes them from its own counts. loads_E: as of the map."""
     num_experts = slot_map.slots_PS.max() + 1
     require(len(loads_E) == num_experts, "loads", len(loads_E), f"must be of the map's {num_experts} experts")
-    here_EP = np.zeros((len(loads_E), len(slot_map.slots_PS)), bool)
-    load_EP = np.zeros(here_EP.shape)
+    loads_E = np.asarray(loads_E, float)
+    load_EP, here_EP = _by_device(slot_map, loads_E)
+    return _slot_map(loads_E, level(load_EP, here_EP), here_EP, slot_map.slots_PS.shape[1])
+
+
+def _by_device(slot_map: SlotMap, loads_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The loads as the map splits them, [E, P], and where each expert has a slot: the inverse of `_slot_map`."""
+    load_EP = np.zeros((len(loads_E), len(slot_map.slots_PS)))
+    here_EP = np.zeros(load_EP.shape, bool)
     for device, (experts, shares) in enumerate(zip(slot_map.slots_PS, slot_map.shares_PS, strict=True)):
-        used = experts >= 0
+        used = experts != EMPTY
         here_EP[experts[used], device] = True
         load_EP[experts[used], device] = loads_E[experts[used]] * shares[used]
-    return _slot_map(np.asarray(loads_E, float), level(load_EP, here_EP), here_EP, slot_map.slots_PS.shape[1])
+    return load_EP, here_EP
 
 
 def _slot_map(loads_E: np.ndarray, load_EP: np.ndarray, here_EP: np.ndarray, num_slots: int) -> SlotMap:
@@ -206,10 +208,11 @@ def _slot_map(loads_E: np.ndarray, load_EP: np.ndarray, here_EP: np.ndarray, num
     return SlotMap(slots_PS, shares_PS)
 
 
-def _homes(loads_E: np.ndarray, num_devices: int) -> np.ndarray:
-    """[P, K]: Algorithm 2, refined, with experts of no load where E does not divide by P; these slots are EMPTY."""
+def _homes(loads_E: np.ndarray, num_devices: int) -> SlotMap:
+    """Algorithm 2, refined, with experts of no load where E does not divide by P; these slots are EMPTY."""
     num_experts = len(loads_E)
     padded_E = np.zeros(-(-num_experts // num_devices) * num_devices, np.asarray(loads_E).dtype)
     padded_E[:num_experts] = loads_E
     slots_PK = place(padded_E, num_devices, "refined").reshape(num_devices, -1)
-    return np.where(slots_PK < num_experts, slots_PK, EMPTY)
+    is_used_PK = slots_PK < num_experts
+    return SlotMap(np.where(is_used_PK, slots_PK, EMPTY), is_used_PK.astype(float))

@@ -24,6 +24,7 @@ from pathlib import Path
 from laep_jax.distributed import HEARTBEAT_TIMEOUT
 from laep_jax.errors import require
 from tests.fault_injection.worker import PRUNE, RUN, Spec
+from tests.support.tiny_run import steps_on_disk
 
 PATIENCE = 1800.0  # seconds for one run, other work beside it
 LAUNCH = (
@@ -66,10 +67,8 @@ class Trial:
         return done.returncode, read_events(log)
 
     def newest_step(self) -> int:
-        """Of the checkpoints that are complete on disk, by their names; 0 without one."""
-        return max(
-            (int(path.name) for path in self.folder.glob("run/checkpoints/*") if path.name.isdecimal()), default=0
-        )
+        """Of the checkpoints that are complete on disk; 0 without one."""
+        return max(steps_on_disk(self.folder / "run"), default=0)
 
     @property
     def hash(self) -> str:

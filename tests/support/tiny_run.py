@@ -73,7 +73,7 @@ def end_of_run(run_dir: Path) -> dict[str, bytes]:
 
 def steps_on_disk(run_dir: Path) -> list[int]:
     """Of the checkpoints that are complete."""
-    return sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdecimal())
+    return sorted(int(path.name) for path in run_dir.glob("checkpoints/*") if path.name.isdecimal())
 
 
 def differences(got: Path, want: Path) -> list[str]:
