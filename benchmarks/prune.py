@@ -116,7 +116,7 @@ def _reads(run_dir: Path, prune: dict, config: Config) -> dict:
             arrays = [np.fromfile(path, np.uint8) for path in files]
             reading.append(sum(array.nbytes for array in arrays) / (time.perf_counter() - start))
             start = time.perf_counter()
-            state = checkpoints.restore_pruned(prune["step"], target, plan.kept, config.model.runs)
+            state = checkpoints.restore_pruned(prune["step"], target, plan.kept)
             jax.block_until_ready(state)
             restoring.append(bytes_needed(target) / (time.perf_counter() - start))
             held += [arrays, state]

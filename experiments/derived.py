@@ -28,7 +28,7 @@ def rule_plan(row: Row, base_dir: Path) -> tuple[Plan, np.ndarray]:
     rule = PruneRule.from_settings(
         laep, tokens_NLE.shape[1], top_k=row.config.model.top_k, expert_parallel=run.expert_parallel
     )
-    return make_plan(tokens_NLE, rule, max_runs=laep.max_runs), tokens_NLE.mean(axis=0)
+    return make_plan(tokens_NLE, rule), tokens_NLE.mean(axis=0)
 
 
 def random_plan(row: Row, base_dir: Path, folder: Path) -> str:

@@ -43,9 +43,7 @@ class ModelConfig:
         "of activations and matmul operands; parameters and optimizer state stay float32",
         choices=("float32", "bfloat16"),
     )
-    layers: str = free(
-        "scan", "run equal neighbouring layers as one lax.scan, or unroll them", choices=("scan", "unrolled")
-    )
+    layers: str = free("scan", "run the layers as one lax.scan, or unroll them", choices=("scan", "unrolled"))
     remat: str = free(
         "none",
         "what the backward pass recomputes: nothing, each layer, or all but the dispatched tokens",
@@ -93,17 +91,6 @@ class ModelConfig:
         """`num_experts`, always as a tuple with one entry a layer."""
         assert isinstance(self.num_experts, tuple)
         return self.num_experts
-
-    @property
-    def runs(self) -> tuple[tuple[int, int], ...]:
-        """Runs of neighbouring layers with equal expert count, as (number of layers, experts)."""
-        runs: list[tuple[int, int]] = []
-        for count in self.experts_per_layer:
-            if runs and runs[-1][1] == count:
-                runs[-1] = (runs[-1][0] + 1, count)
-            else:
-                runs.append((1, count))
-        return tuple(runs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,9 +80,6 @@ class LaepConfig:
         "also rearrange without pruning where that lowers the most loaded device by this fraction; None: never",
         low=0,
     )
-    max_runs: int | None = free(
-        None, "keep more experts until neighbouring layers form at most this many runs of equal count; None: any", low=1
-    )
     prune_delay: int = free(20, "steps between a plan and its prune, while the smaller model's step compiles", low=0)
     prune_via: str = free(
         "checkpoint",

@@ -1,10 +1,14 @@
 """The mesh, and the one table from logical to mesh axes.
 
-Every parameter's name ends in its logical axes, one letter each: `down_EFD` is [experts, ffn,
-hidden]. Axes: V vocabulary, D hidden, C half of it (LFA), H heads, K head size, E experts,
-F ffn, G twice that (gate and up side by side). A stack of layers has one more dimension in front.
+Every parameter's name ends in its logical axes, one letter each: `down_NFD` is [experts, ffn,
+hidden]. Axes: V vocabulary, D hidden, C half of it (LFA), H heads, K head size, E experts of a layer, N experts of
+all layers, F ffn, G twice that (gate and up side by side). A stack of layers has one more dimension in front.
+
+Every device holds a slice of every expert: ffn is split over `fsdp` and `expert` together, and no expert has a home. So
+placing experts, or pruning them, moves nothing between devices.
 """
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -19,7 +23,8 @@ from laep_jax.errors import require
 
 THREADS_PER_DEVICE = 4
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # environment in which a process on CPU spends less on memory
-RULES = {"E": "expert", "H": "expert", "V": "expert", "D": "fsdp"}
+SLICES = ("fsdp", "expert")  # fsdp first: the slices that one all-to-all over `expert` brings lie side by side
+RULES: dict[str, tuple[str, ...]] = {"F": SLICES, "G": SLICES, "H": ("expert",), "V": ("expert",), "D": ("fsdp",)}
 
 
 def make_cpu_devices(number: int, *, processes: int = 1) -> None:
@@ -77,8 +82,8 @@ def leaf_name(path: tuple) -> str:
 def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
     """The axes in `name`'s suffix, with None for a leading layer dimension.
 
-    >>> logical_axes("down_EFD", 4)
-    (None, 'E', 'F', 'D')
+    >>> logical_axes("output_HKD", 4)
+    (None, 'H', 'K', 'D')
     """
     letters = name.rpartition("_")[2]
     if not letters.isupper():
@@ -87,22 +92,25 @@ def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
     return (None,) * (ndim - len(letters)) + tuple(letters)
 
 
-def expert_axis(name: str, ndim: int) -> int | None:
-    """Index of the expert dimension of a leaf, None where it has none."""
+def sliced_axis(name: str, ndim: int) -> str | None:
+    """ "N" where a leaf's first dimension counts the experts of all layers, "L" where it counts layers, else None."""
     axes = logical_axes(name, ndim)
-    return axes.index("E") if "E" in axes else None
+    return None if not axes else "L" if axes[0] is None else "N" if axes[0] == "N" else None
 
 
 def leaf_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Where a leaf lives. A dimension that its mesh axis does not divide is not split."""
-    if len(shape) == 0:
-        return PartitionSpec()
-    spec = []
-    for letter, size in zip(logical_axes(name, len(shape)), shape, strict=True):
-        axis = RULES.get(letter or "")
-        spec.append(axis if axis and size % mesh.shape[axis] == 0 else None)
-    used = [axis for axis in spec if axis]
-    assert len(used) == len(set(used)), f"{name}: two dimensions on one mesh axis: {spec}"
+    """Where a leaf lives. A dimension that its mesh axes do not divide is not split; a mesh axis splits one dimension.
+
+    Slices of ffn come before those of hidden.
+    """
+    axes = logical_axes(name, len(shape))
+    spec: list[str | tuple[str, ...] | None] = [None] * len(shape)
+    used: set[str] = set()
+    for dim in sorted(range(len(shape)), key=lambda dim: axes[dim] == "D"):
+        mesh_axes = RULES.get(axes[dim] or "", ())
+        if mesh_axes and used.isdisjoint(mesh_axes) and shape[dim] % math.prod(mesh.shape[a] for a in mesh_axes) == 0:
+            spec[dim] = mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]
+            used.update(mesh_axes)
     return PartitionSpec(*spec)
 
 

@@ -1,9 +1,10 @@
 """Checkpoints of one run: a directory a step, there as a whole, on disk and as it was saved, or it does not count.
 
 `state`: every leaf of the training state under its dotted path, written by Orbax (zarr3 in OCDBT,
-uncompressed, one chunk a layer and, for expert matrices, an expert: what `partial_read` reads in part).
+uncompressed, one chunk a layer or, of expert matrices, an expert: what `partial_read` reads in part).
 `history.npz`: small arrays of numbers. `fingerprints.npz`: of the state, made on the devices when it was saved.
-`meta.json`: what the run says of itself, the leaves, and the hashes of both .npz files; it has its own.
+`meta.json`: what the run says of itself, the leaves, the experts of each layer, which follow one another in the arrays of
+experts, and the hashes of both .npz files; it has its own.
 `manifest.json`: every file.
 
 A save goes on in the background: Orbax writes the state, process 0 the rest, brings all of it to disk
@@ -31,14 +32,14 @@ from jax.tree_util import tree_flatten_with_path, tree_unflatten
 
 from laep_jax.checkpoint import manifest
 from laep_jax.checkpoint.manifest import DamagedError
-from laep_jax.checkpoint.partial_read import open_leaves, read_leaves
+from laep_jax.checkpoint.partial_read import Leaf, open_leaves, read_leaves
 from laep_jax.checkpoint.steps import DAMAGED, SAVING, StepDirectory
 from laep_jax.distributed import allgather_strings, is_local_error, raise_on_all_processes
 from laep_jax.errors import UserError
 from laep_jax.files import MAX_ARRAY, parse_arrays
-from laep_jax.sharding import expert_axis, leaf_name
+from laep_jax.sharding import leaf_name, sliced_axis
 from laep_jax.state import fingerprint
-from laep_jax.state.surgery import Kept, LeafMove, Runs, leaf_key, leaf_moves, run_position
+from laep_jax.state.surgery import Kept, holds_experts, kept_rows, leaf_key
 
 META_FILE, HISTORY_FILE, FINGERPRINTS_FILE = "meta.json", "history.npz", "fingerprints.npz"
 FAILURES = 2  # failed saves in a row that end the run
@@ -92,12 +93,19 @@ class Checkpoints:
             self._thread.shutdown()
             self._orbax.close()
 
-    def save(self, step: int, state, history: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state,
+        history: dict[str, np.ndarray],
+        meta: dict[str, Any],
+        num_experts: Sequence[int] = (),
+    ) -> None:
         """Starts saving; `state` may be donated or deleted, the rest changed, as soon as this returns.
 
         Replaces a step that exists; the old one stays until the new one is complete. Waits for the save before;
         reports where that failed, and raises `SaveError` where it was not the first in a row. meta: read back as JSON
-        makes it (tuples become lists, keys strings).
+        makes it (tuples become lists, keys strings). num_experts: of each layer, where the state has experts.
         """
         self._wait_patiently()
         of_state = fingerprint.fingerprints(state)
@@ -106,6 +114,7 @@ class Checkpoints:
         header = {
             "meta": json.loads(json.dumps(meta)),  # as it will be read
             "leaves": {leaf_key(path): _describe(leaf.shape, leaf.dtype) for path, leaf in leaves},
+            "num_experts": list(num_experts),
             "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         }
         files[META_FILE] = manifest.sealed(header).encode()
@@ -121,10 +130,17 @@ class Checkpoints:
             self._saving = step, Future()
             self._saving[1].set_exception(error)
 
-    def save_now(self, step: int, state, history: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+    def save_now(
+        self,
+        step: int,
+        state,
+        history: dict[str, np.ndarray],
+        meta: dict[str, Any],
+        num_experts: Sequence[int] = (),
+    ) -> None:
         """Saves and waits; tries once more where that fails, then raises `SaveError`."""
         while True:
-            self.save(step, state, history, meta)
+            self.save(step, state, history, meta, num_experts)
             if self._wait_patiently():
                 return
 
@@ -183,43 +199,49 @@ class Checkpoints:
         abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings. `UserError` naming the leaf where tree, shapes
         or dtypes differ from what is stored; `DamagedError` where the values are not those that were saved.
         """
-        leaves = tree_flatten_with_path(abstract_state)[0]
-        moves = [LeafMove(leaf, (leaf_key(path),), (), leaf_key(path), None) for path, leaf in leaves]
-        expected = {move.family: _describe(move.target.shape, move.target.dtype) for move in moves}
-        return self._restore(step, abstract_state, moves, expected, None)
+        return self._restore(step, abstract_state, None)
 
-    def restore_pruned(self, step: int, abstract_state, kept: Kept, old_runs: Runs):
+    def restore_pruned(self, step: int, abstract_state, kept: Kept):
         """The state of a step, pruned by a plan, read from disk no further than it survives.
 
-        abstract_state: of the pruned model. kept: per layer the old slots in new order. old_runs:
-        `ModelConfig.runs` of the model as it was saved. Equal to `restore` followed by
-        `surgery.prune_state`, and checked as there. Errors as in `restore`.
+        abstract_state: of the pruned model. kept: per layer the old experts in new order. Equal to `restore` followed
+        by `surgery.prune_state`, and checked as there. Errors as in `restore`; `UserError` also where `kept` does not
+        fit the model as it was saved.
         """
-        moves = list(leaf_moves(abstract_state, old_runs, kept))
-        expected: Described = {}
-        for move in moves:
-            shapes = [move.old_shape(old_runs, piece) for piece in move.pieces] or [move.target.shape]
-            expected |= {k: _describe(shape, move.target.dtype) for k, shape in zip(move.sources, shapes, strict=True)}
-        return self._restore(step, abstract_state, moves, expected, kept)
+        return self._restore(step, abstract_state, kept)
 
     def verify(self, step: int, state, kept: Kept | None = None) -> None:
         """`DamagedError`, naming leaf, layer and expert, unless `state` is what was saved. kept: what a plan keeps."""
-        saved = fingerprint.from_arrays(self._read_arrays(step, FINGERPRINTS_FILE))
-        want = fingerprint.pruned_fingerprints(saved, kept) if kept else saved
-        place = fingerprint.first_difference(fingerprint.fingerprints(state), want, kept)
+        want = fingerprint.from_arrays(self._read_arrays(step, FINGERPRINTS_FILE))
+        experts = [(layer, i) for layer, count in enumerate(self._num_experts(step)) for i in range(count)]
+        if kept is not None:
+            rows_N = kept_rows(self._num_experts(step), kept)
+            want, experts = fingerprint.pruned_fingerprints(want, rows_N), [experts[row] for row in rows_N]
+        place = fingerprint.first_difference(fingerprint.fingerprints(state), want, experts)
         if place:
             with self._validating(step):
                 raise DamagedError(f"checkpoint {self._steps.step(step)} is damaged: {place} is not what was saved")
 
-    def _restore(self, step: int, abstract_state, moves: Sequence[LeafMove], expected: Described, kept: Kept | None):
+    def _num_experts(self, step: int) -> list[int]:
+        return self._read_header(step)["num_experts"]
+
+    def _restore(self, step: int, abstract_state, kept: Kept | None):
+        num_experts = self._num_experts(step)
+        rows_N = None if kept is None else kept_rows(num_experts, kept)
+        leaves, expected = [], Described()
+        for path, target in tree_flatten_with_path(abstract_state)[0]:
+            rows = rows_N if holds_experts(path, target) else None
+            shape = target.shape if rows is None else (sum(num_experts), *target.shape[1:])
+            leaves.append(Leaf(leaf_key(path), target, rows))
+            expected[leaf_key(path)] = _describe(shape, target.dtype)
         self._check_fits(step, expected)
         with self._validating(step):
             try:
-                leaves = read_leaves(moves, open_leaves(self._steps.step(step) / "state", expected))
+                arrays = read_leaves(leaves, open_leaves(self._steps.step(step) / "state", expected))
             except (ValueError, OSError) as error:  # what TensorStore has for files that are not as they should be
                 reason = str(error).splitlines()[0]
                 raise DamagedError(f"checkpoint {self._steps.step(step)} is damaged: {reason}") from error
-        state = tree_unflatten(jax.tree.structure(abstract_state), leaves)
+        state = tree_unflatten(jax.tree.structure(abstract_state), arrays)
         self.verify(step, state, kept)
         return state
 
@@ -307,10 +329,9 @@ def _not_orbax_chatter(record: logging.LogRecord) -> bool:
 
 
 def _chunked_axes(path: tuple, leaf: jax.Array) -> tuple[int, ...]:
-    """Dimensions stored one index a chunk: the layers of a run, and the experts of its matrices."""
-    if run_position(path) is None:
-        return ()
-    return (0, 1) if leaf.ndim > 2 and expert_axis(leaf_name(path), leaf.ndim) == 1 else (0,)
+    """Dimensions stored one index a chunk: layers, and the experts of matrices."""
+    axis = sliced_axis(leaf_name(path), leaf.ndim)
+    return (0,) if axis == "L" or (axis == "N" and leaf.ndim > 2) else ()
 
 
 def _to_npz(arrays: dict[str, np.ndarray]) -> bytes:

@@ -1,10 +1,11 @@
 """Reads a pruned state straight out of a checkpoint: surviving experts only, already in their new places.
 
 Orbax restores whole arrays. This opens its store of arrays (zarr3 in OCDBT, one chunk an expert and
-layer, uncompressed) with TensorStore and reads, for each addressable shard of each new leaf, the
-layers and experts that it holds; `surgery.moved_pieces` says which these are (paper sections 3.2, 3.3).
+uncompressed) with TensorStore and reads, for each addressable shard of each new leaf, the experts that are
+left; `surgery.kept_rows` says which these are (paper section 3.2).
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -14,11 +15,18 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from laep_jax.state.surgery import LeafMove
-
 ALIGNMENT = 64  # bytes
 INDEX_BYTES = 2**26  # of OCDBT's index to be kept
 Bounds = tuple[tuple[int, int], ...]  # of a shard, [start, stop) in each dimension
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A leaf to read. target: shape, dtype, sharding. rows: the stored rows that are its own, None for all."""
+
+    key: str
+    target: jax.ShapeDtypeStruct
+    rows: np.ndarray | None
 
 
 def open_leaves(store: Path, keys: Iterable[str], *, write: bool = False) -> dict[str, ts.TensorStore]:
@@ -66,49 +74,33 @@ def _empty(bounds: Bounds, dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _start_read(source: ts.TensorStore, index: tuple, place: np.ndarray) -> ts.Future:
-    part = source[index]
-    return ts.array(place).write(part[ts.d[:].translate_to[0]] if part.rank else part).commit
+def _start_shard(source: ts.TensorStore, leaf: Leaf, bounds: Bounds, shard: np.ndarray) -> ts.Future:
+    """Reads into one shard."""
+    index: list[slice | np.ndarray] = [slice(*pair) for pair in bounds]
+    if leaf.rows is not None:
+        index[0] = leaf.rows[index[0]]
+    part = source[tuple(index)]
+    return ts.array(shard).write(part[ts.d[:].translate_to[0]] if part.rank else part).commit
 
 
-def _start_shard(move: LeafMove, sources: list[ts.TensorStore], bounds: Bounds, shard: np.ndarray) -> list[ts.Future]:
-    """Reads into one shard: one a layer, or one in all for a leaf that stays as it is."""
-    box = tuple(slice(*pair) for pair in bounds)
-    if not move.pieces:
-        return [_start_read(sources[0], box, shard)]
-    layers = [
-        (source, piece.start + row, slots)
-        for source, piece in zip(sources, move.pieces, strict=True)
-        for row, slots in enumerate(piece.kept)
-    ]
-    reads = []
-    for (source, row, slots), place in zip(layers[box[0]], shard, strict=True):
-        index: list[int | slice | np.ndarray] = [row, *box[1:]]
-        if move.axis is not None:
-            index[move.axis] = slots[box[move.axis]]
-        reads.append(_start_read(source, tuple(index), place))
-    return reads
-
-
-def _start_leaf(move: LeafMove, stored: dict[str, ts.TensorStore]) -> tuple[dict[Bounds, np.ndarray], list[ts.Future]]:
+def _start_leaf(leaf: Leaf, source: ts.TensorStore) -> tuple[dict[Bounds, np.ndarray], list[ts.Future]]:
     """The leaf's shards, still to be filled, and the reads that fill them."""
-    sources = [stored[key] for key in move.sources]
-    shards = {box: _empty(box, np.dtype(move.target.dtype)) for box in {*_boxes(move.target).values()}}
-    return shards, [read for box, shard in shards.items() for read in _start_shard(move, sources, box, shard)]
+    shards = {box: _empty(box, np.dtype(leaf.target.dtype)) for box in {*_boxes(leaf.target).values()}}
+    return shards, [_start_shard(source, leaf, box, shard) for box, shard in shards.items()]
 
 
-def read_leaves(moves: Sequence[LeafMove], stored: dict[str, ts.TensorStore]) -> list[jax.Array]:
+def read_leaves(leaves: Sequence[Leaf], stored: dict[str, ts.TensorStore]) -> list[jax.Array]:
     """The leaves of the pruned state on their devices; this process reads only what its devices hold.
 
     While one leaf is waited for and put on its devices, the next is being read.
     """
-    leaves, started = [], _start_leaf(moves[0], stored)
-    for move, following in itertools.zip_longest(moves, moves[1:]):
+    arrays, started = [], _start_leaf(leaves[0], stored[leaves[0].key])
+    for leaf, following in itertools.zip_longest(leaves, leaves[1:]):
         shards, reads = started
-        started = _start_leaf(following, stored) if following else started
+        started = _start_leaf(following, stored[following.key]) if following else started
         for read in reads:
             read.result()
-        boxes = _boxes(move.target)
-        arrays = jax.device_put([shards[box] for box in boxes.values()], list(boxes))
-        leaves.append(jax.make_array_from_single_device_arrays(move.target.shape, move.target.sharding, arrays))
-    return leaves
+        boxes = _boxes(leaf.target)
+        parts = jax.device_put([shards[box] for box in boxes.values()], list(boxes))
+        arrays.append(jax.make_array_from_single_device_arrays(leaf.target.shape, leaf.target.sharding, parts))
+    return arrays

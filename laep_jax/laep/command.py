@@ -14,7 +14,6 @@ from laep_jax.laep.counts import FORMS, describe
 from laep_jax.laep.plan import make_plan
 from laep_jax.laep.recorded_loads import read_counts_or_run
 from laep_jax.laep.rule import SETTINGS, PruneRule
-from laep_jax.laep.runs import cost_of_merging
 
 
 def main(argv: list[str]) -> int:
@@ -24,10 +23,8 @@ def main(argv: list[str]) -> int:
     print("\n".join([*([source] if source else []), *describe(counts, args.top_k)]))
     args.alpha = _alpha(args.alpha)
     rule = PruneRule.from_settings(args, len(counts), top_k=args.top_k, expert_parallel=args.expert_parallel)
-    plan = make_plan(counts, rule, max_runs=args.max_runs, replica_slots=args.replica_slots)
+    plan = make_plan(counts, rule, replica_slots=args.replica_slots)
     print(plan.table())
-    if args.max_runs:
-        print(cost_of_merging(make_plan(counts, rule).num_experts_after, plan.num_experts_after, args.max_runs))
     if args.out:
         try:
             args.out.write_text(plan.to_json(), encoding="utf-8")
@@ -55,12 +52,6 @@ def _parser() -> argparse.ArgumentParser:
     required.add_argument("--top-k", type=int, required=True, metavar="K", help="experts chosen for each token")
     _add_settings(parser)
     add = parser.add_argument
-    add(
-        "--max-runs",
-        type=int,
-        metavar="R",
-        help="keep more experts, so that neighbouring layers form at most R equal runs",
-    )
     add(
         "--replica-slots",
         type=int,

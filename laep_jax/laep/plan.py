@@ -21,7 +21,6 @@ from laep_jax.laep.layer_plan import LayerPlan, make_layer_plan
 from laep_jax.laep.load import as_counts, num_with_tokens
 from laep_jax.laep.pruning import Pruning, prune_layer
 from laep_jax.laep.rule import PruneRule
-from laep_jax.laep.runs import unprune
 from laep_jax.laep.slots import EMPTY
 
 Lineage = tuple[tuple[int, ...], ...]  # per layer: the original id of each slot
@@ -88,13 +87,11 @@ def make_plan(
     rule: PruneRule,
     *,
     placement_loads: Sequence[np.ndarray] | None = None,
-    max_runs: int | None = None,
     replica_slots: int = 0,
 ) -> Plan:
     """Both algorithms: prune by the recorded counts, then place the survivors.
 
-    max_runs: keep more experts, so that neighbouring layers form at most so many runs of equal count, or as few as
-    their own numbers of experts allow. replica_slots: of each device, for replicas of hot experts; see `laep.slots`.
+    replica_slots: of each device, for replicas of hot experts; see `laep.slots`.
     tokens: counts [N, L, E], or [N, E] of each layer. placement_loads: mean tokens an iteration, [E]
     of each layer, measured with the pruned experts masked; by default the recorded means, which leave
     out that the tokens of pruned experts go elsewhere. Iterations in which a layer got no tokens are left out
@@ -108,9 +105,6 @@ def make_plan(
     rule.check_model(num_experts)
     choices = [prune_layer(tokens_NE, rule, layer) for layer, tokens_NE in enumerate(counts)]
     totals = [tokens_NE.sum(axis=0) for tokens_NE in counts]
-    if max_runs is not None:
-        require(max_runs >= 1, "max_runs", max_runs, "must be at least 1")
-        choices = unprune(choices, totals, max_runs)
     if placement_loads is None:  # whole sums instead of means: ties and order are then exact
         loads, iterations = totals, [*map(num_with_tokens, counts)]
     else:

@@ -14,10 +14,20 @@ from jax.sharding import Mesh, PartitionSpec
 
 from laep_jax.config import BATCH_AXES, AuxLossConfig, ModelConfig
 from laep_jax.errors import require
-from laep_jax.model.dispatch import Experts, Tokens, all_gather_dispatch, bounded_dispatch, gather, ragged_dispatch
+from laep_jax.laep.layout import Layout
+from laep_jax.model.dispatch import (
+    AXIS,
+    Experts,
+    Tokens,
+    all_gather_dispatch,
+    bounded_dispatch,
+    gather,
+    ragged_dispatch,
+)
 from laep_jax.model.experts import experts_by_blocks, experts_by_megablox, experts_by_ragged_dot
 from laep_jax.model.router import balance_losses, balance_sums, count_tokens, route
-from laep_jax.sharding import leaf_spec, platform
+from laep_jax.model.slots import to_slots
+from laep_jax.sharding import SLICES, leaf_spec, platform
 
 
 class MoEAux(NamedTuple):
@@ -28,34 +38,39 @@ class MoEAux(NamedTuple):
 
 
 class MoE(nnx.Module):
-    """Dropless top-k mixture of SwiGLU experts; E may differ from layer to layer."""
+    """Dropless top-k mixture of SwiGLU experts. E: experts that the router knows; R: experts in slots.
+
+    A layer of its own has E = R experts. In a model the router's are those of the layer's window, and a matrix is there
+    for each slot of each device (`laep.layout`).
+    """
 
     def __init__(self, config: ModelConfig, num_experts: int, aux_losses: AuxLossConfig, *, rngs: nnx.Rngs):
         hidden, ffn = config.hidden_size, config.ffn_size
         init = nnx.initializers.normal(0.02)
         residual_init = nnx.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
-        self.router_DE = nnx.Param(nnx.initializers.normal(config.router_init)(rngs.params(), (hidden, num_experts)))
-        self.gate_up_EDG = nnx.Param(init(rngs.params(), (num_experts, hidden, 2 * ffn)))
-        self.down_EFD = nnx.Param(residual_init(rngs.params(), (num_experts, ffn, hidden)))
+        router_DE = nnx.initializers.normal(config.router_init)(rngs.params(), (hidden, num_experts))
+        self.router_ED = nnx.Param(router_DE.T)
+        self.gate_up_RDG = nnx.Param(init(rngs.params(), (num_experts, hidden, 2 * ffn)))
+        self.down_RFD = nnx.Param(residual_init(rngs.params(), (num_experts, ffn, hidden)))
         self.config = config
         self.aux_losses = aux_losses
 
     def __call__(
-        self, x_BSD: jax.Array, valid_BS: jax.Array, bias_E: jax.Array, mesh: Mesh
+        self, x_BSD: jax.Array, valid_BS: jax.Array, bias_E: jax.Array, layout: Layout, mesh: Mesh
     ) -> tuple[jax.Array, MoEAux]:
         """Applies the layer.
 
         Args:
           x_BSD: activations, rows split over every mesh axis. valid_BS: False for padding, which is
-            neither routed nor counted. bias_E: added to the logits when experts are chosen.
+            neither routed nor counted. bias_E: added to the logits when experts are chosen. layout: of this layer.
 
         Returns:
           y_BSD like x_BSD, zero for padding, and the layer's `MoEAux`.
         """
-        gate_up_EDG, down_EFD = self.gate_up_EDG[...], self.down_EFD[...]
+        gate_up_RDG, down_RFD = self.gate_up_RDG[...], self.down_RFD[...]
         rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-        gate_up_spec = leaf_spec("gate_up_EDG", gate_up_EDG.shape, mesh)
-        down_spec = leaf_spec("down_EFD", down_EFD.shape, mesh)
+        gate_up_spec = leaf_spec("gate_up_RDG", gate_up_RDG.shape, mesh)
+        down_spec = leaf_spec("down_RFD", down_RFD.shape, mesh)
         on_device = functools.partial(
             _moe_on_device,
             self.config,
@@ -67,33 +82,44 @@ class MoE(nnx.Module):
         y_BSD, sums = jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(rows, rows, whole, whole, _with_idle_axes(gate_up_spec, mesh), _with_idle_axes(down_spec, mesh)),
+            in_specs=(
+                *(rows, rows, whole, whole, whole),
+                *(_with_idle_axes(spec, mesh) for spec in (gate_up_spec, down_spec)),
+            ),
             out_specs=(rows, rows),
             check_vma=False,  # the loops with custom_vjp inside mix values that vary over different axes
-        )(x_BSD, valid_BS, self.router_DE[...], bias_E, gate_up_EDG, down_EFD)
+        )(x_BSD, valid_BS, self.router_ED[...], bias_E, layout, gate_up_RDG, down_RFD)
         totals = {name: jnp.sum(part, axis=0) for name, part in sums.items()}
         tokens_per_expert_E = totals.pop("tokens_per_expert_E")
-        losses = balance_losses(totals, tokens_per_expert_E, self.config.top_k, self.aux_losses)
+        num_experts = jnp.sum(layout.is_own_W)
+        losses = balance_losses(totals, tokens_per_expert_E, num_experts, self.config.top_k, self.aux_losses)
         return y_BSD, MoEAux(tokens_per_expert_E, losses)
 
 
 def _with_idle_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
-    """The same sharding with mesh axes of size 1 named in the first dimension.
+    """The same sharding with mesh axes of size 1 named in the first dimension, which is not split.
 
     shard_map sums gradients over axes that a spec does not name; XLA:CPU copies an array summed over one device.
     """
-    idle = tuple(axis for axis, size in mesh.shape.items() if size == 1 and axis not in spec)
-    first = (spec[0],) if spec[0] else ()
-    return PartitionSpec((*idle, *first), *spec[1:])
+    named = {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
+    idle = tuple(axis for axis, size in mesh.shape.items() if size == 1 and axis not in named)
+    return PartitionSpec(idle or None, *spec[1:])
 
 
-def _gather_fsdp(weight: jax.Array, spec: PartitionSpec, dtype) -> jax.Array:
-    """This device's experts, gathered along fsdp, in the compute dtype (cast first: fewer bytes travel)."""
-    weight = weight.astype(dtype)
-    for axis, name in enumerate(spec):
-        if name == "fsdp":
-            weight = gather(weight, name, axis)
-    return weight
+def _fetch(weight_RXY: jax.Array, spec: PartitionSpec, dtype) -> jax.Array:
+    """The experts in this device's slots, whole and in the compute dtype (cast first: fewer bytes travel).
+
+    weight_RXY: this device's slices of those in every slot, device by device.
+    """
+    devices, weight_RXY = jax.lax.axis_size(AXIS), weight_RXY.astype(dtype)
+    if SLICES not in spec:
+        slots = weight_RXY.shape[0] // devices
+        mine = jax.lax.dynamic_slice_in_dim(weight_RXY, jax.lax.axis_index(AXIS) * slots, slots)
+        return gather(mine, "fsdp", spec.index("fsdp")) if "fsdp" in spec else mine
+    dim = spec.index(SLICES)
+    if devices > 1:
+        weight_RXY = jax.lax.all_to_all(weight_RXY, AXIS, 0, dim, tiled=True)
+    return gather(weight_RXY, "fsdp", dim)
 
 
 def _moe_on_device(
@@ -104,26 +130,29 @@ def _moe_on_device(
     on_platform: str,
     x_BSD: jax.Array,
     valid_BS: jax.Array,
-    router_DE: jax.Array,
+    router_ED: jax.Array,
     bias_E: jax.Array,
-    gate_up_EDG: jax.Array,
-    down_EFD: jax.Array,
+    layout: Layout,
+    gate_up_RDG: jax.Array,
+    down_RFD: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One device's rows and its shard of the experts; sums come back with one row for this device."""
-    num_experts = router_DE.shape[1]
+    """One device's rows and its slices of the experts; sums come back with one row for this device."""
+    num_slots = gate_up_RDG.shape[0]
     with jax.named_scope("router"):
-        logits_BSE = jnp.einsum("bsd,de->bse", x_BSD.astype(jnp.float32), router_DE, precision="highest")
+        logits_BSE = jnp.einsum("bsd,ed->bse", x_BSD.astype(jnp.float32), router_ED, precision="highest")
+        bias_E = jnp.where(layout.is_own_W, bias_E, -jnp.inf)
         ids_BSK, weights_BSK = route(logits_BSE, bias_E, valid_BS, config.top_k)
-        sums = balance_sums(logits_BSE, ids_BSK, valid_BS, aux_losses)
+        sums = balance_sums(logits_BSE, layout.is_own_W, ids_BSK, valid_BS, aux_losses)
         with jax.named_scope("counts"):
-            sums["tokens_per_expert_E"] = count_tokens(ids_BSK, num_experts).sum(0, dtype=jnp.int32)
+            sums["tokens_per_expert_E"] = count_tokens(ids_BSK, bias_E.size).sum(0, dtype=jnp.int32)
 
     grouped = _grouped(config.grouped_matmul, on_platform)
-    gate_up_EDG = _gather_fsdp(gate_up_EDG, gate_up_spec, x_BSD.dtype)
-    down_EFD = _gather_fsdp(down_EFD, down_spec, x_BSD.dtype)
+    gate_up_RDG = _fetch(gate_up_RDG, gate_up_spec, x_BSD.dtype)
+    down_RFD = _fetch(down_RFD, down_spec, x_BSD.dtype)
+    ids_BSK = to_slots(ids_BSK, layout)
     tokens = Tokens(*(array.reshape(-1, array.shape[-1]) for array in (x_BSD, ids_BSK, weights_BSK)))
     with jax.named_scope("dispatch"):
-        y_TD = _dispatch(config, on_platform == "cpu")(tokens, (gate_up_EDG, down_EFD), grouped, num_experts)
+        y_TD = _dispatch(config, on_platform == "cpu")(tokens, (gate_up_RDG, down_RFD), grouped, num_slots)
     return y_TD.reshape(x_BSD.shape), {name: total[None] for name, total in sums.items()}
 
 

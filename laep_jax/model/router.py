@@ -2,11 +2,13 @@
 
 All arithmetic is float32. Choosing looks at logits + bias; weighting looks at the logits alone, of experts whose
 bias is not minus infinity: such a bias masks an expert exactly as pruning it would.
-Axes: B rows, S sequence, T tokens, E experts, K top-k slots.
+Axes: B rows, S sequence, T tokens, E experts (of a layer, or of its window of W), K top-k slots, L layers, N experts
+of all layers.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from laep_jax.config import AuxLossConfig
 
@@ -40,13 +42,15 @@ def count_tokens(ids_TK: jax.Array, num_experts: int) -> jax.Array:
 
 
 def balance_sums(
-    logits_BSE: jax.Array, ids_BSK: jax.Array, valid_BS: jax.Array, aux_losses: AuxLossConfig
+    logits_BSE: jax.Array, is_own_E: jax.Array | np.ndarray, ids_BSK: jax.Array, valid_BS: jax.Array, aux_losses: AuxLossConfig
 ) -> dict[str, jax.Array]:
     """Sums over this batch from which `balance_losses` makes the losses that are switched on.
 
-    Sums over parts of a batch add up, but for `deepseek_v3`, which is a mean within each row.
+    Sums over parts of a batch add up, but for `deepseek_v3`, which is a mean within each row. is_own_E: the layer's
+    experts, of those that there are logits of.
     """
-    num_experts, top_k = logits_BSE.shape[-1], ids_BSK.shape[-1]
+    num_experts, top_k = jnp.sum(is_own_E), ids_BSK.shape[-1]
+    logits_BSE = jnp.where(is_own_E[None, None], logits_BSE, -jnp.inf)
     valid_BS1 = valid_BS[..., None]
     tokens_B = jnp.sum(valid_BS, axis=1)
     sums = {"tokens": jnp.sum(tokens_B)}
@@ -54,7 +58,7 @@ def balance_sums(
     if aux_losses.mixtral or aux_losses.mixtral_hf:
         sums["probability_E"] = jnp.sum(probabilities_BSE * valid_BS1, axis=(0, 1))
     if aux_losses.deepseek_v3:
-        count_BE = count_tokens(ids_BSK, num_experts)
+        count_BE = count_tokens(ids_BSK, is_own_E.size)
         at_least_one_B1 = jnp.maximum(tokens_B, 1)[:, None]
         share_BE = num_experts * count_BE / (top_k * at_least_one_B1)
         mean_BE = jnp.sum(probabilities_BSE * valid_BS1, axis=1) / at_least_one_B1
@@ -66,7 +70,11 @@ def balance_sums(
 
 
 def balance_losses(
-    sums: dict[str, jax.Array], tokens_per_expert_E: jax.Array, top_k: int, aux_losses: AuxLossConfig
+    sums: dict[str, jax.Array],
+    tokens_per_expert_E: jax.Array,
+    num_experts: jax.Array,
+    top_k: int,
+    aux_losses: AuxLossConfig,
 ) -> dict[str, jax.Array]:
     """The losses of one layer by name, unweighted: only those with a coefficient.
 
@@ -78,7 +86,7 @@ def balance_losses(
     tokens = jnp.maximum(sums["tokens"], 1)
     losses = {}
     if aux_losses.mixtral or aux_losses.mixtral_hf:
-        switch = tokens_per_expert_E.size * jnp.sum(tokens_per_expert_E / tokens * sums["probability_E"] / tokens)
+        switch = num_experts * jnp.sum(tokens_per_expert_E / tokens * sums["probability_E"] / tokens)
         if aux_losses.mixtral:
             losses["mixtral"] = switch / top_k
         if aux_losses.mixtral_hf:
@@ -90,7 +98,14 @@ def balance_losses(
     return losses
 
 
-def update_bias(bias_E: jax.Array, tokens_per_expert_E: jax.Array, step_size: float) -> jax.Array:
-    """Loss-free balancing, after each global batch: b_i += u sign(mean(c) - c_i) (arXiv 2408.15664, Algorithm 1)."""
-    mean = jnp.mean(tokens_per_expert_E, axis=-1, keepdims=True)
-    return bias_E + step_size * jnp.sign(mean - tokens_per_expert_E)
+def update_bias(
+    bias_N: jax.Array, tokens_per_expert_LW: jax.Array, is_own_LW: jax.Array | np.ndarray, step_size: float
+) -> jax.Array:
+    """Loss-free balancing, after each global batch: b_i += u sign(mean(c) - c_i) (arXiv 2408.15664, Algorithm 1).
+
+    tokens_per_expert_LW: of each layer's window, in which is_own_LW marks its experts; bias_N has them side by side.
+    """
+    mean_L1 = jnp.mean(tokens_per_expert_LW, axis=1, keepdims=True, where=is_own_LW)
+    sign_LW = jnp.sign(mean_L1 - tokens_per_expert_LW)
+    own_N = jnp.nonzero(is_own_LW.reshape(-1), size=bias_N.size)[0]
+    return bias_N + step_size * sign_LW.reshape(-1)[own_N]

@@ -1,12 +1,14 @@
-"""The decoder: pre-norm blocks of attention and mixture of experts, as scans over equal layers.
+"""The decoder: pre-norm blocks of attention and mixture of experts, as one scan over the layers.
 
-Runs of neighbouring layers with the same expert count are one `lax.scan` over stacked parameters
-(JAX has no ragged axes), so compile time follows the number of runs, not of layers. Parameters are
-plain dictionaries; NNX modules hold the code of one layer and are merged with them inside the trace.
-Axes: B batch rows, S sequence, D hidden, V vocabulary, E experts, N layers of a run or parts of a sequence.
+What all layers have alike is stacked; the experts of all layers are in one array a parameter (`laep_jax.model.flat`),
+so layers may have any number of them. Parameters are plain dictionaries; NNX modules hold the code of one layer and are
+merged with them inside the trace.
+Axes: B batch rows, S sequence, D hidden, V vocabulary, L layers, E experts of a layer, W of its window, N of all layers
+(or parts of a sequence), R experts in slots.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +16,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from laep_jax.config import AuxLossConfig, ModelConfig
+from laep_jax.laep.layout import Layout
 from laep_jax.model.attention import Attention
 from laep_jax.model.dispatch import DISPATCH_NAMES
+from laep_jax.model.flat import pick, read_rows, read_window
 from laep_jax.model.layers import RMSNorm, rms_norm
 from laep_jax.model.moe import MoE, MoEAux
-from laep_jax.sharding import batch_sharding, platform
+from laep_jax.sharding import batch_sharding, leaf_spec, platform
 
 LOGITS_CHUNK = 2**27  # of one row: half a gigabyte in float32
+ROUTER = "router_ED"
+EXPERTS = {"router_ND": ROUTER, "gate_up_NDG": "gate_up_RDG", "down_NFD": "down_RFD"}  # of all layers: in `MoE`
 
 
 class Block(nnx.Module):
@@ -32,11 +38,13 @@ class Block(nnx.Module):
         self.moe_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.moe = MoE(config, num_experts, aux_losses, rngs=rngs)
 
-    def __call__(self, x_BSD: jax.Array, batch: dict, bias_E: jax.Array, mesh: Mesh) -> tuple[jax.Array, MoEAux]:
+    def __call__(
+        self, x_BSD: jax.Array, batch: dict, bias_E: jax.Array, layout: Layout, mesh: Mesh
+    ) -> tuple[jax.Array, MoEAux]:
         segments_BS = batch["segments_BS"]
         with jax.named_scope("attention"):
             x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), segments_BS, batch["positions_BS"], mesh)
-        y_BSD, aux = self.moe(self.moe_norm(x_BSD), segments_BS > 0, bias_E, mesh)
+        y_BSD, aux = self.moe(self.moe_norm(x_BSD), segments_BS > 0, bias_E, layout, mesh)
         return x_BSD + y_BSD, aux
 
 
@@ -45,8 +53,8 @@ def _new_block(config: ModelConfig, num_experts: int, aux_losses: AuxLossConfig,
 
 
 @functools.lru_cache(maxsize=128)
-def _block_graph(config: ModelConfig, num_experts: int, aux_losses: AuxLossConfig) -> nnx.GraphDef:
-    make = functools.partial(Block, config, num_experts, aux_losses)
+def _block_graph(config: ModelConfig, aux_losses: AuxLossConfig) -> nnx.GraphDef:
+    make = functools.partial(Block, config, config.experts_per_layer[0], aux_losses)
     return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(params=0))))[0]
 
 
@@ -55,16 +63,22 @@ def init_params(config: ModelConfig, aux_losses: AuxLossConfig, key: jax.Array) 
     embedding_key, unembedding_key, layers_key = jax.random.split(key, 3)
     init = nnx.initializers.normal(0.02)
     vocab, hidden = config.vocab_size, config.hidden_size
-    runs, first = [], 0
-    for layers, experts in config.runs:
+    equal, first = [], 0
+    for experts, neighbours in itertools.groupby(config.experts_per_layer):
+        layers = len(list(neighbours))
         keys = jax.vmap(functools.partial(jax.random.fold_in, layers_key))(first + jnp.arange(layers))
-        runs.append(
-            jax.vmap(lambda k, experts=experts: nnx.to_pure_dict(_new_block(config, experts, aux_losses, k)[1]))(keys)
-        )
+        new = functools.partial(_new_block, config, experts, aux_losses)
+        equal.append(jax.vmap(lambda key, new=new: nnx.to_pure_dict(new(key)[1]))(keys))
         first += layers
+    moe = [layers.pop("moe") for layers in equal]
+
+    def of_all_layers(name: str) -> jax.Array:
+        return jnp.concatenate([part[name].reshape(-1, *part[name].shape[2:]) for part in moe])
+
     return {
         "embedding_VD": init(embedding_key, (vocab, hidden)),
-        "runs": runs,
+        "layers": jax.tree.map(lambda *parts: jnp.concatenate(parts), *equal),
+        "experts": {flat: of_all_layers(name) for flat, name in EXPERTS.items()},
         "final_norm": {"scale_D": jnp.ones((hidden,))},
         "unembedding_DV": init(unembedding_key, (hidden, vocab)),
     }
@@ -84,17 +98,40 @@ def _remat(body, policy: str):
     return jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*names))
 
 
-def _run_layers(x_BSD, params, bias_NE, batch, config: ModelConfig, graph: nnx.GraphDef, mesh: Mesh):
-    """One run of equal layers; `MoEAux` comes back stacked over them."""
+def _read_experts(experts: dict, carriers: dict, layout: Layout, dtype, mesh: Mesh) -> tuple[dict, dict]:
+    """A layer's router and the experts in its slots, as `MoE` has them, and the carriers."""
+    width, (devices, _) = layout.is_own_W.size, layout.expert_PS.shape
+    by_rows = devices > 1 and platform(mesh) != "tpu"
+    moe, carried = {}, {}
+    for flat, name in EXPERTS.items():
+        sharding = NamedSharding(mesh, leaf_spec(flat, experts[flat].shape, mesh))
+        in_slots = name != ROUTER and devices > 1
+        if in_slots and by_rows:
+            rows_R = layout.start + layout.expert_PS.reshape(-1)
+            moe[name], carried[flat] = read_rows(experts[flat], carriers[flat], rows_R, sharding)
+            continue
+        moe[name], carried[flat] = read_window(experts[flat], carriers[flat], layout.start, width, sharding)
+        if in_slots:
+            moe[name] = pick(moe[name], layout.expert_PS.reshape(-1), dtype)
+    return moe, carried
 
-    def body(x_BSD, layer):
-        weights, bias_E = layer
-        dense = {name: _gathered(part, x_BSD.dtype, mesh) for name, part in weights.items() if name != "moe"}
-        block = nnx.merge(graph, dense | {"moe": weights["moe"]})
-        x_BSD, aux = block(x_BSD, batch, bias_E, mesh)
-        return jax.lax.with_sharding_constraint(x_BSD, batch_sharding(mesh)), aux
 
-    return jax.lax.scan(_remat(body, config.remat), x_BSD, (params, bias_NE), unroll=config.layers == "unrolled")
+def _run_layers(x_BSD, params: dict, bias_N, layout: Layout, batch: dict, config: ModelConfig, graph, mesh: Mesh):
+    """All layers; `MoEAux` comes back stacked over them."""
+    experts = jax.lax.stop_gradient(params["experts"])  # the gradient is with the carriers
+
+    def body(carry, layer):
+        x_BSD, carriers = carry
+        weights, layout = layer
+        dense = {name: _gathered(part, x_BSD.dtype, mesh) for name, part in weights.items()}
+        moe, carriers = _read_experts(experts, carriers, layout, x_BSD.dtype, mesh)
+        bias_W = jax.lax.dynamic_slice_in_dim(bias_N, layout.start, layout.is_own_W.size)
+        x_BSD, aux = nnx.merge(graph, dense | {"moe": moe})(x_BSD, batch, bias_W, layout, mesh)
+        return (jax.lax.with_sharding_constraint(x_BSD, batch_sharding(mesh)), carriers), aux
+
+    carry, layers = (x_BSD, params["experts"]), (params["layers"], layout)
+    (x_BSD, _), aux = jax.lax.scan(_remat(body, config.remat), carry, layers, unroll=config.layers == "unrolled")
+    return x_BSD, aux
 
 
 @jax.custom_vjp
@@ -150,23 +187,24 @@ def _after(x: jax.Array, *numbers: jax.Array | float) -> jax.Array:
 def token_losses(
     params: dict,
     router_bias: dict,
+    layout: Layout,
     batch: dict[str, jax.Array],
     config: ModelConfig,
     aux_losses: AuxLossConfig,
     mesh: Mesh,
     summed: jax.Array | float = 0.0,
-) -> tuple[jax.Array, list[MoEAux]]:
+) -> tuple[jax.Array, MoEAux]:
     """Cross-entropy of every target, in nats.
 
     Args:
-      params, router_bias: as `init_params` and `TrainState.router_bias`.
+      params, router_bias: as `init_params` and `TrainState.router_bias`. layout: of all layers.
       batch: int32 arrays [B, S]: tokens_BS, targets_BS (-1: none), segments_BS (0: padding),
         positions_BS.
       summed: a finite number that was summed over the devices for the caller; the layers wait for it on CPU.
 
     Returns:
-      loss_BS float32 [B, S], zero where there is no target, and each run's `MoEAux`, stacked over
-      its layers.
+      loss_BS float32 [B, S], zero where there is no target, and the layers' `MoEAux`, stacked; counts are of the
+      experts of each layer's window.
     """
     dtype = jnp.dtype(config.dtype)
     table_VD = _gathered(params["embedding_VD"], dtype, mesh)
@@ -176,11 +214,9 @@ def token_losses(
         scale_D = _gathered(params["final_norm"]["scale_D"], dtype, mesh)
     if platform(mesh) == "cpu":
         x_BSD = _after(x_BSD, summed, unembedding_DV[0, 0], scale_D[0])
-    run_aux = []
-    for (_, experts), run, bias in zip(config.runs, params["runs"], router_bias["runs"], strict=True):
-        graph = _block_graph(config, experts, aux_losses)
-        x_BSD, aux = _run_layers(x_BSD, run, bias["bias_E"], batch, config, graph, mesh)
-        run_aux.append(aux)
+    layout = jax.tree.map(jnp.asarray, layout)
+    graph = _block_graph(config, aux_losses)
+    x_BSD, aux = _run_layers(x_BSD, params, router_bias["bias_N"], layout, batch, config, graph, mesh)
     with jax.named_scope("head"):
         x_BSD = rms_norm(x_BSD, scale_D, config.norm_eps)
-        return cross_entropy(x_BSD, unembedding_DV, batch["targets_BS"]), run_aux
+        return cross_entropy(x_BSD, unembedding_DV, batch["targets_BS"]), aux

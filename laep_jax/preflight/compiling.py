@@ -17,8 +17,8 @@ from laep_jax.chips import find_slice
 from laep_jax.config import Config
 from laep_jax.errors import UserError
 from laep_jax.sharding import make_mesh
-from laep_jax.state.surgery import Kept, lower_largest_gather, pruned_config
-from laep_jax.state.tree import abstract_state
+from laep_jax.state.surgery import Kept, kept_rows, lower_gather
+from laep_jax.state.tree import abstract_layout, abstract_state
 from laep_jax.training.step import abstract_batch, make_train_step
 
 
@@ -58,8 +58,8 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
 def compile_step(config: Config, devices: list[jax.Device]) -> Program:
     """The very step that `train.py` runs with this (resolved) config."""
     mesh = make_mesh(config.mesh, devices)
-    lowered = make_train_step(config, mesh).lower(abstract_state(config, mesh), abstract_batch(config, mesh))
-    return compile_program(lowered)
+    arguments = abstract_state(config, mesh), abstract_layout(config, mesh), abstract_batch(config, mesh)
+    return compile_program(make_train_step(config, mesh).lower(*arguments))
 
 
 def compile_program(lowered: jax.stages.Lowered) -> Program:
@@ -84,6 +84,6 @@ def compile_program(lowered: jax.stages.Lowered) -> Program:
 
 def compile_prune(config: Config, devices: list[jax.Device], kept: Kept) -> Program:
     """The part of the prune (`surgery.prune_state`) that needs most memory: it runs beside the full old state."""
-    mesh = make_mesh(config.mesh, devices)
-    old, new = abstract_state(config, mesh), abstract_state(pruned_config(config, kept), mesh)
-    return compile_program(lower_largest_gather(old, kept, config.model, new))
+    rows_N = kept_rows(config.model.experts_per_layer, kept)
+    leaves = jax.tree.leaves(abstract_state(config, make_mesh(config.mesh, devices)).params["experts"])
+    return compile_program(lower_gather(max(leaves, key=lambda leaf: leaf.size), len(rows_N)))

@@ -14,8 +14,6 @@ from laep_jax.laep.balance import device_loads, imbalance
 from laep_jax.laep.plan import make_plan
 from laep_jax.laep.recorded_loads import read_counts_or_run, read_expert_parallel
 from laep_jax.laep.rule import PruneRule
-from laep_jax.laep.runs import cost_of_merging, merge_runs
-from laep_jax.model.accounting import model_size
 from laep_jax.model.attention import attention_kernel
 from laep_jax.preflight.compiling import Program, compile_prune, compile_step, topology_devices
 from laep_jax.preflight.estimate import Estimate, estimate, state_by_leaf
@@ -44,8 +42,7 @@ class Preflight:
     """step: as the config has it. after: the same after the prune that the loads ask for, None without loads.
 
     prune_bytes: what the prune needs at most on one chip, the old state included. state: (name, sharding, bytes) of
-    the old state's leaves, the largest first. merging: what `LaepConfig.max_runs` costs, empty where it is not set.
-    source: which steps of a run the loads are from, empty where they are from a file.
+    the old state's leaves, the largest first. source: which steps of a run the loads are from, empty of those of a file.
     """
 
     topology: str
@@ -57,7 +54,6 @@ class Preflight:
     prune_bytes: int
     prune: Program
     state: list[tuple[str, str, int]]
-    merging: str
     source: str
 
     @property
@@ -79,11 +75,10 @@ def preflight(
     config, counts, source = _read_counts(config, loads) if loads else (config, [], "")
     config = config.resolve(len(devices))
     if counts:
-        before, kept, after, merging = _with_loads(config, counts)
+        before, kept, after = _with_loads(config, counts)
     else:
-        before, merging = _with_max_runs(config)
+        before, after = Model(config), None
         kept = [list(reversed(range(count))) for count in before.config.model.experts_per_layer]  # at worst all move
-        after = None
     step = compile_step(before.config, devices)
     if save and step.executable:
         save_step(save, step.executable, before.config, make_mesh(before.config.mesh, devices))
@@ -99,7 +94,6 @@ def preflight(
         prune_bytes=sum(size for _, _, size in state) + prune.temporary_bytes + prune.output_bytes,
         prune=prune,
         state=state,
-        merging=merging,
         source=source,
     )
 
@@ -116,43 +110,15 @@ def _read_counts(config: Config, loads: Path) -> tuple[Config, list[np.ndarray],
     return config.with_num_experts(experts), counts, source
 
 
-def _with_loads(config: Config, counts: Sequence[np.ndarray]) -> tuple[Model, Kept, Model, str]:
-    """The model, the prune that these loads ask for, the model after it, and what `max_runs` costs there."""
+def _with_loads(config: Config, counts: Sequence[np.ndarray]) -> tuple[Model, Kept, Model]:
+    """The model, the prune that these loads ask for, and the model after it."""
     expert_parallel = config.mesh.expert or 1
-
     rule = PruneRule.from_settings(config.laep, len(counts), top_k=config.model.top_k, expert_parallel=expert_parallel)
-    plan = make_plan(counts, rule, max_runs=config.laep.max_runs)
+    plan = make_plan(counts, rule)
     old = tuple(imbalance(device_loads(tokens_NE.mean(axis=0), expert_parallel)) for tokens_NE in counts)
     new = tuple(layer.imbalance_after for layer in plan.layers)
     pruned = pruned_config(config, plan.kept)
-    merging = (
-        _cost_of_merging(pruned_config(config, make_plan(counts, rule).kept), pruned) if config.laep.max_runs else ""
-    )
-    return (
-        Model(with_receive_buffer(config, old), old),
-        plan.kept,
-        Model(with_receive_buffer(pruned, new), new),
-        merging,
-    )
-
-
-def _with_max_runs(config: Config) -> tuple[Model, str]:
-    if config.laep.max_runs is None:
-        return Model(config), ""
-    kept = config.model.experts_per_layer
-    sizes = [max(kept)] * len(kept)  # the config may be of a pruned model, whose layers had more
-    merged = config.with_num_experts(merge_runs(kept, sizes, config.laep.max_runs))
-    return Model(merged), _cost_of_merging(config, merged)
-
-
-def _cost_of_merging(config: Config, merged: Config) -> str:
-    assert config.laep.max_runs is not None
-    before, after = (model_size(c.model, sequence_length=1).total for c in (config, merged))
-    cost = cost_of_merging(config.model.experts_per_layer, merged.model.experts_per_layer, config.laep.max_runs)
-    return (
-        f"LaepConfig.max_runs={config.laep.max_runs}: {cost}, "
-        f"parameters {before / 1e9:,.3f} B to {after / 1e9:,.3f} B ({after / before - 1:+.1%})"
-    )
+    return Model(with_receive_buffer(config, old), old), plan.kept, Model(with_receive_buffer(pruned, new), new)
 
 
 def as_json(flight: Preflight) -> dict:
@@ -163,7 +129,6 @@ def as_json(flight: Preflight) -> dict:
         "attention": flight.attention,
         "fits": flight.fits,
         "receive_buffer": flight.config.model.receive_buffer,
-        "max_runs": flight.merging,
         "loads": flight.source,
         "prune_bytes": flight.prune_bytes,
         "prune_compile_seconds": flight.prune.compile_seconds,
@@ -180,7 +145,6 @@ def table(flight: Preflight) -> str:
         f"mesh data {mesh.data} x fsdp {mesh.fsdp} x expert {mesh.expert}; "
         f"{data.batch_size:,} sequences of {data.sequence_length:,} tokens; attention {flight.attention}",
         *([f"loads of {flight.source}"] if flight.source else []),
-        *([flight.merging] if flight.merging else []),
         "",
         "the state on one chip      GB  sharding",
         *(f"  {name:<20}{size / 1e9:>8.3f}  {spec}" for name, spec, size in flight.state),

@@ -1,11 +1,11 @@
-"""Fingerprints of a training state: two 32-bit sums for every leaf, layer and expert, made on its devices.
+"""Fingerprints of a training state: two 32-bit sums for every layer and expert of a leaf, made on its devices.
 
 Every word of an array is mixed with its place, and the results are added modulo 2**32: a change of one word always
 changes both sums, any other change all but never leaves both as they are. Sums of integers are the same in every order,
-so a fingerprint is the same on every mesh. The place counts within the slice that the fingerprint is of (an expert's of
-a layer, or a layer's), so a prune moves fingerprints as it moves experts: fingerprint(x[kept]) == fingerprint(x)[kept].
+so a fingerprint is the same on every mesh. The place counts within the slice that the fingerprint is of (an expert's or
+a layer's), so a prune moves fingerprints as it moves experts: fingerprint(x[rows]) == fingerprint(x)[rows].
 
-Axes: E experts of a layer, S the two sums.
+Axes: N experts of all layers, S the two sums.
 """
 
 import functools
@@ -15,64 +15,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jax.tree_util import keystr, tree_flatten_with_path
+from jax.tree_util import tree_flatten_with_path
 
-from laep_jax.sharding import Mesh, expert_axis, leaf_name, replicated
-from laep_jax.state.surgery import Kept, leaf_key, run_position
+from laep_jax.sharding import Mesh, leaf_name, replicated, sliced_axis
+from laep_jax.state.surgery import leaf_key
 
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of a dtype
-OUTSIDE = -1  # the layer of a leaf that belongs to none
-# uint32, [E, S] for a leaf with experts and [S] for one without, by the leaf (without its run) and the layer
-Fingerprints = dict[tuple[str, int], np.ndarray]
+Fingerprints = dict[str, np.ndarray]  # uint32 by leaf: [layers, S], [N, S], or [S] of one that has neither
 
 
 def fingerprints(state) -> Fingerprints:
-    """Of every leaf of a state, layer by layer, whatever the runs they are grouped into. Every process must call it."""
+    """Of every leaf of a state, layer by layer and expert by expert. Every process must call it."""
     paths, leaves = zip(*tree_flatten_with_path(state)[0], strict=True)
     sums = jax.device_get(compile_fingerprints(state)(leaves))
-    found: Fingerprints = {}
-    layers: dict[str, int] = {}
-    for path, leaf, values in zip(paths, leaves, sums, strict=True):
-        if not _kept_dims(path, leaf):
-            found[leaf_key(path), OUTSIDE] = values
-            continue
-        position = run_position(path)
-        name = keystr((*path[:position], *path[position + 1 :]), simple=True, separator=".")
-        for of_layer in values:
-            layer = layers[name] = layers.get(name, -1) + 1
-            found[name, layer] = of_layer
-    return found
+    return {leaf_key(path): values for path, values in zip(paths, sums, strict=True)}
 
 
 def compile_fingerprints(state) -> jax.stages.Compiled:
     """The program for states like this one, which may be abstract; compiled once."""
     paths, leaves = zip(*tree_flatten_with_path(state)[0], strict=True)
     abstract = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves)
-    return _compiled(abstract, tuple(map(_kept_dims, paths, leaves)))
+    has_slices = tuple(
+        sliced_axis(leaf_name(path), leaf.ndim) is not None for path, leaf in zip(paths, leaves, strict=True)
+    )
+    return _compiled(abstract, has_slices)
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(leaves: tuple[jax.ShapeDtypeStruct, ...], kept_dims: tuple[tuple[int, ...], ...]) -> jax.stages.Compiled:
+def _compiled(leaves: tuple[jax.ShapeDtypeStruct, ...], has_slices: tuple[bool, ...]) -> jax.stages.Compiled:
     def of_all(leaves: Sequence[jax.Array]) -> list[jax.Array]:
-        return [_sums(leaf, dims) for leaf, dims in zip(leaves, kept_dims, strict=True)]
+        return [_sums(leaf, int(slices)) for leaf, slices in zip(leaves, has_slices, strict=True)]
 
     mesh = leaves[0].sharding.mesh if isinstance(leaves[0].sharding, NamedSharding) else None
     return jax.jit(of_all, out_shardings=replicated(mesh) if isinstance(mesh, Mesh) else None).lower(leaves).compile()
 
 
-def _kept_dims(path: tuple, leaf: jax.Array) -> tuple[int, ...]:
-    """The dimensions that a leaf's fingerprints have too: its layers, its experts."""
-    if run_position(path) is None:
-        return ()
-    axis = expert_axis(leaf_name(path), leaf.ndim)
-    return (0,) if axis is None else (0, axis)
-
-
-def _sums(leaf: jax.Array, kept_dims: tuple[int, ...]) -> jax.Array:
+def _sums(leaf: jax.Array, first_dim: int) -> jax.Array:
+    """Over the dimensions from `first_dim` on."""
     bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
     words = jax.lax.bitcast_convert_type(bits, WORDS[bits.dtype.itemsize]).astype(jnp.uint32)
     place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
-    dims = [dim for dim in range(leaf.ndim) if dim not in kept_dims]
+    dims = range(first_dim, leaf.ndim)
     for dim in reversed(dims):
         place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, dim) * jnp.uint32(stride % 2**32)
         stride *= leaf.shape[dim]
@@ -89,27 +72,35 @@ def _mixed(x: jax.Array, factor: int) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def pruned_fingerprints(of_old: Fingerprints, kept: Kept) -> Fingerprints:
-    """What the fingerprints of a pruned state must be. kept: per layer the old slots in new order."""
-    return {(leaf, i): v_ES[list(kept[i])] if v_ES.ndim == 2 else v_ES for (leaf, i), v_ES in of_old.items()}
+def pruned_fingerprints(of_old: Fingerprints, rows_N: np.ndarray) -> Fingerprints:
+    """What the fingerprints of a pruned state must be. rows_N: of `surgery.kept_rows`."""
+    return {leaf: sums[rows_N] if _is_of_experts(leaf, sums) else sums for leaf, sums in of_old.items()}
 
 
-def first_difference(got: Fingerprints, want: Fingerprints, kept: Kept | None = None) -> str | None:
-    """Names leaf, layer and expert where two differ first, None where they do not. kept: experts go by their old slots.
+def _is_of_experts(leaf: str, sums: np.ndarray) -> bool:
+    letters = leaf.rpartition("_")[2]
+    return sums.ndim == 2 and letters.isupper() and letters[0] == "N"
 
-    >>> want = {("moe.down_EFD", 3): np.array([[5, 7], [1, 6]], np.uint32)}
-    >>> first_difference({("moe.down_EFD", 3): np.array([[5, 7], [2, 9]], np.uint32)}, want)
-    'moe.down_EFD of layer 3, expert 1'
+
+def first_difference(got: Fingerprints, want: Fingerprints, experts: Sequence[tuple[int, int]] = ()) -> str | None:
+    """Names leaf, layer and expert where two differ first, None where they do not.
+
+    experts: layer and number of each row of the arrays of experts.
+
+    >>> want = {"experts.down_NFD": np.array([[5, 7], [1, 6]], np.uint32)}
+    >>> first_difference({"experts.down_NFD": np.array([[5, 7], [2, 9]], np.uint32)}, want, [(0, 0), (3, 1)])
+    'experts.down_NFD of layer 3, expert 1'
     """
     assert got.keys() == want.keys(), got.keys() ^ want.keys()
     places = []
-    for (leaf, layer), values in want.items():
-        wrong = np.flatnonzero(np.any(got[leaf, layer] != values, axis=-1))
-        name = leaf if layer == OUTSIDE else f"{leaf} of layer {layer}"
+    for leaf, values in want.items():
+        wrong = np.flatnonzero(np.any(got[leaf] != values, axis=-1)).tolist()
         if values.ndim == 1:
-            places += [name] * len(wrong)
+            places += [leaf] * len(wrong)
+        elif _is_of_experts(leaf, values):
+            places += [f"{leaf} of layer {experts[row][0]}, expert {experts[row][1]}" for row in wrong]
         else:
-            places += [f"{name}, expert {kept[layer][slot] if kept else slot}" for slot in wrong.tolist()]
+            places += [f"{leaf} of layer {layer}" for layer in wrong]
     more = f" ({len(places) - 1} more places)" if len(places) > 1 else ""
     return places[0] + more if places else None
 
@@ -117,16 +108,14 @@ def first_difference(got: Fingerprints, want: Fingerprints, kept: Kept | None = 
 def to_arrays(of_state: Fingerprints) -> dict[str, np.ndarray]:
     """As arrays of numbers for an .npz file; the names as lines of UTF-8."""
     return {
-        "leaf": np.frombuffer("\n".join(leaf for leaf, _ in of_state).encode(), np.uint8),
-        "layer": np.array([layer for _, layer in of_state], np.int32),
-        "experts": np.array([len(values) if values.ndim == 2 else 0 for values in of_state.values()], np.int32),
+        "leaf": np.frombuffer("\n".join(of_state).encode(), np.uint8),
+        "slices": np.array([len(values) if values.ndim == 2 else 0 for values in of_state.values()], np.int32),
         "sums": np.concatenate([values.reshape(-1, 2) for values in of_state.values()]),
     }
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> Fingerprints:
     """What `to_arrays` was given."""
-    experts = arrays["experts"]
-    parts = np.split(arrays["sums"], np.cumsum(np.maximum(experts, 1))[:-1])
-    names = zip(arrays["leaf"].tobytes().decode().split("\n"), arrays["layer"].tolist(), strict=True)
-    return {name: part if n else part[0] for name, n, part in zip(names, experts, parts, strict=True)}
+    slices, names = arrays["slices"], arrays["leaf"].tobytes().decode().split("\n")
+    parts = np.split(arrays["sums"], np.cumsum(np.maximum(slices, 1))[:-1])
+    return {name: part if n else part[0] for name, n, part in zip(names, slices, parts, strict=True)}

@@ -1,7 +1,7 @@
 """What a training run carries from step to step.
 
-Axes as in `laep_jax.sharding`. Every leaf that belongs to layers lives under the key "runs", in
-the list entry of its run, stacked over the run's layers; optimizer moments repeat those paths.
+Axes as in `laep_jax.sharding`. What all layers have alike is stacked over them, under the key "layers"; the experts of
+all layers are in one array a parameter, under "experts", layer after layer. Optimizer moments repeat those paths.
 """
 
 import dataclasses
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from laep_jax.config import Config
+from laep_jax.laep.layout import Layout, in_order, make_layout
 from laep_jax.model.transformer import init_params
-from laep_jax.sharding import Mesh, tree_shardings
+from laep_jax.sharding import Mesh, replicated, tree_shardings
 from laep_jax.state.optimizer import make_optimizer
 
 
@@ -24,8 +25,7 @@ from laep_jax.state.optimizer import make_optimizer
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`step`: optimizer steps done (int32), those skipped left out. `router_bias`: {"runs":
-    [{"bias_E": [layers, E]}, ...]}.
+    """`step`: optimizer steps done (int32), those skipped left out. `router_bias`: {"bias_N": float32}.
 
     The bias is added to the router's logits when experts are chosen, not when they are weighted: zero
     by default, moved by the loss-free balancing, minus infinity to mask an expert.
@@ -40,8 +40,8 @@ class TrainState:
 def new_state(config: Config) -> TrainState:
     """A fresh state; a pure function of the config, to be traced or jitted."""
     params = init_params(config.model, config.aux_loss, jax.random.key(config.train.seed))
-    bias = {"runs": [{"bias_E": jnp.zeros((layers, experts))} for layers, experts in config.model.runs]}
-    return TrainState(jnp.int32(0), params, make_optimizer(config).init(params), bias)
+    bias_N = jnp.zeros(sum(config.model.experts_per_layer))
+    return TrainState(jnp.int32(0), params, make_optimizer(config).init(params), {"bias_N": bias_N})
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -58,3 +58,21 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
     """A fresh state, made shard by shard on its devices."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     return jax.jit(functools.partial(new_state, config), out_shardings=shardings)()
+
+
+def initial_layout(config: Config) -> Layout:
+    """Of a model whose loads are not known, or whose experts a plan has put in order. config: resolved."""
+    assert config.mesh.expert is not None
+    experts = config.model.experts_per_layer
+    return make_layout([in_order(count, config.mesh.expert) for count in experts], experts)
+
+
+def put_layout(layout: Layout, mesh: Mesh) -> Layout:
+    """The layout, replicated on the devices, as the steps take it."""
+    return jax.device_put(layout, replicated(mesh))
+
+
+def abstract_layout(config: Config, mesh: Mesh) -> Layout:
+    """Shapes, dtypes and shardings of the layouts of a model; allocates nothing on devices."""
+    layout = initial_layout(config)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), layout)

@@ -1,6 +1,8 @@
 """What is measured without training: the validation loss, and the loss and loads a pruned model would have.
 
-Axes: L layers, E experts of a layer, M domains.
+eval_step: (params, router_bias, batch) -> what `training.step.make_eval_step` returns.
+
+Axes: L layers, E experts of a layer, W of its window, N of all layers, M domains.
 """
 
 import dataclasses
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import numpy as np
 
+from laep_jax.laep.layout import windows
 from laep_jax.sharding import Mesh, put_batch
 from laep_jax.state.tree import TrainState
 
@@ -24,9 +27,10 @@ class ValidationLoss:
     targets_by_domain: dict[str, int]
 
 
-def by_layer(tokens_per_expert: Sequence[jax.Array]) -> list[np.ndarray]:
-    """The step's counts by run, [layers, E] each, as one int64 [E] a layer on the host."""
-    return [np.asarray(counts_E, np.int64) for run in jax.device_get(list(tokens_per_expert)) for counts_E in run]
+def by_layer(tokens_per_expert_LW: jax.Array, num_experts: Sequence[int]) -> list[np.ndarray]:
+    """The step's counts as one int64 [E] a layer on the host."""
+    counts_LW = np.asarray(tokens_per_expert_LW, np.int64)
+    return [counts_W[own_W] for counts_W, own_W in zip(counts_LW, windows(num_experts)[1], strict=True)]
 
 
 def validation_loss(
@@ -44,22 +48,19 @@ def validation_loss(
     return ValidationLoss(float(total_M.sum() / number_M.sum()), losses, targets)
 
 
-def masked_bias(router_bias: dict, pruned: Sequence[Sequence[int]]) -> dict:
+def masked_bias(router_bias: dict, num_experts: Sequence[int], pruned: Sequence[Sequence[int]]) -> dict:
     """The router bias with minus infinity at each layer's pruned experts: exactly the pruned model."""
-    runs, layer = [], 0
-    for run in router_bias["runs"]:
-        bias_LE = run["bias_E"]
-        mask_LE = np.zeros(bias_LE.shape, np.float32)
-        for row_E in mask_LE:
-            row_E[list(pruned[layer])] = -np.inf
-            layer += 1
-        runs.append({"bias_E": jax.device_put(bias_LE + mask_LE, bias_LE.sharding)})
-    return {"runs": runs}
+    bias_N = router_bias["bias_N"]
+    mask_N = np.zeros(bias_N.shape, np.float32)
+    for first, experts in zip(np.cumsum(num_experts) - num_experts, pruned, strict=True):
+        mask_N[first + np.array(experts, int)] = -np.inf
+    return {"bias_N": jax.device_put(bias_N + mask_N, bias_N.sharding)}
 
 
 def masked_loss(
     eval_step: Callable,
     state: TrainState,
+    num_experts: Sequence[int],
     pruned: Sequence[Sequence[int]],
     batches: Iterable[HostBatch],
     mesh: Mesh,
@@ -71,13 +72,14 @@ def masked_loss(
     number of experts, and with the all-gather dispatch those over a token's experts, which the prune moves to other
     devices. Where neither is another it is the same bit for bit.
     """
-    masked = dataclasses.replace(state, router_bias=masked_bias(state.router_bias, pruned))
+    masked = dataclasses.replace(state, router_bias=masked_bias(state.router_bias, num_experts, pruned))
     return validation_loss(eval_step, masked, batches, mesh, domains)
 
 
 def masked_loads(
     eval_step: Callable,
     state: TrainState,
+    num_experts: Sequence[int],
     pruned: Sequence[Sequence[int]],
     batches: Iterable[HostBatch],
     mesh: Mesh,
@@ -86,10 +88,10 @@ def masked_loads(
 
     Pruning re-routes tokens, so these and not the recorded loads are what has to be balanced.
     """
-    bias = masked_bias(state.router_bias, pruned)
+    bias = masked_bias(state.router_bias, num_experts, pruned)
     totals: list[np.ndarray] = []
     for batch in batches:
         batch = batch | {"domains_BS": np.zeros_like(batch["tokens_BS"])}  # the eval step wants some
-        counts = by_layer(eval_step(state.params, bias, put_batch(batch, mesh))[2])
+        counts = by_layer(eval_step(state.params, bias, put_batch(batch, mesh))[2], num_experts)
         totals = [total + more for total, more in zip(totals, counts, strict=True)] if totals else counts
     return totals

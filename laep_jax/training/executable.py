@@ -16,7 +16,7 @@ from laep_jax.config import Config
 from laep_jax.errors import UserError, require
 from laep_jax.files import parse_json, read_bytes
 from laep_jax.sharding import Mesh
-from laep_jax.state.tree import abstract_state
+from laep_jax.state.tree import abstract_layout, abstract_state
 from laep_jax.training.step import abstract_batch, make_train_step
 
 MAX_BYTES = 2**33  # of a file
@@ -62,7 +62,7 @@ def load_step(file: Path, config: Config, mesh: Mesh) -> jax.stages.Compiled:
     require(isinstance(then, dict), "--executable", str(file), "is no file of `preflight --save`")
     for name, now in requirements(config, mesh).items():
         require(then.get(name) == now, name, now, f"does not fit --executable={file}, made for {then.get(name)}")
-    arguments = (abstract_state(config, mesh), abstract_batch(config, mesh))
+    arguments = (abstract_state(config, mesh), abstract_layout(config, mesh), abstract_batch(config, mesh))
     results = jax.eval_shape(make_train_step(config, mesh), *arguments)
     return serialize_executable.deserialize_and_load(
         payload,

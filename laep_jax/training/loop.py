@@ -30,7 +30,7 @@ def train_to_end(trainer: Trainer, preemption: PreemptionGuard) -> dict:
             preemption.begin_step()
         with trainer.watch("step", step + 1):
             batch = put_batch(trainer.dataset.train_batch(step), trainer.mesh)
-            trainer.model.state, metrics = trainer.model.steps.train(trainer.model.state, batch)
+            metrics = trainer.model.train(batch)
         trainer.run_state.step = step = step + 1
         if unrecorded:
             record(trainer, *unrecorded)
@@ -70,7 +70,7 @@ def record(trainer: Trainer, step: int, metrics: dict) -> None:
 
 def _fetch(trainer: Trainer, step: int, metrics: dict) -> tuple[bool, dict]:
     """Whether the step was finite, and the fields of its record; the counts go to the controller and the log."""
-    counts = by_layer(metrics.pop("tokens_per_expert"))
+    counts = by_layer(metrics.pop("tokens_per_expert"), trainer.run_state.num_experts)
     metrics = jax.device_get(metrics)
     now = time.perf_counter()
     seconds, trainer.clock = now - trainer.clock, now

@@ -30,7 +30,7 @@ from laep_jax.laep.stability import history_capacity
 from laep_jax.model.attention import attention_kernel
 from laep_jax.paths import require_path
 from laep_jax.sharding import make_mesh
-from laep_jax.state.tree import abstract_state, init_state
+from laep_jax.state.tree import abstract_state, init_state, initial_layout, put_layout
 from laep_jax.switches import require_switches
 from laep_jax.tracking.console import RunConsole
 from laep_jax.tracking.pause import Pause
@@ -161,9 +161,12 @@ def _make_trainer(
     """With a new model, that of the checkpoint, or the smaller one that the checkpoint's plan leads to."""
     config, step, pending = run_state.current(base), run_state.step, run_state.pending
     mesh = make_mesh(config.mesh)
+    layout = put_layout(initial_layout(config), mesh)
     rest = (mesh, dataset, checkpoints, log, console, run_state, watch)
     if not step:
-        model = Model(config, init_state(config, mesh), make_steps(config, mesh, len(dataset.domains), first_step))
+        model = Model(
+            config, init_state(config, mesh), layout, make_steps(config, mesh, len(dataset.domains), first_step)
+        )
         run_state.summary.parameters_before = model.size.total
         return Trainer(model, None, *rest)
     again = f"; steps {step + 1} to {log.last_step} are done again" if log.last_step > step else ""
@@ -172,7 +175,7 @@ def _make_trainer(
     if pending and pending.due == step < config.train.num_steps:
         smaller = SmallerModel(pending.plan, step, config, mesh, len(dataset.domains), watch)
         pause = Pause()
-        model = restore_survivors(smaller, None, checkpoints, run_state, pause)
+        model = restore_survivors(smaller, None, mesh, checkpoints, run_state, pause)
         trainer = Trainer(model, None, *rest)
         trainer.pause = pause
         finish(trainer, smaller, model)
@@ -180,7 +183,7 @@ def _make_trainer(
     loads = LoadHistory.from_arrays(history, history_capacity(config.laep))
     state = checkpoints.restore(step, abstract_state(config, mesh))
     steps = make_steps(config, mesh, len(dataset.domains), first_step)
-    trainer = Trainer(Model(config, state, steps), loads, *rest)
+    trainer = Trainer(Model(config, state, layout, steps), loads, *rest)
     if pending:
         schedule(trainer, pending.plan, pending.made, pending.due)
     return trainer

@@ -11,6 +11,7 @@ from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset
 from laep_jax.gin_config import operative_config
+from laep_jax.laep.layout import Layout
 from laep_jax.laep.load import LoadHistory
 from laep_jax.model.accounting import ModelSize, model_size
 from laep_jax.sharding import Mesh
@@ -24,21 +25,35 @@ from laep_jax.training.prune.controller import Controller
 from laep_jax.training.prune.guard import softened
 from laep_jax.training.prune.smaller_model import SmallerModel
 from laep_jax.training.run_state import RunState
+from laep_jax.training.step import Batch, Metrics
 from laep_jax.training.watch import Watch
 
 
 @dataclasses.dataclass
 class Model:
-    """What is trained, replaced as a whole by a prune. config: resolved. step_seconds: None where a step compiled."""
+    """What is trained, replaced as a whole by a prune.
+
+    config: resolved. layout: of its experts, on the devices. step_seconds: None where a step compiled.
+    """
 
     config: Config
     state: TrainState
+    layout: Layout
     steps: CompiledSteps
     step_seconds: list[float | None] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
     def size(self) -> ModelSize:
         return model_size(self.config.model, sequence_length=self.config.data.sequence_length)
+
+    def train(self, batch: Batch) -> Metrics:
+        """One optimizer step."""
+        self.state, metrics = self.steps.train(self.state, self.layout, batch)
+        return metrics
+
+    def evaluate(self, params: dict, router_bias: dict, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `make_eval_step`."""
+        return self.steps.evaluate(params, router_bias, self.layout, batch)
 
     @property
     def compiles(self) -> bool:
@@ -106,7 +121,7 @@ class Trainer:
     def evaluate(self, step: int, when: str) -> float:
         """The validation loss; shown, and logged by domain."""
         with self.watch("evaluate", step):
-            validation = validation_loss(self.model.steps.evaluate, self.model.state, *self.measured_on)
+            validation = validation_loss(self.model.evaluate, self.model.state, *self.measured_on)
         loss, losses, targets = validation.loss, validation.loss_by_domain, validation.targets_by_domain
         summary = self.run_state.summary
         if summary.validation_targets_by_domain != targets:  # once, as long as the batches stay the same
@@ -128,7 +143,7 @@ class Trainer:
         save = self.checkpoints.save_now if now else self.checkpoints.save
         meta: dict[str, Any] = self.run_state.to_meta()
         with self.watch("save", step):
-            save(step, self.model.state, self.controller.history.to_arrays(), meta)
+            save(step, self.model.state, self.controller.history.to_arrays(), meta, self.run_state.num_experts)
 
 
 def make_controller(config: Config, run_state: RunState, history: LoadHistory | None) -> Controller:

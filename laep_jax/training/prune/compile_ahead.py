@@ -15,7 +15,7 @@ import jax
 
 from laep_jax.config import Config
 from laep_jax.sharding import Mesh
-from laep_jax.state.tree import TrainState
+from laep_jax.state.tree import TrainState, abstract_layout
 from laep_jax.training.step import abstract_batch, make_eval_step, make_train_step
 
 THREAD = "compiling ahead"
@@ -33,8 +33,11 @@ class CompiledSteps:
 def compile_steps(config: Config, mesh: Mesh, abstract: TrainState, num_domains: int) -> CompiledSteps:
     """Both steps compiled. config: resolved. abstract: the model's `abstract_state`. num_domains: of the text."""
     validation = abstract_batch(config, mesh, validation=True)
-    evaluate = make_eval_step(config, mesh, num_domains).lower(abstract.params, abstract.router_bias, validation)
-    train = make_train_step(config, mesh).lower(abstract, abstract_batch(config, mesh))
+    layout = abstract_layout(config, mesh)
+    evaluate = make_eval_step(config, mesh, num_domains).lower(
+        abstract.params, abstract.router_bias, layout, validation
+    )
+    train = make_train_step(config, mesh).lower(abstract, layout, abstract_batch(config, mesh))
     return CompiledSteps(train.compile(), evaluate.compile())
 
 

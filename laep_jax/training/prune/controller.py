@@ -74,9 +74,7 @@ class Controller:
 
     def prune_plan(self, placement_loads: Sequence[np.ndarray] | None = None) -> Plan:
         """Algorithms 1 and 2 on the last window, or the plan given. placement_loads: as for `laep.plan.make_plan`."""
-        return self._given or make_plan(
-            self._last_window(), self.rule, placement_loads=placement_loads, max_runs=self.laep.max_runs
-        )
+        return self._given or make_plan(self._last_window(), self.rule, placement_loads=placement_loads)
 
     def rearrangement(self) -> Plan | None:
         """A plan that only moves experts, where that lowers the largest device load enough."""

@@ -47,7 +47,7 @@ def _why_not(trainer: Trainer, report: StabilityReport, plan: Plan | None) -> st
         chosen, devices = max(len(layer.eligible) for layer in plan.layers), trainer.controller.rule.expert_parallel
         return (
             f"the rule chose {chosen} experts of a layer at most, and none can go: what is kept is rounded up to "
-            f"MeshConfig.expert={devices} and by LaepConfig.max_runs; raise LaepConfig.alpha or LaepConfig.beta"
+            f"MeshConfig.expert={devices}; raise LaepConfig.alpha or LaepConfig.beta"
         )
     if trainer.controller.prunes >= laep.max_prunes:
         if not trainer.run_state.retries:
@@ -69,10 +69,11 @@ def _checked_plan(trainer: Trainer, step: int) -> Plan | None:
     plan, tolerance = _make_plan(trainer, step), trainer.config.laep.guard_tolerance
     if tolerance is None or not plan.prunes:
         return plan
-    before = validation_loss(trainer.model.steps.evaluate, trainer.model.state, *trainer.measured_on).loss
+    model, num_experts = trainer.model, trainer.run_state.num_experts
+    before = validation_loss(model.evaluate, model.state, *trainer.measured_on).loss
     while True:
         pruned = [layer.pruned for layer in plan.layers]
-        loss = masked_loss(trainer.model.steps.evaluate, trainer.model.state, pruned, *trainer.measured_on).loss
+        loss = masked_loss(model.evaluate, model.state, num_experts, pruned, *trainer.measured_on).loss
         harm = rise(before, loss)
         stands = not harm > tolerance
         trainer.log.write("dry_run", step, stands=stands, validation_loss_before=before, validation_loss=loss)
@@ -102,7 +103,7 @@ def _make_plan(trainer: Trainer, step: int) -> Plan:
     first = max(0, step - trainer.config.train.eval_batches)
     batches = [trainer.dataset.train_batch(i) for i in range(first, step)]
     pruned = [layer.pruned for layer in plan.layers]
-    loads = masked_loads(trainer.model.steps.evaluate, trainer.model.state, pruned, batches, trainer.mesh)
+    loads = masked_loads(trainer.model.evaluate, trainer.model.state, plan.num_experts, pruned, batches, trainer.mesh)
     return trainer.controller.prune_plan([loads_E / len(batches) for loads_E in loads])
 
 

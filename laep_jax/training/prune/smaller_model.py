@@ -10,7 +10,15 @@ from laep_jax.laep.plan import Plan
 from laep_jax.model.accounting import model_size
 from laep_jax.sharding import Mesh
 from laep_jax.state.fingerprint import compile_fingerprints
-from laep_jax.state.surgery import Gathers, Kept, compile_gathers, prune_state, pruned_config, with_receive_buffer
+from laep_jax.state.surgery import (
+    Gathers,
+    Kept,
+    compile_gathers,
+    kept_rows,
+    prune_state,
+    pruned_config,
+    with_receive_buffer,
+)
 from laep_jax.state.tree import TrainState, abstract_state
 from laep_jax.tracking.pause import Pause
 from laep_jax.training.prune.compile_ahead import CompiledSteps, ahead, compile_steps
@@ -29,7 +37,7 @@ class SmallerModel:
         self.plan, self.due, self.old, self.num_domains, self.watch = plan, due, old, num_domains, watch
         imbalances = [layer.imbalance_after for layer in plan.layers]
         self.config = with_receive_buffer(pruned_config(old, plan.kept), imbalances)
-        self._target = abstract_state(self.config, mesh)
+        self._target, self._rows_N = abstract_state(self.config, mesh), kept_rows(plan.num_experts, plan.kept)
         self._programs = ahead(lambda: self._compile(mesh))
         self._bytes: dict[str, int] = {}
 
@@ -45,13 +53,13 @@ class SmallerModel:
             with pause.part("compile"):
                 steps, gathers = self._programs.result()
             with pause.part("restore"), self.watch("restore", self.due):
-                smaller = prune_state(state, gathers, self.plan.kept, self.old.model, self._target)
+                smaller = prune_state(state, gathers, self._rows_N)
                 verify_surgery(checkpoints, self.due, smaller, self.plan.kept)
                 return smaller, steps
         with pause.part("restore"), self.watch("restore", self.due):
             jax.tree.map(lambda leaf: leaf.delete(), state)
             before = bytes_read()
-            smaller = checkpoints.restore_pruned(self.due, self._target, self.plan.kept, self.old.model.runs)
+            smaller = checkpoints.restore_pruned(self.due, self._target, self.plan.kept)
             self._bytes = {"bytes_read": bytes_read() - before, "bytes_needed": bytes_needed(self._target)}
             jax.block_until_ready(smaller)
         with pause.part("compile"):
@@ -65,8 +73,8 @@ class SmallerModel:
     def _gathers(self, mesh: Mesh) -> Gathers:
         """The programs that prune in device memory, where that is how it is done."""
         if self.old.laep.prune_via != "memory":
-            return []
-        return compile_gathers(abstract_state(self.old, mesh), self.plan.kept, self.old.model, self._target)
+            return {}
+        return compile_gathers(abstract_state(self.old, mesh), len(self._rows_N))
 
     def record(self) -> dict:
         """Fields of the `prune` record. Bytes are of this process: what it read of the checkpoint, and had to."""

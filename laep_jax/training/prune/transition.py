@@ -10,8 +10,9 @@ import dataclasses
 
 from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.laep.plan import Plan, apply_plan_to_lineage
+from laep_jax.sharding import Mesh
 from laep_jax.state.optimizer import without_moments
-from laep_jax.state.tree import TrainState
+from laep_jax.state.tree import TrainState, initial_layout, put_layout
 from laep_jax.tracking.pause import Pause
 from laep_jax.training.prune.smaller_model import SmallerModel
 from laep_jax.training.run_state import PendingPrune, RunState
@@ -43,12 +44,17 @@ def apply(trainer: Trainer, smaller: SmallerModel) -> None:
         run_state.summary.step_seconds_before = trainer.model.median_step_seconds()
     with trainer.pause.part("save"):
         trainer.save(step, now=True)
-    model = restore_survivors(smaller, trainer.model.state, trainer.checkpoints, run_state, trainer.pause)
+    model = restore_survivors(smaller, trainer.model.state, trainer.mesh, trainer.checkpoints, run_state, trainer.pause)
     finish(trainer, smaller, model)
 
 
 def restore_survivors(
-    smaller: SmallerModel, state: TrainState | None, checkpoints: Checkpoints, run_state: RunState, pause: Pause
+    smaller: SmallerModel,
+    state: TrainState | None,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    run_state: RunState,
+    pause: Pause,
 ) -> Model:
     """The second phase; releases the old state, None on resuming. `run_state` then describes the smaller model."""
     restored, steps = smaller.restore(state, checkpoints, pause)
@@ -58,7 +64,7 @@ def restore_survivors(
     run_state.num_experts = smaller.plan.num_experts_after
     run_state.fitted_buffer = smaller.config.model.receive_buffer
     run_state.prunes += smaller.plan.prunes
-    return Model(smaller.config, restored, steps)
+    return Model(smaller.config, restored, put_layout(initial_layout(smaller.config), mesh), steps)
 
 
 def finish(trainer: Trainer, smaller: SmallerModel, model: Model) -> None:

@@ -1,0 +1,83 @@
+"""Where the experts of a model are, as arrays that the step takes: windows, slots and shares of each layer.
+
+The experts of all layers are in one array, those of a layer side by side. Each layer sees a window of it, as wide as the
+widest layer, which begins at its own experts or, near the end, so much earlier that it does not pass the end:
+
+    experts         0 0 0 0 | 1 1 | 2 2 2        three layers
+    window of 0    [* * * *]                     *: its own
+    window of 1            [* * . .]
+    window of 2              [. * * *]
+
+Experts of a layer go by their place in its window. Everything is int32, bool or float32, for the devices.
+
+Axes: L layers, W experts of a window, P devices of the expert axis, S slots of a device.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from laep_jax.laep.slots import EMPTY, SlotMap
+
+
+class Layout(NamedTuple):
+    """Of one layer, or of all, stacked: then each array has one more dimension in front.
+
+    start: first row of the window. is_own_W: whether an expert of the window is the layer's.
+    expert_PS: the expert in each slot; in an empty one an expert of the layer that is not looked for there.
+    position_WP: in which slot of each device an expert is, EMPTY where it has none. share_WP: of its tokens.
+    """
+
+    start: np.ndarray
+    is_own_W: np.ndarray
+    expert_PS: np.ndarray
+    position_WP: np.ndarray
+    share_WP: np.ndarray
+
+
+def windows(num_experts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """start [L] and is_own [L, W] of layers with so many experts.
+
+    >>> windows((4, 2, 3))[0].tolist(), windows((4, 2, 3))[1][1:].tolist()
+    ([0, 4, 5], [[True, True, False, False], [False, True, True, True]])
+    """
+    count_L = np.array(num_experts)
+    first_L, width = np.cumsum(count_L) - count_L, max(num_experts)
+    start_L = np.minimum(first_L, count_L.sum() - width)
+    place_LW = np.arange(width)[None] - (first_L - start_L)[:, None]
+    return start_L.astype(np.int32), (place_LW >= 0) & (place_LW < count_L[:, None])
+
+
+def make_layout(maps: Sequence[SlotMap], num_experts: Sequence[int]) -> Layout:
+    """The layout of layers whose experts are placed by `maps`, one a layer, with ids from 0 in each."""
+    slots = max(slot_map.slots_PS.shape[1] for slot_map in maps)
+    layers = [
+        _layer_layout(slot_map, start, is_own_W, slots)
+        for slot_map, start, is_own_W in zip(maps, *windows(num_experts), strict=True)
+    ]
+    return Layout(*(np.stack(arrays) for arrays in zip(*layers, strict=True)))
+
+
+def _layer_layout(slot_map: SlotMap, start: np.ndarray, is_own_W: np.ndarray, slots: int) -> Layout:
+    own, devices = np.flatnonzero(is_own_W), len(slot_map.slots_PS)
+    device, slot = np.nonzero(slot_map.slots_PS != EMPTY)
+    expert = own[slot_map.slots_PS[device, slot]]
+    expert_PS = np.full((devices, slots), own[0], np.int32)
+    expert_PS[device, slot] = expert
+    position_WP = np.full((len(is_own_W), devices), EMPTY, np.int32)
+    position_WP[expert, device] = slot
+    share_WP = np.zeros(position_WP.shape, np.float32)
+    share_WP[expert, device] = slot_map.shares_PS[device, slot]
+    return Layout(start, is_own_W, expert_PS, position_WP, share_WP)
+
+
+def in_order(num_experts: int, num_devices: int) -> SlotMap:
+    """The map in which device p has the p-th part of the experts; no loads are known.
+
+    >>> in_order(3, 2).slots_PS.tolist()
+    [[0, 1], [2, -1]]
+    """
+    size = -(-num_experts // num_devices)
+    slots_PS = np.arange(num_devices * size).reshape(num_devices, size)
+    return SlotMap(np.where(slots_PS < num_experts, slots_PS, EMPTY), (slots_PS < num_experts).astype(float))
