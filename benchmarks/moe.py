@@ -20,6 +20,7 @@ from flax import nnx
 from benchmarks.measuring import in_process, parse_repetitions
 from laep_jax.config import AuxLossConfig, MeshConfig, ModelConfig
 from laep_jax.laep.balance import imbalance
+from laep_jax.laep.layout import in_order, make_layout
 from laep_jax.model.moe import MoE
 from laep_jax.sharding import batch_sharding, make_cpu_devices, make_mesh, put_batch, tree_shardings
 
@@ -91,7 +92,8 @@ def layer_form(num_experts: int, devices: int, grouped_matmul: str, loads: dict[
     mesh = make_mesh(MeshConfig(fsdp=1, expert=devices), jax.devices()[:devices])
     graph, parameters = nnx.split(MoE(config, num_experts, AuxLossConfig(), rngs=nnx.Rngs(params=0)))
     params = nnx.to_pure_dict(parameters)
-    params["router_DE"] = normal(1, config.hidden_size, num_experts) / config.hidden_size**0.5
+    params["router_ED"] = normal(1, config.hidden_size, num_experts).T / config.hidden_size**0.5
+    layout = jax.tree.map(lambda leaf: leaf[0], make_layout([in_order(num_experts, devices)], [num_experts]))
     params = jax.device_put(params, tree_shardings(params, mesh))
     bias_E = SIGMA * normal(2, num_experts)
     shape = (ROWS, TOKENS // ROWS, config.hidden_size)
@@ -99,7 +101,7 @@ def layer_form(num_experts: int, devices: int, grouped_matmul: str, loads: dict[
     valid_BS = jax.device_put(jnp.ones(shape[:2], bool), batch_sharding(mesh))
 
     def loss(params, x_BSD):
-        y_BSD, aux = nnx.merge(graph, params)(x_BSD, valid_BS, bias_E, mesh)
+        y_BSD, aux = nnx.merge(graph, params)(x_BSD, valid_BS, bias_E, layout, mesh)
         return jnp.sum(y_BSD * batch["dy"]), aux.tokens_per_expert_E
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))

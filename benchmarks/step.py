@@ -23,9 +23,10 @@ import numpy as np
 from benchmarks.measuring import in_process, parse_repetitions, random_batch
 from benchmarks.moe import MATMUL, MATMULS, matmul_form
 from laep_jax.config import Config, DataConfig, ModelConfig
+from laep_jax.laep.layout import Layout
 from laep_jax.model.accounting import flops_by_part
 from laep_jax.sharding import HUGE_PAGES, make_cpu_devices, make_mesh, put_batch
-from laep_jax.state.tree import TrainState, init_state
+from laep_jax.state.tree import TrainState, init_state, initial_layout, put_layout
 from laep_jax.training.step import Batch, make_train_step
 
 CONFIG = Config(
@@ -80,8 +81,8 @@ def measure(experts: int, repetitions: int) -> dict:
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     rows, length = config.data.batch_size, config.data.sequence_length
     batch = put_batch(random_batch(np.random.default_rng(0), config.model.vocab_size, rows, length), mesh)
-    state = init_state(config, mesh)
-    compiled = make_train_step(config, mesh).lower(state, batch).compile()
+    state, layout = init_state(config, mesh), put_layout(initial_layout(config), mesh)
+    compiled = make_train_step(config, mesh).lower(state, layout, batch).compile()
     products = matmul_form()
     seconds: dict[str, list[float]] = {"step": [], "matmul": []}
 
@@ -92,7 +93,7 @@ def measure(experts: int, repetitions: int) -> dict:
         return result
 
     for _ in range(repetitions + 1):
-        state = timed("step", compiled, state, batch)[0]
+        state = timed("step", compiled, state, layout, batch)[0]
         jax.block_until_ready(products())  # the first after a step still has the step's memory in the cache
         timed("matmul", products)
     median = {name: float(np.median(times[1:])) for name, times in seconds.items()}
@@ -101,7 +102,7 @@ def measure(experts: int, repetitions: int) -> dict:
         tokens * sum(flops.values()) / median["step"] / 1e9,
         2 * MATMUL**3 * MATMULS / median["matmul"] / 1e9,
     )
-    times = _profile(compiled, state, batch)
+    times = _profile(compiled, state, layout, batch)
     return {
         "ratio": gflops / matmul,
         "gflops": gflops,
@@ -115,12 +116,12 @@ def measure(experts: int, repetitions: int) -> dict:
     }
 
 
-def _profile(compiled: jax.stages.Compiled, state: TrainState, batch: Batch) -> dict[str, float]:
+def _profile(compiled: jax.stages.Compiled, state: TrainState, layout: Layout, batch: Batch) -> dict[str, float]:
     """Nanoseconds by part over some steps, all threads together."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(PROFILED):
-                state = jax.block_until_ready(compiled(state, batch))[0]
+                state = jax.block_until_ready(compiled(state, layout, batch))[0]
         [file] = Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(file))
     part_of = functools.partial(part_of_operation, scopes=operation_scopes(compiled.as_text() or ""))

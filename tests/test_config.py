@@ -25,11 +25,6 @@ def test_one_number_of_experts_serves_every_layer():
     assert ModelConfig(num_layers=3, num_experts=8).num_experts == (8, 8, 8)
 
 
-def test_runs_join_equal_neighbours_only():
-    model = ModelConfig(num_layers=5, num_experts=(8, 8, 4, 8, 8))
-    assert model.runs == ((2, 8), (1, 4), (2, 8))
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -31,7 +31,7 @@ from benchmarks.measuring import random_batch
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 from laep_jax.errors import require
 from laep_jax.sharding import HUGE_PAGES, make_mesh, put_batch
-from laep_jax.state.tree import init_state
+from laep_jax.state.tree import init_state, initial_layout
 from laep_jax.training.step import make_train_step
 
 SCRIPTS = Path(__file__).parent
@@ -236,7 +236,7 @@ def train(setting: dict) -> dict:
     for _ in range(setting["num_steps"]):
         start = time.perf_counter()
         batch = random_batch(rng, *(setting[name] for name in ("vocab_size", "batch_size", "sequence_length")))
-        state, metrics = jax.block_until_ready(step(state, put_batch(batch, mesh)))
+        state, metrics = jax.block_until_ready(step(state, initial_layout(config), put_batch(batch, mesh)))
         seconds.append(time.perf_counter() - start)
         loss = float(metrics["loss"])
     return {

@@ -3,8 +3,8 @@
 `state`: every leaf of the training state under its dotted path, written by Orbax (zarr3 in OCDBT,
 uncompressed, one chunk a layer or, of expert matrices, an expert: what `partial_read` reads in part).
 `history.npz`: small arrays of numbers. `fingerprints.npz`: of the state, made on the devices when it was saved.
-`meta.json`: what the run says of itself, the leaves, the experts of each layer, which follow one another in the arrays of
-experts, and the hashes of both .npz files; it has its own.
+`meta.json`: what the run says of itself, the leaves, the number of experts of each layer, and the hashes of both .npz
+files; it has its own.
 `manifest.json`: every file.
 
 A save goes on in the background: Orbax writes the state, process 0 the rest, brings all of it to disk

@@ -1,7 +1,7 @@
 """Where the experts of a model are, as arrays that the step takes: windows, slots and shares of each layer.
 
-The experts of all layers are in one array, those of a layer side by side. Each layer sees a window of it, as wide as the
-widest layer, which begins at its own experts or, near the end, so much earlier that it does not pass the end:
+The experts of all layers are in one array, those of a layer side by side. Each layer sees a window of it, as wide as
+the widest layer, which begins at its own experts or, near the end, so much earlier that it does not pass the end:
 
     experts         0 0 0 0 | 1 1 | 2 2 2        three layers
     window of 0    [* * * *]                     *: its own

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout as ArrayLayout
+from jax.experimental.layout import with_layout_constraint
 from jax.sharding import Mesh, PartitionSpec
 
 from laep_jax.config import BATCH_AXES, AuxLossConfig, ModelConfig
@@ -106,7 +108,7 @@ def _with_idle_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(idle or None, *spec[1:])
 
 
-def _fetch(weight_RXY: jax.Array, spec: PartitionSpec, dtype) -> jax.Array:
+def _fetch(weight_RXY: jax.Array, spec: PartitionSpec, dtype, on_platform: str) -> jax.Array:
     """The experts in this device's slots, whole and in the compute dtype (cast first: fewer bytes travel).
 
     weight_RXY: this device's slices of those in every slot, device by device.
@@ -119,7 +121,30 @@ def _fetch(weight_RXY: jax.Array, spec: PartitionSpec, dtype) -> jax.Array:
     dim = spec.index(SLICES)
     if devices > 1:
         weight_RXY = jax.lax.all_to_all(weight_RXY, AXIS, 0, dim, tiled=True)
+    if on_platform == "tpu" and jax.lax.axis_size("fsdp") > 1:
+        return _gather_row_major(weight_RXY, dim)
     return gather(weight_RXY, "fsdp", dim)
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    return with_layout_constraint(x, ArrayLayout(tuple(range(x.ndim))))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather_row_major(slices: jax.Array, dim: int) -> jax.Array:
+    """`gather` over fsdp of what an all-to-all brought, and the reduce-scatter of its gradient.
+
+    The all-to-all wants its narrow slices in another order. XLA would turn the gathered matrices instead of them, and
+    all-reduce their gradients instead of reduce-scattering them.
+    """
+    return jax.lax.all_gather(_row_major(slices), "fsdp", axis=dim, tiled=True)
+
+
+def _gather_row_major_backward(dim: int, _, d_whole: jax.Array) -> tuple[jax.Array]:
+    return (_row_major(jax.lax.psum_scatter(_row_major(d_whole), "fsdp", scatter_dimension=dim, tiled=True)),)
+
+
+_gather_row_major.defvjp(lambda slices, dim: (_gather_row_major(slices, dim), None), _gather_row_major_backward)
 
 
 def _moe_on_device(
@@ -147,8 +172,8 @@ def _moe_on_device(
             sums["tokens_per_expert_E"] = count_tokens(ids_BSK, bias_E.size).sum(0, dtype=jnp.int32)
 
     grouped = _grouped(config.grouped_matmul, on_platform)
-    gate_up_RDG = _fetch(gate_up_RDG, gate_up_spec, x_BSD.dtype)
-    down_RFD = _fetch(down_RFD, down_spec, x_BSD.dtype)
+    gate_up_RDG = _fetch(gate_up_RDG, gate_up_spec, x_BSD.dtype, on_platform)
+    down_RFD = _fetch(down_RFD, down_spec, x_BSD.dtype, on_platform)
     ids_BSK = to_slots(ids_BSK, layout)
     tokens = Tokens(*(array.reshape(-1, array.shape[-1]) for array in (x_BSD, ids_BSK, weights_BSK)))
     with jax.named_scope("dispatch"):

@@ -42,7 +42,11 @@ def count_tokens(ids_TK: jax.Array, num_experts: int) -> jax.Array:
 
 
 def balance_sums(
-    logits_BSE: jax.Array, is_own_E: jax.Array | np.ndarray, ids_BSK: jax.Array, valid_BS: jax.Array, aux_losses: AuxLossConfig
+    logits_BSE: jax.Array,
+    is_own_E: jax.Array | np.ndarray,
+    ids_BSK: jax.Array,
+    valid_BS: jax.Array,
+    aux_losses: AuxLossConfig,
 ) -> dict[str, jax.Array]:
     """Sums over this batch from which `balance_losses` makes the losses that are switched on.
 

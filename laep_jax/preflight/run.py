@@ -42,7 +42,7 @@ class Preflight:
     """step: as the config has it. after: the same after the prune that the loads ask for, None without loads.
 
     prune_bytes: what the prune needs at most on one chip, the old state included. state: (name, sharding, bytes) of
-    the old state's leaves, the largest first. source: which steps of a run the loads are from, empty of those of a file.
+    the old state's leaves, the largest first. source: which steps of a run the loads are from, empty where of a file.
     """
 
     topology: str

@@ -71,7 +71,7 @@ def with_receive_buffer(config: Config, imbalances: Sequence[float]) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, receive_buffer=room))
 
 
-Gathers = dict[tuple, jax.stages.Compiled]  # by shape and sharding of the old leaf
+Gathers = dict[tuple, jax.stages.Compiled]  # by shape and dtype of the old leaf
 
 
 def compile_gathers(abstract_old, num_rows: int) -> Gathers:
@@ -90,7 +90,7 @@ def lower_gather(leaf: jax.ShapeDtypeStruct, num_rows: int) -> jax.stages.Lowere
 
 
 def _key(leaf) -> tuple:
-    return leaf.shape, leaf.dtype, leaf.sharding
+    return leaf.shape, leaf.dtype
 
 
 def prune_state(state, gathers: Gathers, rows_N: np.ndarray):

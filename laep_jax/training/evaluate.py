@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from laep_jax.laep.layout import windows
+from laep_jax.laep.plan import Plan
 from laep_jax.sharding import Mesh, put_batch
 from laep_jax.state.tree import TrainState
 
@@ -48,50 +49,45 @@ def validation_loss(
     return ValidationLoss(float(total_M.sum() / number_M.sum()), losses, targets)
 
 
-def masked_bias(router_bias: dict, num_experts: Sequence[int], pruned: Sequence[Sequence[int]]) -> dict:
+def masked_bias(router_bias: dict, plan: Plan) -> dict:
     """The router bias with minus infinity at each layer's pruned experts: exactly the pruned model."""
     bias_N = router_bias["bias_N"]
+    first_L = np.cumsum(plan.num_experts) - plan.num_experts
     mask_N = np.zeros(bias_N.shape, np.float32)
-    for first, experts in zip(np.cumsum(num_experts) - num_experts, pruned, strict=True):
-        mask_N[first + np.array(experts, int)] = -np.inf
+    for first, layer in zip(first_L, plan.layers, strict=True):
+        mask_N[first + np.array(layer.pruned, int)] = -np.inf
     return {"bias_N": jax.device_put(bias_N + mask_N, bias_N.sharding)}
 
 
 def masked_loss(
     eval_step: Callable,
     state: TrainState,
-    num_experts: Sequence[int],
-    pruned: Sequence[Sequence[int]],
+    plan: Plan,
     batches: Iterable[HostBatch],
     mesh: Mesh,
     domains: Sequence[str],
 ) -> ValidationLoss:
-    """`validation_loss` of the model that a prune of this state would make, with the pruned experts masked.
+    """`validation_loss` of the model that a plan would make of this state, with the pruned experts masked.
 
     The same but for the order of sums: those of the router, whose product may be computed in another way for another
     number of experts, and with the all-gather dispatch those over a token's experts, which the prune moves to other
     devices. Where neither is another it is the same bit for bit.
     """
-    masked = dataclasses.replace(state, router_bias=masked_bias(state.router_bias, num_experts, pruned))
+    masked = dataclasses.replace(state, router_bias=masked_bias(state.router_bias, plan))
     return validation_loss(eval_step, masked, batches, mesh, domains)
 
 
 def masked_loads(
-    eval_step: Callable,
-    state: TrainState,
-    num_experts: Sequence[int],
-    pruned: Sequence[Sequence[int]],
-    batches: Iterable[HostBatch],
-    mesh: Mesh,
+    eval_step: Callable, state: TrainState, plan: Plan, batches: Iterable[HostBatch], mesh: Mesh
 ) -> list[np.ndarray]:
     """Tokens per expert summed over the training batches, int64 [E] a layer, with the pruned experts masked.
 
     Pruning re-routes tokens, so these and not the recorded loads are what has to be balanced.
     """
-    bias = masked_bias(state.router_bias, num_experts, pruned)
+    bias = masked_bias(state.router_bias, plan)
     totals: list[np.ndarray] = []
     for batch in batches:
         batch = batch | {"domains_BS": np.zeros_like(batch["tokens_BS"])}  # the eval step wants some
-        counts = by_layer(eval_step(state.params, bias, put_batch(batch, mesh))[2], num_experts)
+        counts = by_layer(eval_step(state.params, bias, put_batch(batch, mesh))[2], plan.num_experts)
         totals = [total + more for total, more in zip(totals, counts, strict=True)] if totals else counts
     return totals

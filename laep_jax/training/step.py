@@ -114,12 +114,12 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def make_eval_step(config: Config, mesh: Mesh, num_domains: int):
-    """A jitted (params, router_bias, layout, batch with domains_BS) -> (loss_M, targets_M, tokens_per_expert [L, W]).
+    """A jitted (layout, params, router_bias, batch with domains_BS) -> (loss_M, targets_M, tokens_per_expert [L, W]).
 
     loss_M: float32 sum of each domain's cross-entropy. targets_M: int32, how many that are.
     """
 
-    def eval_step(params: dict, router_bias: dict, layout: Layout, batch: Batch):
+    def eval_step(layout: Layout, params: dict, router_bias: dict, batch: Batch):
         belongs_BSM = jax.nn.one_hot(batch["domains_BS"], num_domains, dtype=bool)
         targets_M = jnp.sum(belongs_BSM & (batch["targets_BS"] >= 0)[..., None], axis=(0, 1))
         loss_BS, moe_aux = token_losses(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,9 +52,10 @@ class Model:
         self.state, metrics = self.steps.train(self.state, self.layout, batch)
         return metrics
 
-    def evaluate(self, params: dict, router_bias: dict, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """See `make_eval_step`."""
-        return self.steps.evaluate(params, router_bias, self.layout, batch)
+    @property
+    def evaluate(self) -> Callable:
+        """The eval step with the layout that is in use."""
+        return functools.partial(self.steps.evaluate, self.layout)
 
     @property
     def compiles(self) -> bool:

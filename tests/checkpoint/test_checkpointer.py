@@ -17,6 +17,7 @@ from laep_jax.checkpoint import partial_read
 from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.checkpoint.manifest import DamagedError
 from laep_jax.errors import UserError
+from laep_jax.sharding import leaf_spec
 from laep_jax.state import surgery
 
 COUNTS = (16, 16, 8, 8)
@@ -47,7 +48,7 @@ def value_at(checkpoints, step: int) -> float:
 def test_everything_comes_back_though_changed_right_after_save(states, checkpoints):
     mesh = states.mesh()
     state = states.random(COUNTS, mesh)
-    want = states.by_layer(state)
+    want = states.by_layer(state, COUNTS)
     history = {
         "tokens_per_expert": np.arange(24).reshape(2, 3, 4) + 2**40,
         "steps": np.zeros((0, 3), np.int64),
@@ -56,13 +57,13 @@ def test_everything_comes_back_though_changed_right_after_save(states, checkpoin
     }
     kept_history = {name: array.copy() for name, array in history.items()}
     meta = {**META, "lineage": [[3, 1], []]}
-    checkpoints.save(4, state, history, meta)
+    checkpoints.save(4, state, history, meta, COUNTS)
     delete(state)
     meta["lineage"][0][0] = 99
     for array in history.values():
         array[...] = 0
     checkpoints.wait()
-    states.assert_equal(states.by_layer(checkpoints.restore(4, states.abstract(COUNTS, mesh))), want)
+    states.assert_equal(states.by_layer(checkpoints.restore(4, states.abstract(COUNTS, mesh)), COUNTS), want)
     assert checkpoints.read_meta(4) == META
     read = checkpoints.read_history(4)
     assert read.keys() == kept_history.keys()
@@ -85,46 +86,46 @@ def test_orbax_itself_reads_what_was_saved(states, checkpoints):
 def test_donating_the_state_right_after_save_is_safe(states, checkpoints):
     mesh = states.mesh()
     state = states.random(COUNTS, mesh)
-    want = states.by_layer(state)
+    want = states.by_layer(state, COUNTS)
     wipe = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0, tree), donate_argnums=0)
-    checkpoints.save(1, state, {}, META)
+    checkpoints.save(1, state, {}, META, COUNTS)
     wipe(state)
     checkpoints.wait()
-    states.assert_equal(states.by_layer(checkpoints.restore(1, states.abstract(COUNTS, mesh))), want)
+    states.assert_equal(states.by_layer(checkpoints.restore(1, states.abstract(COUNTS, mesh)), COUNTS), want)
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 4), (2, 2, 2), (1, 1, 4), (1, 2, 1), (1, 1, 1)])
 def test_both_ways_to_prune_agree_with_slicing_on_every_mesh(states, checkpoints, sizes):
     new = (8, 16, 4, 8)
     kept, mesh = states.plan(COUNTS, new), states.mesh(*sizes)
-    model = states.config(COUNTS)
     state = states.random(COUNTS, states.mesh())
-    whole, cut = states.by_layer(state), states.pruned_by_layer(state, kept)
-    checkpoints.save(7, state, {}, META)
+    whole, cut = states.by_layer(state, COUNTS), states.pruned_by_layer(state, COUNTS, kept)
+    checkpoints.save(7, state, {}, META, COUNTS)
     checkpoints.wait()
 
     restored = checkpoints.restore(7, states.abstract(COUNTS, mesh))
-    states.assert_equal(states.by_layer(restored), whole)
+    states.assert_equal(states.by_layer(restored, COUNTS), whole)
     abstract = states.abstract(new, mesh)
-    from_disk = checkpoints.restore_pruned(7, abstract, kept, model.runs)
-    states.assert_equal(states.by_layer(from_disk), cut)
+    from_disk = checkpoints.restore_pruned(7, abstract, kept)
+    states.assert_equal(states.by_layer(from_disk, new), cut)
     for got, want in zip(jax.tree.leaves(from_disk), jax.tree.leaves(abstract), strict=True):
         assert got.sharding == want.sharding
     if sizes == (1, 2, 4):
-        gathers = surgery.compile_gathers(states.abstract(COUNTS, mesh), kept, model, abstract)
-        in_memory = surgery.prune_state(restored, gathers, kept, model, abstract)
-        states.assert_equal(states.by_layer(in_memory), cut)
+        rows_N = surgery.kept_rows(COUNTS, kept)
+        gathers = surgery.compile_gathers(states.abstract(COUNTS, mesh), len(rows_N))
+        in_memory = surgery.prune_state(restored, gathers, rows_N)
+        states.assert_equal(states.by_layer(in_memory, new), cut)
 
 
 @pytest.mark.parametrize("new", [COUNTS, (8, 8, 8, 8)])
-def test_restoring_pruned_of_plans_that_keep_all_or_merge_runs(states, checkpoints, new):
+def test_restoring_pruned_of_plans_that_keep_all_or_make_layers_equal(states, checkpoints, new):
     mesh = states.mesh()
     state = states.random(COUNTS, mesh)
     kept = [list(range(count)) for count in COUNTS] if new == COUNTS else states.plan(COUNTS, new)
-    checkpoints.save(7, state, {}, META)
+    checkpoints.save(7, state, {}, META, COUNTS)
     checkpoints.wait()
-    got = checkpoints.restore_pruned(7, states.abstract(new, mesh), kept, states.config(COUNTS).runs)
-    states.assert_equal(states.by_layer(got), states.pruned_by_layer(state, kept))
+    got = checkpoints.restore_pruned(7, states.abstract(new, mesh), kept)
+    states.assert_equal(states.by_layer(got, new), states.pruned_by_layer(state, COUNTS, kept))
 
 
 def bytes_read() -> int:
@@ -135,17 +136,17 @@ def bytes_read() -> int:
 def test_restoring_pruned_reads_the_survivors_only(states, checkpoints):
     mesh = states.mesh()
     mib = 2**20
-    shape = (2, 16, 64, 256)  # one MiB a layer and expert slot of 16
+    shape = (32, 64, 256)  # 64 KiB an expert
     rng = np.random.default_rng(0)
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "expert", "fsdp"))
+    sharding = jax.sharding.NamedSharding(mesh, leaf_spec("gate_up_NDG", shape, mesh))
     leaf = jax.device_put(rng.normal(size=shape).astype(np.float32), sharding)
-    checkpoints.save(1, {"runs": [{"gate_up_EDG": leaf}]}, {}, META)
+    checkpoints.save(1, {"gate_up_NDG": leaf}, {}, META, (16, 16))
     checkpoints.wait()
-    abstract = {"runs": [{"gate_up_EDG": jax.ShapeDtypeStruct((2, 4, 64, 256), np.float32, sharding=sharding)}]}
+    abstract = {"gate_up_NDG": jax.ShapeDtypeStruct((8, 64, 256), np.float32, sharding=sharding)}
     before = bytes_read()
-    got = checkpoints.restore_pruned(1, abstract, [[5, 0, 11, 2], [3, 15, 1, 8]], [(2, 16)])
+    got = checkpoints.restore_pruned(1, abstract, [[5, 0, 11, 2], [3, 15, 1, 8]])
     read = bytes_read() - before
-    assert got["runs"][0]["gate_up_EDG"].nbytes == leaf.nbytes // 4 == mib // 2
+    assert got["gate_up_NDG"].nbytes == leaf.nbytes // 4 == mib // 2
     assert mib // 2 <= read < mib // 2 * 1.4
 
 
@@ -154,14 +155,14 @@ def test_experts_are_stored_one_a_chunk_and_uncompressed(states, checkpoints):
     checkpoints.save(1, states.random(COUNTS, mesh), {}, META)
     checkpoints.wait()
     keys = [
-        "params.runs.0.moe.gate_up_EDG",
-        "opt_state.1.0.mu.runs.1.moe.down_EFD",
-        "params.runs.0.attention.query_DHK",
+        "params.experts.gate_up_NDG",
+        "opt_state.1.0.mu.experts.down_NFD",
+        "params.layers.attention.query_DHK",
     ]
     stored = partial_read.open_leaves(checkpoints.directory / "1" / "state", keys)
     assert [stored[key].chunk_layout.read_chunk.shape for key in keys] == [
-        (1, 1, 16, 32),  # fsdp=2 splits D=32
-        (1, 1, 16, 16),
+        (1, 32, 4),  # fsdp=2 and expert=4 split 2 F=32
+        (1, 2, 32),
         (1, 16, 1, 8),  # expert=4 splits the heads
     ]
     [codec] = stored[keys[0]].spec().to_json()["metadata"]["codecs"]
@@ -181,37 +182,35 @@ def other_dtype(state):
             r"params\.embedding_VD is stored as float32\[64, 32\], .*nothing",
         ),
         (
-            lambda state: state.params.update(new_D=state.step),
-            r"params\.new_D is stored as nothing, expected int32\[\]",
+            lambda state: state.params.update(new=state.step),
+            r"params\.new is stored as nothing, expected int32\[\]",
         ),
         (other_dtype, r"final_norm\.scale_D is stored as float32\[32\], expected bfloat16\[32\]$"),
     ],
 )
 def test_state_of_another_tree_or_dtype_is_refused(states, checkpoints, change, message):
     mesh = states.mesh()
-    checkpoints.save(2, states.random(COUNTS, mesh), {}, META)
+    checkpoints.save(2, states.random(COUNTS, mesh), {}, META, COUNTS)
     checkpoints.wait()
     abstract = states.abstract(COUNTS, mesh)
     change(abstract)
     with pytest.raises(UserError, match=message):
         checkpoints.restore(2, abstract)
     with pytest.raises(UserError, match=message):
-        checkpoints.restore_pruned(2, abstract, [range(count) for count in COUNTS], states.config(COUNTS).runs)
+        checkpoints.restore_pruned(2, abstract, [range(count) for count in COUNTS])
 
 
 def test_state_of_other_expert_counts_is_refused(states, checkpoints):
     mesh = states.mesh()
-    checkpoints.save(2, states.random((16, 16, 8, 8), mesh), {}, META)
+    checkpoints.save(2, states.random(COUNTS, mesh), {}, META, COUNTS)
     checkpoints.wait()
     message = (
-        r"2 does not fit: params\.runs\.0\.moe\.\w+ is stored as .*16.*, expected .*12.* \(\d+ more leaves differ\)"
+        r"2 does not fit: params\.experts\.\w+ is stored as .*\[48.*, expected .*\[40.* \(\d+ more leaves differ\)"
     )
     with pytest.raises(UserError, match=message):
         checkpoints.restore(2, states.abstract((12, 12, 8, 8), mesh))
-    with pytest.raises(UserError, match=message):
-        checkpoints.restore_pruned(
-            2, states.abstract((8, 8, 8, 8), mesh), [range(8)] * 4, states.config((12, 12, 8, 8)).runs
-        )
+    with pytest.raises(UserError, match=r"plan kept\[2\]=.* must name distinct slots from 0 to 7"):
+        checkpoints.restore_pruned(2, states.abstract((12, 12, 12, 8), mesh), [range(12)] * 3 + [range(8)])
 
 
 def test_what_is_no_complete_step_is_put_aside_or_left_alone(checkpoints, caplog):

@@ -62,7 +62,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 def change_stored(step: Path, key: str, index: tuple[int, ...]) -> None:
     """Changes the last bit of one float32 of a checkpoint's state; the manifest knows nothing of it.
 
-    step: the checkpoint's directory. key: of the leaf, `params.runs.0.moe.down_EFD`.
+    step: the checkpoint's directory. key: of the leaf, `params.experts.down_NFD`.
     """
     array = open_leaves(step / "state", [key], write=True)[key]
     value = np.asarray(array[index].read().result(), np.float32)

@@ -285,18 +285,6 @@ def test_numpy_is_enough(folder):
     assert written(folder) == planned()
 
 
-def test_fewer_runs_say_what_they_cost(folder, capsys):
-    rule = {"alpha": 0.6, "beta": 0.3}
-    run(folder, **rule)
-    many = Plan.from_json((folder / "plan.json").read_text()).num_experts_after
-    assert "runs of equal layers" not in capsys.readouterr().out
-    run(folder, **rule, **{"max-runs": 1})
-    one = Plan.from_json((folder / "plan.json").read_text()).num_experts_after
-    assert len(set(one)) == 1 < len(set(many))
-    more = sum(one) - sum(many)
-    assert f"runs of equal layers became 1; {more} experts more (+{more / sum(many):.1%})" in capsys.readouterr().out
-
-
 def test_any_counts_make_a_plan_or_are_refused(fuzz, folder):
     whole = (folder / "counts.npz").read_bytes()
     dtypes = st.sampled_from(["<i8", ">i4", "u1", "u8", "f4", "f8", "?"])

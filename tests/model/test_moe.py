@@ -10,12 +10,13 @@ from flax import nnx
 
 from laep_jax.config import AuxLossConfig, MeshConfig, ModelConfig
 from laep_jax.errors import UserError
+from laep_jax.laep.layout import in_order, make_layout
 from laep_jax.model import moe
 from laep_jax.model.moe import MoE
 from laep_jax.sharding import make_mesh, put_batch, tree_shardings
 
 NUM_EXPERTS, TOP_K, ROWS, LENGTH, HIDDEN = 8, 2, 8, 24, 16
-NAMES = ("router_DE", "gate_up_EDG", "down_EFD")
+NAMES = ("router_ED", "gate_up_RDG", "down_RFD")
 NO_LOSSES = AuxLossConfig()
 BIASES = {
     "as the router says": np.zeros(NUM_EXPERTS),
@@ -29,9 +30,9 @@ BIASES = {
 def _inputs():
     keys = jax.random.split(jax.random.key(0), 6)
     params = {
-        "router_DE": jax.random.normal(keys[0], (HIDDEN, NUM_EXPERTS)),
-        "gate_up_EDG": jax.random.normal(keys[1], (NUM_EXPERTS, HIDDEN, 24)) * 0.3,
-        "down_EFD": jax.random.normal(keys[2], (NUM_EXPERTS, 12, HIDDEN)) * 0.3,
+        "router_ED": jax.random.normal(keys[0], (NUM_EXPERTS, HIDDEN)),
+        "gate_up_RDG": jax.random.normal(keys[1], (NUM_EXPERTS, HIDDEN, 24)) * 0.3,
+        "down_RFD": jax.random.normal(keys[2], (NUM_EXPERTS, 12, HIDDEN)) * 0.3,
     }
     x_BSD = jax.random.normal(keys[3], (ROWS, LENGTH, HIDDEN))
     direction_BSD = jax.random.normal(keys[4], x_BSD.shape)  # makes a scalar of the output
@@ -42,12 +43,12 @@ def _inputs():
 
 def _dense(params, x_BSD, valid_BS, bias_E):
     """Every expert on every token; weights are zero for those not chosen."""
-    logits_BSE = jnp.einsum("bsd,de->bse", x_BSD, params["router_DE"], precision="highest")
+    logits_BSE = jnp.einsum("bsd,ed->bse", x_BSD, params["router_ED"], precision="highest")
     ids_BSK = jax.lax.top_k(logits_BSE + bias_E[None, None], TOP_K)[1]
     chosen_BSE = jax.nn.one_hot(ids_BSK, NUM_EXPERTS).sum(2) * valid_BS[..., None]
     weights_BSE = jax.nn.softmax(jnp.where(chosen_BSE > 0, logits_BSE, -1e30), axis=-1) * chosen_BSE
-    gate, up = jnp.split(jnp.einsum("bsd,edg->bseg", x_BSD, params["gate_up_EDG"]), 2, axis=-1)
-    y_BSED = jnp.einsum("bsef,efd->bsed", jax.nn.silu(gate) * up, params["down_EFD"])
+    gate, up = jnp.split(jnp.einsum("bsd,edg->bseg", x_BSD, params["gate_up_RDG"]), 2, axis=-1)
+    y_BSED = jnp.einsum("bsef,efd->bsed", jax.nn.silu(gate) * up, params["down_RFD"])
     return jnp.einsum("bsed,bse->bsd", y_BSED, weights_BSE), chosen_BSE.sum((0, 1)).astype(jnp.int32)
 
 
@@ -67,12 +68,18 @@ def _expected(case):
     return jax.tree.map(np.asarray, outputs)
 
 
-def _layer(mesh, aux_losses=NO_LOSSES, num_experts=NUM_EXPERTS, top_k=TOP_K, **settings):
+def _layer(mesh, aux_losses=NO_LOSSES, num_experts=NUM_EXPERTS, top_k=TOP_K, slot_map=None, **settings):
     config = ModelConfig(hidden_size=HIDDEN, ffn_size=12, num_experts=num_experts, top_k=top_k, **settings)
     graph, _ = nnx.split(nnx.eval_shape(lambda: MoE(config, num_experts, aux_losses, rngs=nnx.Rngs(0))))
 
+    slot_map = slot_map or in_order(num_experts, mesh.shape["expert"])
+    layout = jax.tree.map(lambda leaf_L: leaf_L[0], make_layout([slot_map], [num_experts]))
+
     def apply(params, x_BSD, valid_BS, bias_E):
-        y_BSD, aux = nnx.merge(graph, params)(x_BSD, valid_BS, bias_E, mesh)
+        if mesh.shape["expert"] > 1:
+            slots_R = layout.expert_PS.reshape(-1)
+            params = {name: leaf if name == "router_ED" else leaf[slots_R] for name, leaf in params.items()}
+        y_BSD, aux = nnx.merge(graph, params)(x_BSD, valid_BS, bias_E, layout, mesh)
         return y_BSD, aux.tokens_per_expert_E if aux_losses is NO_LOSSES else aux
 
     return apply
@@ -130,29 +137,14 @@ def test_slicing_equals_masking_with_minus_infinity(expert_parallel, top_k):
     masked = jax.jit(_layer(mesh, top_k=top_k))
     masked_BSD, masked_counts_E = masked(params, x_BSD, valid_BS, jnp.float32([0, -np.inf] * 4))
     sliced = {
-        "router_DE": params["router_DE"][:, ::2],
-        "gate_up_EDG": params["gate_up_EDG"][::2],
-        "down_EFD": params["down_EFD"][::2],
+        "router_ED": params["router_ED"][::2],
+        "gate_up_RDG": params["gate_up_RDG"][::2],
+        "down_RFD": params["down_RFD"][::2],
     }
     small = jax.jit(_layer(mesh, num_experts=4, top_k=top_k))
     y_BSD, counts_E = small(sliced, x_BSD, valid_BS, jnp.zeros(4))
     np.testing.assert_array_equal(counts_E, masked_counts_E[::2])
     np.testing.assert_allclose(y_BSD, masked_BSD, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"dispatch": "ragged_all_to_all"}, {"dispatch": "ragged_all_to_all", "receive_buffer": 1.0}],
-    ids=["all_gather", "ragged", "bounded"],
-)
-def test_experts_that_the_expert_axis_does_not_divide_are_refused(settings):
-    """Their matrices would lie whole on every device, which would apply its neighbours'."""
-    mesh = make_mesh(MeshConfig(fsdp=1, expert=8))
-    shapes = {"router_DE": (HIDDEN, 12), "gate_up_EDG": (12, HIDDEN, 24), "down_EFD": (12, 12, HIDDEN)}
-    params = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
-    _, x_BSD, _, valid_BS = _inputs()
-    with pytest.raises(AssertionError, match="12 experts on 8 devices"):
-        jax.eval_shape(_layer(mesh, num_experts=12, **settings), params, x_BSD, valid_BS, jnp.zeros(12))
 
 
 def test_kernels_for_tpu_are_refused_on_gpu():
@@ -168,7 +160,7 @@ def test_auxiliary_losses_are_of_the_global_batch():
         mesh = make_mesh(MeshConfig(fsdp=8 // expert_parallel, expert=expert_parallel))
         _, aux = jax.jit(_layer(mesh, aux_losses))(params, x_BSD, valid_BS, jnp.zeros(NUM_EXPERTS))
         losses[expert_parallel] = aux.losses
-    logits_BSE = np.asarray(jnp.einsum("bsd,de->bse", x_BSD, params["router_DE"], precision="highest"))
+    logits_BSE = np.asarray(jnp.einsum("bsd,ed->bse", x_BSD, params["router_ED"], precision="highest"))
     z = np.mean(np.asarray(jax.nn.logsumexp(logits_BSE, axis=-1))[valid_BS] ** 2)
     np.testing.assert_allclose(losses[1]["router_z"], z, rtol=1e-5)
     assert losses[1].keys() == {"mixtral", "mixtral_hf", "deepseek_v3", "router_z"}

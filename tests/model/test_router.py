@@ -4,16 +4,19 @@ import numpy as np
 import pytest
 
 from laep_jax.config import AuxLossConfig
+from laep_jax.laep.layout import windows
 from laep_jax.model.router import balance_losses, balance_sums, count_tokens, route, update_bias
 
 ALL = AuxLossConfig(mixtral=1.0, mixtral_hf=1.0, deepseek_v3=1.0, router_z=1.0)
 
 
-def _losses(logits_BSE, valid_BS, top_k):
+def _losses(logits_BSE, valid_BS, top_k, is_own_E=None):
     logits_BSE = jnp.float32(logits_BSE)
-    ids_BSK, _ = route(logits_BSE, jnp.zeros(logits_BSE.shape[-1]), valid_BS, top_k)
+    is_own_E = np.ones(logits_BSE.shape[-1], bool) if is_own_E is None else is_own_E
+    ids_BSK, _ = route(logits_BSE, jnp.where(is_own_E, 0, -jnp.inf), valid_BS, top_k)
     counts_E = count_tokens(ids_BSK, logits_BSE.shape[-1]).sum(0)
-    return counts_E, balance_losses(balance_sums(logits_BSE, ids_BSK, valid_BS, ALL), counts_E, top_k, ALL)
+    sums = balance_sums(logits_BSE, is_own_E, ids_BSK, valid_BS, ALL)
+    return counts_E, balance_losses(sums, counts_E, jnp.sum(is_own_E), top_k, ALL)
 
 
 def test_worked_example_of_the_paper_page():
@@ -24,6 +27,23 @@ def test_worked_example_of_the_paper_page():
     assert losses["mixtral_hf"] == pytest.approx(2.532212, abs=2e-6)
     assert losses["router_z"] == pytest.approx(5.954526, abs=2e-6)
     assert losses["deepseek_v3"] == pytest.approx(1.266106, abs=1e-6)  # one sequence: the same sum
+
+
+def test_neighbours_in_the_window_change_no_loss_and_no_gradient():
+    logits, valid_BS = np.random.default_rng(0).normal(size=(2, 5, 4)), jnp.ones((2, 5), bool)
+    is_own_E = np.array([False, True, True, True, True, False])
+    wide = np.pad(logits, ((0, 0), (0, 0), (1, 1)), constant_values=9)
+
+    def total(logits_BSE, is_own_E=None):
+        counts_E, losses = _losses(logits_BSE, valid_BS, 2, is_own_E)
+        return sum(losses.values()), (counts_E, losses)
+
+    gradient, (counts_E, losses) = jax.grad(total, has_aux=True)(jnp.float32(logits))
+    wide_gradient, (wide_counts_E, wide_losses) = jax.grad(total, has_aux=True)(jnp.float32(wide), is_own_E)
+    assert wide_counts_E.tolist() == [0, *counts_E.tolist(), 0]
+    for name, value in losses.items():
+        assert wide_losses[name] == pytest.approx(float(value), rel=1e-6), name
+    np.testing.assert_allclose(wide_gradient, np.pad(gradient, ((0, 0), (0, 0), (1, 1))), rtol=1e-5, atol=1e-8)
 
 
 def test_padding_changes_no_loss():
@@ -72,6 +92,14 @@ def test_padding_is_routed_to_no_expert():
 
 
 def test_loss_free_bias_rises_for_the_starved_and_falls_for_the_busy():
-    bias_E = update_bias(jnp.zeros(4), jnp.array([10, 4, 4, 2]), 0.1)
+    all_own_LW = np.ones((1, 4), bool)
+    bias_E = update_bias(jnp.zeros(4), jnp.array([[10, 4, 4, 2]]), all_own_LW, 0.1)
     np.testing.assert_allclose(bias_E, [-0.1, 0.1, 0.1, 0.1])
-    np.testing.assert_array_equal(update_bias(bias_E, jnp.array([3, 3, 3, 3]), 0.1), bias_E)
+    np.testing.assert_array_equal(update_bias(bias_E, jnp.array([[3, 3, 3, 3]]), all_own_LW, 0.1), bias_E)
+
+
+def test_the_loss_free_bias_of_layers_of_unequal_size():
+    counts_LW = jnp.array([[10, 4, 4, 2], [0, 6, 0, 0], [0, 1, 5, 6]])
+    is_own_LW = windows((4, 2, 3))[1]
+    bias_N = update_bias(jnp.zeros(9), counts_LW, is_own_LW, 0.1)
+    np.testing.assert_allclose(bias_N, [-0.1, 0.1, 0.1, 0.1, 0.1, -0.1, 0.1, -0.1, -0.1])

@@ -6,13 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from laep_jax.config import AuxLossConfig, MeshConfig, ModelConfig
-from laep_jax.model.transformer import cross_entropy, init_params, token_losses
+from laep_jax.config import AuxLossConfig, Config, MeshConfig, ModelConfig
+from laep_jax.laep.layout import in_order, make_layout, windows
+from laep_jax.model.layers import rms_norm
+from laep_jax.model.transformer import EXPERTS, Block, cross_entropy, init_params, token_losses
 from laep_jax.sharding import make_mesh, put_batch, tree_shardings
+from laep_jax.state.tree import initial_layout
 
 MODEL = ModelConfig(
-    vocab_size=128, num_layers=3, hidden_size=16, num_heads=4, head_dim=4, ffn_size=8, num_experts=(8, 8, 16)
+    vocab_size=128, num_layers=3, hidden_size=16, num_heads=4, head_dim=4, ffn_size=8, num_experts=(8, 16, 8)
 )
 LENGTH = 12
 
@@ -27,13 +31,16 @@ def _batch():
 
 
 def _bias(model):
-    return {"runs": [{"bias_E": jnp.zeros((layers, experts))} for layers, experts in model.runs]}
+    return {"bias_N": jnp.zeros(sum(model.experts_per_layer))}
+
+
+def _layout(model, mesh):
+    return initial_layout(Config(model=model, mesh=MeshConfig(expert=mesh.shape["expert"])))
 
 
 def _loss(params, batch, model, mesh):
-    loss_BS, aux = token_losses(params, _bias(model), batch, model, AuxLossConfig(), mesh)
-    counts = [counts_E for part in aux for counts_E in part.tokens_per_expert_E]
-    return jnp.sum(loss_BS), (loss_BS, counts)
+    loss_BS, aux = token_losses(params, _bias(model), _layout(model, mesh), batch, model, AuxLossConfig(), mesh)
+    return jnp.sum(loss_BS), (loss_BS, aux.tokens_per_expert_E)
 
 
 @functools.cache
@@ -59,10 +66,37 @@ def test_mesh_remat_and_unrolling_change_nothing(changes):
     (loss, (_, counts)), gradients = _run(**changes)
     (expected, (_, expected_counts)), expected_gradients = _run()
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    for got, want in zip(counts, expected_counts, strict=True):
-        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(counts, expected_counts)
     assert [int(c.sum()) for c in counts] == [2 * 8 * 10] * 3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, expected_gradients)
+
+
+def test_layers_of_unequal_size_are_what_they_are_one_by_one():
+    """Each as a block of its own size, without a scan, a window or one array of experts."""
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=4))
+    params = init_params(MODEL, AuxLossConfig(), jax.random.key(0))
+    batch, first_L = _batch(), np.cumsum(MODEL.num_experts) - MODEL.num_experts
+
+    def one_by_one(params):
+        x_BSD, counts = params["embedding_VD"][batch["tokens_BS"]], []
+        for layer, (first, count) in enumerate(zip(first_L, MODEL.experts_per_layer, strict=True)):
+            graph, _ = nnx.split(nnx.eval_shape(lambda n=count: Block(MODEL, n, AuxLossConfig(), rngs=nnx.Rngs(0))))
+            own = {name: leaf[first : first + count] for name, leaf in params["experts"].items()}
+            moe = {EXPERTS[name]: leaf for name, leaf in own.items()}
+            weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"]) | {"moe": moe}
+            layout = jax.tree.map(lambda leaf: leaf[0], make_layout([in_order(count, 4)], [count]))
+            x_BSD, aux = nnx.merge(graph, weights)(x_BSD, batch, jnp.zeros(count), layout, mesh)
+            counts.append(aux.tokens_per_expert_E)
+        x_BSD = rms_norm(x_BSD, params["final_norm"]["scale_D"], MODEL.norm_eps)
+        return jnp.sum(cross_entropy(x_BSD, params["unembedding_DV"], batch["targets_BS"])), counts
+
+    (loss, counts), gradients = jax.jit(jax.value_and_grad(one_by_one, has_aux=True))(params)
+    (got, (_, got_counts_LW)), got_gradients = _run((2, 4))
+    np.testing.assert_allclose(got, loss, rtol=1e-6)
+    own_LW = windows(MODEL.num_experts)[1]
+    assert [c[own].tolist() for c, own in zip(got_counts_LW, own_LW, strict=True)] == [c.tolist() for c in counts]
+    assert (got_counts_LW[~own_LW] == 0).all()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got_gradients, gradients)
 
 
 def test_padding_and_positions_without_target_cost_nothing():
@@ -81,7 +115,13 @@ def test_no_position_sees_the_future_or_another_document(lfa):
 
     def losses_of_row(embedding_VD):
         loss_BS, _ = token_losses(
-            params | {"embedding_VD": embedding_VD}, _bias(model), batch, model, AuxLossConfig(), mesh
+            params | {"embedding_VD": embedding_VD},
+            _bias(model),
+            _layout(model, mesh),
+            batch,
+            model,
+            AuxLossConfig(),
+            mesh,
         )
         return loss_BS[0]
 
@@ -96,9 +136,9 @@ def test_no_position_sees_the_future_or_another_document(lfa):
 def test_a_layers_first_weights_depend_on_its_own_shape_only():
     wide = init_params(MODEL, AuxLossConfig(), jax.random.key(0))
     narrow = init_params(
-        ModelConfig(**{**_fields(MODEL), "num_experts": (8, 16, 16)}), AuxLossConfig(), jax.random.key(0)
+        ModelConfig(**{**_fields(MODEL), "num_experts": (16, 16, 8)}), AuxLossConfig(), jax.random.key(0)
     )
-    np.testing.assert_array_equal(wide["runs"][1]["moe"]["down_EFD"][0], narrow["runs"][1]["moe"]["down_EFD"][1])
+    np.testing.assert_array_equal(wide["experts"]["down_NFD"][8:], narrow["experts"]["down_NFD"][16:])
 
 
 @pytest.mark.parametrize("logits_chunk", [12 * 40, 100])

@@ -4,47 +4,51 @@ import numpy as np
 import pytest
 
 from laep_jax.state.fingerprint import (
-    OUTSIDE,
     fingerprints,
     first_difference,
     from_arrays,
     pruned_fingerprints,
     to_arrays,
 )
+from laep_jax.state.surgery import kept_rows
 
 COUNTS = (16, 16, 8, 8)
 
 
-def of_experts(x_EDF: np.ndarray) -> np.ndarray:
-    """The fingerprints [E, S] of a layer's experts."""
-    found = fingerprints({"runs": [{"down_EFD": jax.device_put(x_EDF[None])}]})
-    return found["runs.down_EFD", 0]
+def of_experts(x_NFD: np.ndarray) -> np.ndarray:
+    """The fingerprints [N, S] of experts."""
+    return fingerprints({"down_NFD": jax.device_put(x_NFD)})["down_NFD"]
 
 
 def test_one_for_every_leaf_layer_and_expert_and_the_same_on_every_mesh(states):
     want = fingerprints(states.random(COUNTS, states.mesh()))
-    assert [want["params.runs.moe.down_EFD", layer].shape for layer in range(4)] == [(n, 2) for n in COUNTS]
-    assert want["params.runs.moe.router_DE", 2].shape == want["router_bias.runs.bias_E", 2].shape == (8, 2)
-    assert want["params.runs.attention.query_DHK", 3].shape == (2,)
-    assert want["params.embedding_VD", OUTSIDE].shape == want["step", OUTSIDE].shape == (2,)
+    for name in ("params.experts.down_NFD", "params.experts.router_ND", "router_bias.bias_N"):
+        assert want[name].shape == (48, 2)
+    assert want["params.layers.attention.query_DHK"].shape == (4, 2)
+    assert want["params.embedding_VD"].shape == want["step"].shape == (2,)
     assert all(values.dtype == np.uint32 for values in want.values())
     for sizes in [(2, 2, 2), (1, 1, 1)]:
         assert first_difference(fingerprints(states.random(COUNTS, states.mesh(*sizes))), want) is None
 
 
-def test_a_prune_moves_them_as_it_moves_experts_whatever_the_runs(states):
+def test_a_prune_moves_them_as_it_moves_experts(states):
     rng = np.random.default_rng(0)
-    x_LEFD = rng.normal(size=(4, 16, 4, 8)).astype(np.float32)
-    old = fingerprints({"runs": [{"down_EFD": jax.device_put(x)} for x in (x_LEFD[:1], x_LEFD[1:])]})
-    kept = states.plan((16,) * 4, COUNTS)
-    cut = [np.stack([x_LEFD[layer][kept[layer]] for layer in layers]) for layers in ((0, 1), (2, 3))]
-    new = fingerprints({"runs": [{"down_EFD": jax.device_put(x)} for x in cut]})
-    assert first_difference(new, pruned_fingerprints(old, kept)) is None
-    for layer, slot in ((2, 5), (3, 0)):
-        new["runs.down_EFD", layer] = new["runs.down_EFD", layer].copy()
-        new["runs.down_EFD", layer][slot] += 1
-    message = f"runs.down_EFD of layer 2, expert {kept[2][5]} (1 more places)"
-    assert first_difference(new, pruned_fingerprints(old, kept), kept) == message
+    x_NFD = rng.normal(size=(64, 4, 8)).astype(np.float32)
+    rows_N = kept_rows((16,) * 4, states.plan((16,) * 4, COUNTS))
+    want = pruned_fingerprints(fingerprints({"down_NFD": jax.device_put(x_NFD)}), rows_N)
+    new = fingerprints({"down_NFD": jax.device_put(x_NFD[rows_N])})
+    assert first_difference(new, want) is None
+    experts = [(row // 16, row % 16) for row in rows_N]
+    new["down_NFD"] = new["down_NFD"].copy()
+    new["down_NFD"][[37, 40]] += 1
+    message = f"down_NFD of layer 2, expert {experts[37][1]} (1 more places)"
+    assert first_difference(new, want, experts) == message
+
+
+def test_the_layer_is_named():
+    layers = {"query_DHK": jax.numpy.ones((3, 2, 2, 2))}
+    want, got = fingerprints(layers), fingerprints({"query_DHK": layers["query_DHK"].at[1].set(2)})
+    assert first_difference(got, want) == "query_DHK of layer 1"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16", "float8_e4m3fn", "bool"])
@@ -53,13 +57,13 @@ def test_every_flipped_bit_shows_in_both_sums_of_its_expert_only(dtype):
     x_EFD = rng.integers(0, 2, (3, 2, 4)).astype(jnp.dtype(dtype))
     bits = 1 if dtype == "bool" else 8 * x_EFD.itemsize
     flips = [(place, bit) for place in np.ndindex(x_EFD.shape) for bit in range(bits)]
-    layers = np.stack([x_EFD] * (1 + len(flips)))
-    words = layers.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x_EFD.itemsize])
+    copies = np.stack([x_EFD] * (1 + len(flips)))
+    words = copies.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x_EFD.itemsize])
     for i, (place, bit) in enumerate(flips):
         words[(1 + i, *place)] ^= 1 << bit
-    found = fingerprints({"runs": [{"down_EFD": jax.device_put(layers)}]})
+    found = of_experts(copies.reshape(-1, 2, 4)).reshape(-1, 3, 2)
     for i, ((expert, *_), _) in enumerate(flips):
-        changed_ES = found["runs.down_EFD", 1 + i] != found["runs.down_EFD", 0]
+        changed_ES = found[1 + i] != found[0]
         np.testing.assert_array_equal(changed_ES, np.arange(3)[:, None] == [expert, expert])
 
 

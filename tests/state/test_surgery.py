@@ -1,4 +1,4 @@
-import itertools
+"""Prunes in device memory: plain slicing, on every mesh, without more memory than one leaf."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,12 @@ from laep_jax.errors import UserError
 from laep_jax.sharding import tree_shardings
 from laep_jax.state import surgery
 
+OLD = (16, 16, 8, 8)
 PLANS = {
-    "layers merge into one run": ((16, 16, 8, 8), (8, 8, 8, 8)),
-    "a run splits in three": ((16, 16, 16, 16), (16, 8, 8, 16)),
-    "runs shift": ((16, 16, 8, 8), (8, 16, 4, 8)),
-    "nothing is pruned": ((16, 16, 8, 8), (16, 16, 8, 8)),
+    "layers become equal": (OLD, (8, 8, 8, 8)),
+    "layers become unequal": ((16, 16, 16, 16), (16, 8, 8, 16)),
+    "all differ": (OLD, (8, 16, 4, 5)),
+    "nothing is pruned": (OLD, OLD),
 }
 
 
@@ -27,104 +28,91 @@ def plans(draw):
     return tuple(old), kept
 
 
-def runs_of(counts):
-    return [(len(list(group)), count) for count, group in itertools.groupby(counts)]
+def abstract_of(state):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
 
 
-def prune_state(state, kept, model, abstract_new):
-    abstract_old = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
-    )
-    gathers = surgery.compile_gathers(abstract_old, kept, model, abstract_new)
-    return surgery.prune_state(state, gathers, kept, model, abstract_new)
+def prune_state(state, num_experts, kept):
+    rows_N = surgery.kept_rows(num_experts, kept)
+    return surgery.prune_state(state, surgery.compile_gathers(abstract_of(state), len(rows_N)), rows_N)
 
 
 @given(plans())
-def test_pieces_name_every_layer_once_and_in_order(plan):
+def test_rows_are_those_of_the_kept_experts_layer_by_layer(plan):
     old, kept = plan
-    old_runs = runs_of(old)
-    first_layer = [sum(n for n, _ in old_runs[:run]) for run in range(len(old_runs))]
-    pieces = surgery.moved_pieces(old_runs, kept)
-    layers = [
-        (first_layer[piece.run] + piece.start + row, slots.tolist())
-        for run in pieces
-        for piece in run
-        for row, slots in enumerate(piece.kept)
-    ]
-    assert layers == list(enumerate(kept))
-    new_runs = [(sum(len(piece.kept) for piece in run), run[0].kept.shape[1]) for run in pieces]
-    assert new_runs == runs_of([len(slots) for slots in kept])
+    experts = [(layer, expert) for layer, count in enumerate(old) for expert in range(count)]
+    rows_N = surgery.kept_rows(old, kept)
+    assert [experts[row] for row in rows_N] == [(layer, expert) for layer, ids in enumerate(kept) for expert in ids]
 
 
 @pytest.mark.parametrize(
     ("plan", "sizes"),
-    [(plan, (1, 2, 4)) for plan in PLANS] + [("runs shift", sizes) for sizes in [(2, 2, 2), (1, 1, 4), (1, 1, 1)]],
+    [(plan, (1, 2, 4)) for plan in PLANS] + [("all differ", sizes) for sizes in [(2, 2, 2), (1, 1, 4), (1, 1, 1)]],
 )
 def test_prune_state_is_plain_slicing_per_layer(states, plan, sizes):
     old, new = PLANS[plan]
     kept, mesh = states.plan(old, new), states.mesh(*sizes)
     state = states.random(old, mesh)
-    want = states.pruned_by_layer(state, kept)
-    abstract = states.abstract(new, mesh)
-    got = prune_state(state, kept, states.config(old), abstract)
-    states.assert_equal(states.by_layer(got), want)
-    assert jax.tree.map(lambda leaf: leaf.sharding, got) == tree_shardings(abstract, mesh)
+    want = states.pruned_by_layer(state, old, kept)
+    got = prune_state(state, old, kept)
+    states.assert_equal(states.by_layer(got, new), want)
+    assert jax.tree.map(lambda leaf: leaf.sharding, got) == tree_shardings(states.abstract(new, mesh), mesh)
 
 
 def test_identity_plan_changes_no_bit(states):
-    counts, mesh = (16, 16, 8, 8), states.mesh()
-    state = states.random(counts, mesh)
-    state.router_bias["runs"][0]["bias_E"] *= jnp.float32(np.nan)
+    state = states.random(OLD, states.mesh())
+    state.router_bias["bias_N"] *= jnp.float32(np.nan)
     want = [np.array(leaf).tobytes() for leaf in jax.tree.leaves(state)]
-    identity = [range(count) for count in counts]
-    got = prune_state(state, identity, states.config(counts), states.abstract(counts, mesh))
+    got = prune_state(state, OLD, [range(count) for count in OLD])
     assert [np.array(leaf).tobytes() for leaf in jax.tree.leaves(got)] == want
 
 
-def test_rearranging_and_back_is_nothing(states):
-    counts, mesh = (16, 16, 8, 8), states.mesh()
-    model, abstract = states.config(counts), states.abstract(counts, mesh)
-    kept = states.plan(counts, counts)
-    state = states.random(counts, mesh)
-    want = states.by_layer(state)
-    moved = prune_state(state, kept, model, abstract)
-    router = ".params['runs']['moe']['router_DE']"
-    assert not np.array_equal(states.by_layer(moved)[router][0], want[router][0])
-    back = prune_state(moved, [np.argsort(slots).tolist() for slots in kept], model, abstract)
-    states.assert_equal(states.by_layer(back), want)
+def test_reordering_and_back_is_nothing(states):
+    kept = states.plan(OLD, OLD)
+    state = states.random(OLD, states.mesh())
+    want = states.by_layer(state, OLD)
+    moved = prune_state(state, OLD, kept)
+    router = ".params['experts']['router_ND']"
+    assert not np.array_equal(states.by_layer(moved, OLD)[router][0], want[router][0])
+    back = prune_state(moved, OLD, [np.argsort(ids).tolist() for ids in kept])
+    states.assert_equal(states.by_layer(back, OLD), want)
 
 
-def test_old_leaves_go_as_soon_as_they_are_pruned(states, monkeypatch):
+def test_old_leaves_go_as_soon_as_they_are_pruned(states):
     old, new = (16, 16, 16, 16), (16, 8, 8, 16)
-    mesh = states.mesh()
-    state, abstract = states.random(old, mesh), states.abstract(new, mesh)
+    state = states.random(old, states.mesh())
+    rows_N = surgery.kept_rows(old, states.plan(old, new))
+    gathers = surgery.compile_gathers(abstract_of(state), len(rows_N))
     leaves, before = jax.tree.leaves(state), {id(leaf) for leaf in jax.live_arrays()}
-    cut_leaf, peak = surgery._gather_leaf, []
+    mine, peak = {id(x) for x in leaves}, []
 
-    def measured(*args):
-        leaf = cut_leaf(*args)
-        mine = {id(x) for x in leaves}
-        live = [x for x in jax.live_arrays() if id(x) in mine or id(x) not in before]
-        peak.append(sum(x.nbytes for x in live))
-        return leaf
+    def measured(program):
+        def call(*args):
+            leaf = program(*args)
+            live = [x for x in jax.live_arrays() if id(x) in mine or id(x) not in before]
+            peak.append(sum(x.nbytes for x in live))
+            return leaf
 
-    monkeypatch.setattr(surgery, "_gather_leaf", measured)
+        return call
+
     total = sum(leaf.nbytes for leaf in leaves)
-    cut = prune_state(state, states.plan(old, new), states.config(old), abstract)
-    largest = sum(run["moe"]["gate_up_EDG"].nbytes for run in cut.params["runs"])
-    assert len(peak) > 20
-    assert max(peak) <= total + largest
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params["runs"], state.router_bias)))
-    assert not cut.params["embedding_VD"].is_deleted()
+    of_experts = [state.params["experts"], state.router_bias]
+    pruned = surgery.prune_state(state, {key: measured(program) for key, program in gathers.items()}, rows_N)
+    assert len(peak) == 10  # three parameters with two moments each, and the bias
+    assert max(peak) <= total + pruned.params["experts"]["gate_up_NDG"].nbytes
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(of_experts))
+    assert not pruned.params["embedding_VD"].is_deleted()
 
 
-def test_gather_never_builds_the_whole_leaf_on_a_device(states):
-    mesh = states.mesh(fsdp=1, expert=8)
-    leaf = states.random((16, 16), mesh).params["runs"][0]["moe"]["gate_up_EDG"]
-    kept = np.array(states.plan((16, 16), (8, 8)), np.int32)
-    gather = surgery._make_gather(1, (surgery._whole_experts(leaf, 1),), leaf.sharding)
-    memory = gather.lower([leaf], [np.int32(0)], [kept]).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < leaf.nbytes / 2  # of every expert's rows: an eighth in, a sixteenth out
+def test_one_program_a_parameter_prunes_every_layer_without_a_collective(states):
+    mesh = states.mesh()
+    gathers = surgery.compile_gathers(states.abstract(OLD, mesh), 30)
+    assert len(gathers) == 4
+    for (shape, _), program in gathers.items():
+        text = program.as_text()
+        assert text is not None
+        assert not any(word in text for word in ("all-gather", "all-to-all", "all-reduce", "collective-permute"))
+        assert program.memory_analysis().temp_size_in_bytes <= 4 * np.prod(shape) / 8
 
 
 @pytest.mark.parametrize(
@@ -139,12 +127,12 @@ def test_gather_never_builds_the_whole_leaf_on_a_device(states):
 )
 def test_plan_that_does_not_fit_is_refused(kept, message):
     with pytest.raises(UserError, match=message):
-        surgery.moved_pieces([(2, 4)], kept)
+        surgery.kept_rows((4, 4), kept)
 
 
 def test_pruned_config_has_the_counts_and_keeps_the_rest(states):
-    config = Config(model=states.config((16, 16, 8, 8)), mesh=MeshConfig(1, 2, 4))
-    cut = surgery.pruned_config(config, states.plan((16, 16, 8, 8), (8, 8, 8, 4)))
+    config = Config(model=states.config(OLD), mesh=MeshConfig(1, 2, 4))
+    cut = surgery.pruned_config(config, states.plan(OLD, (8, 8, 8, 4)))
     assert cut == config.with_num_experts((8, 8, 8, 4))
 
 
@@ -153,6 +141,6 @@ def test_pruned_config_has_the_counts_and_keeps_the_rest(states):
     [((16, 16, 8, 6), "not divisible by MeshConfig.expert=4"), ((16, 16, 1, 8), "is below top_k=2")],
 )
 def test_pruned_config_refuses_what_does_not_fit_the_mesh_or_top_k(states, counts, message):
-    config = Config(model=states.config((16, 16, 8, 8)), mesh=MeshConfig(1, 2, 4))
+    config = Config(model=states.config(OLD), mesh=MeshConfig(1, 2, 4))
     with pytest.raises(UserError, match=message):
-        surgery.pruned_config(config, states.plan((16, 16, 8, 8), counts))
+        surgery.pruned_config(config, states.plan(OLD, counts))

@@ -1,6 +1,5 @@
 """A training state of random numbers, of the real tree but without a model, and its layers one by one."""
 
-import re
 from typing import NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import optax
 from laep_jax.config import MeshConfig, ModelConfig
 from laep_jax.sharding import make_mesh, tree_shardings
 
-EXPERT_DIMS = {"router_DE": 1, "gate_up_EDG": 0, "down_EFD": 0, "bias_E": 0}  # of one layer
+OF_EXPERTS = ("router_ND", "gate_up_NDG", "down_NFD", "bias_N")
 
 
 class State(NamedTuple):
@@ -31,25 +30,22 @@ def _shapes(model: ModelConfig) -> State:
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.float32)
 
-    def run(n: int, E: int) -> dict:
-        return {
-            "attention_norm": {"scale_D": array(n, D)},
-            "attention": {"query_DHK": array(n, D, H, K), "output_HKD": array(n, H, K, D)},
-            "moe": {
-                "router_DE": array(n, D, E),
-                "gate_up_EDG": array(n, E, D, 2 * F),
-                "down_EFD": array(n, E, F, D),
-            },
-        }
-
+    L, N = model.num_layers, sum(model.experts_per_layer)
+    layers = {
+        "attention_norm": {"scale_D": array(L, D)},
+        "attention": {"query_DHK": array(L, D, H, K), "output_HKD": array(L, H, K, D)},
+    }
+    experts = {"router_ND": array(N, D), "gate_up_NDG": array(N, D, 2 * F), "down_NFD": array(N, F, D)}
     params = {
         "embedding_VD": array(V, D),
-        "runs": [run(n, E) for n, E in model.runs],
+        "layers": layers,
+        "experts": experts,
         "final_norm": {"scale_D": array(D)},
     }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-3)))
-    bias = {"runs": [{"bias_E": array(n, E)} for n, E in model.runs]}
-    return State(jax.ShapeDtypeStruct((), np.int32), params, jax.eval_shape(optimizer.init, params), bias)
+    return State(
+        jax.ShapeDtypeStruct((), np.int32), params, jax.eval_shape(optimizer.init, params), {"bias_N": array(N)}
+    )
 
 
 class States:
@@ -81,23 +77,22 @@ class States:
         return jax.tree.map(leaf, cls.abstract(num_experts, mesh))
 
     @staticmethod
-    def by_layer(state) -> dict[str, list[np.ndarray]]:
-        """Values of every parameter without run index: one array a layer, or just one outside the runs."""
+    def by_layer(state, num_experts: tuple[int, ...]) -> dict[str, list[np.ndarray]]:
+        """Values of every leaf: those of experts as one array a layer, others as they are."""
         layers: dict[str, list[np.ndarray]] = {}
         for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-            key = jax.tree_util.keystr(path)
-            name = re.sub(r"(\['runs'\])\[\d+\]", r"\1", key)
-            layers.setdefault(name, []).extend([np.array(leaf)] if name == key else np.array(leaf))
+            name, value = jax.tree_util.keystr(path), np.array(leaf)
+            is_of_experts = any(suffix in name for suffix in OF_EXPERTS)
+            layers[name] = np.split(value, np.cumsum(num_experts)[:-1]) if is_of_experts else [value]
         return layers
 
     @classmethod
-    def pruned_by_layer(cls, state, kept) -> dict[str, list[np.ndarray]]:
+    def pruned_by_layer(cls, state, num_experts: tuple[int, ...], kept) -> dict[str, list[np.ndarray]]:
         """What `by_layer` of the pruned state must be: plain slicing, layer by layer."""
-        layers = cls.by_layer(state)
+        layers = cls.by_layer(state, num_experts)
         for name, values in layers.items():
-            dims = [dim for suffix, dim in EXPERT_DIMS.items() if suffix in name]
-            if dims:
-                layers[name] = [np.take(v, ids, axis=dims[0]) for v, ids in zip(values, kept, strict=True)]
+            if any(suffix in name for suffix in OF_EXPERTS):
+                layers[name] = [value[ids] for value, ids in zip(values, kept, strict=True)]
         return layers
 
     @staticmethod

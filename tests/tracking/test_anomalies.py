@@ -8,7 +8,7 @@ from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
 from laep_jax.sharding import make_mesh, put_batch
-from laep_jax.state.tree import abstract_state, init_state
+from laep_jax.state.tree import abstract_state, init_state, initial_layout
 from laep_jax.tracking.anomalies import MIN_RECENT, is_spike
 from laep_jax.training.start import train
 from laep_jax.training.step import make_train_step
@@ -50,12 +50,12 @@ def test_a_step_that_is_not_finite_changes_nothing(config):
         config.data, eval_batches=config.train.eval_batches, seed=0, vocab_size=384, process_index=0, process_count=1
     )
     step = make_train_step(resolved, mesh)
-    state, metrics = step(init_state(resolved, mesh), put_batch(data.train_batch(0), mesh))
+    state, metrics = step(init_state(resolved, mesh), initial_layout(resolved), put_batch(data.train_batch(0), mesh))
     assert metrics["finite"]
     before = jax.device_get(state)
     batch = data.train_batch(1)
     batch["targets_BS"][3, 7] = NO_TOKEN
-    after, metrics = step(state, put_batch(batch, mesh))
+    after, metrics = step(state, initial_layout(resolved), put_batch(batch, mesh))
     assert not metrics["finite"]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), before)
 

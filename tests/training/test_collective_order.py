@@ -12,7 +12,7 @@ import pytest
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from laep_jax.preflight.hlo import COLLECTIVES, Operation, parse
 from laep_jax.sharding import make_mesh
-from laep_jax.state.tree import abstract_state
+from laep_jax.state.tree import abstract_layout, abstract_state
 from laep_jax.training.step import abstract_batch, make_eval_step, make_train_step
 
 CONFIG = Config(
@@ -51,10 +51,11 @@ def test_the_layers_wait_for_every_collective_beside_them(kind):
     config = dataclasses.replace(CONFIG, train=TrainConfig(grad_accumulation=2 if kind == "accumulation" else 1))
     mesh = make_mesh(config.mesh)
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh, validation=kind == "eval")
+    layout = abstract_layout(config, mesh)
     if kind == "eval":
-        program = make_eval_step(config, mesh, 3).lower(state.params, state.router_bias, batch)
+        program = make_eval_step(config, mesh, 3).lower(layout, state.params, state.router_bias, batch)
     else:
-        program = make_train_step(config, mesh).lower(state, batch)
+        program = make_train_step(config, mesh).lower(state, layout, batch)
     text = program.compile().as_text()
     assert text
     assert " while(" in text

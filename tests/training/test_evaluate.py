@@ -1,15 +1,18 @@
 """The dry run of a prune: what masking predicts is what the pruned model then has."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
 
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from laep_jax.laep.plan import chosen_plan
+from laep_jax.laep.rule import PruneRule
 from laep_jax.sharding import make_mesh
-from laep_jax.state.surgery import compile_gathers, prune_state, pruned_config
-from laep_jax.state.tree import abstract_state, init_state
+from laep_jax.state.surgery import compile_gathers, kept_rows, prune_state, pruned_config
+from laep_jax.state.tree import abstract_state, init_state, initial_layout
 from laep_jax.training.evaluate import ValidationLoss, masked_loss, validation_loss
 from laep_jax.training.step import make_eval_step
 
@@ -48,20 +51,26 @@ def batches() -> list[dict[str, np.ndarray]]:
     return found
 
 
+def eval_step(config, mesh):
+    return functools.partial(make_eval_step(config, mesh, len(DOMAINS)), initial_layout(config))
+
+
 def predicted_and_cut(dispatch: str) -> tuple[ValidationLoss, ValidationLoss, ValidationLoss]:
     """The validation loss before the prune, as masking predicts it, and of the pruned model."""
     config, state = model_and_state(dispatch)
-    mesh, step = make_mesh(config.mesh), make_eval_step(config, make_mesh(config.mesh), len(DOMAINS))
+    mesh = make_mesh(config.mesh)
+    step = eval_step(config, mesh)
+    rule = PruneRule.from_settings(config.laep, 3, top_k=2, expert_parallel=4)
+    plan = chosen_plan([np.ones(8)] * 3, PRUNED, rule)
     before = validation_loss(step, state, batches(), mesh, DOMAINS)
-    predicted = masked_loss(step, state, PRUNED, batches(), mesh, DOMAINS)
+    predicted = masked_loss(step, state, plan, batches(), mesh, DOMAINS)
     smaller = pruned_config(config, KEPT)
-    target = abstract_state(smaller, mesh)
-    gathers = compile_gathers(abstract_state(config, mesh), KEPT, config.model, target)
-    cut = prune_state(state, gathers, KEPT, config.model, target)
+    rows_N = kept_rows(config.model.experts_per_layer, KEPT)
+    cut = prune_state(state, compile_gathers(abstract_state(config, mesh), len(rows_N)), rows_N)
     return (
         before,
         predicted,
-        validation_loss(make_eval_step(smaller, mesh, len(DOMAINS)), cut, batches(), mesh, DOMAINS),
+        validation_loss(eval_step(smaller, mesh), cut, batches(), mesh, DOMAINS),
     )
 
 

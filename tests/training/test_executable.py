@@ -8,7 +8,7 @@ import pytest
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from laep_jax.errors import UserError
 from laep_jax.sharding import make_mesh
-from laep_jax.state.tree import abstract_state
+from laep_jax.state.tree import abstract_layout, abstract_state
 from laep_jax.training.executable import load_step, save_step
 from laep_jax.training.prune import compile_ahead
 from laep_jax.training.start import train
@@ -26,7 +26,8 @@ CONFIG = Config(
 @pytest.fixture(scope="module")
 def step() -> jax.stages.Compiled:
     mesh = make_mesh(CONFIG.mesh)
-    return make_train_step(CONFIG, mesh).lower(abstract_state(CONFIG, mesh), abstract_batch(CONFIG, mesh)).compile()
+    arguments = abstract_state(CONFIG, mesh), abstract_layout(CONFIG, mesh), abstract_batch(CONFIG, mesh)
+    return make_train_step(CONFIG, mesh).lower(*arguments).compile()
 
 
 @pytest.fixture(scope="module")

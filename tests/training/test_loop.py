@@ -1,6 +1,7 @@
 """Whole runs of a tiny model, with a prune in the middle: resuming, both ways to cut, what is refused."""
 
 import ast
+import functools
 import gc
 import json
 import re
@@ -27,7 +28,7 @@ from laep_jax.laep.plan import Plan
 from laep_jax.laep.recorded_loads import read_current_counts, read_loads
 from laep_jax.preflight import run as preflight_run
 from laep_jax.sharding import make_mesh
-from laep_jax.state.tree import abstract_state
+from laep_jax.state.tree import abstract_state, initial_layout
 from laep_jax.training import loop
 from laep_jax.training.evaluate import masked_loss
 from laep_jax.training.prune.controller import Controller
@@ -203,7 +204,7 @@ def test_from_the_newest_checkpoint_that_validates_it_is_the_same_run_though_sav
     """Damage that the manifest tells, that fingerprints tell, and that a hash tells, back to before the prune."""
     checkpoints = copied(run, tmp_path / "x")
     (checkpoints / "20" / "state" / "manifest.ocdbt").unlink()
-    change_stored(checkpoints / "18", "params.runs.0.moe.down_EFD", (0, 1, 2, 3))
+    change_stored(checkpoints / "18", "params.experts.down_NFD", (1, 2, 3))
     flip_bit(checkpoints / "13" / "history.npz")
     write_manifest(checkpoints / "13")
     complete, failing = StepDirectory.complete, [13, 18]
@@ -221,7 +222,7 @@ def test_from_the_newest_checkpoint_that_validates_it_is_the_same_run_though_sav
     lines = [line for line in capsys.readouterr().out.splitlines() if str(checkpoints) in line]
     assert [line.removeprefix(f"checkpoint {checkpoints}/").removeprefix(f"{checkpoints}/") for line in lines] == [
         "20/state/manifest.ocdbt is missing; it is now 20.damaged, and the run resumes from an older one",
-        "18 is damaged: params.runs.moe.down_EFD of layer 0, expert 1 is not what was saved;"
+        "18 is damaged: params.experts.down_NFD of layer 0, expert 1 is not what was saved;"
         " it is now 18.damaged, and the run resumes from an older one",
         "13/history.npz is damaged: it does not have the hash it was saved with;"
         " it is now 13.damaged, and the run resumes from an older one",
@@ -269,8 +270,8 @@ def test_the_pruned_model_has_the_loss_that_masking_predicts(run, config):
     with Checkpoints(run / "checkpoints", keep=9) as checkpoints:
         state = checkpoints.restore(PRUNE_STEP, abstract_state(config, mesh))
     batches = [data.validation_batch(i) for i in range(config.train.eval_batches)]
-    step = make_eval_step(config, mesh, len(data.domains))
-    predicted = masked_loss(step, state, [layer.pruned for layer in plan.layers], batches, mesh, data.domains)
+    step = functools.partial(make_eval_step(config, mesh, len(data.domains)), initial_layout(config))
+    predicted = masked_loss(step, state, plan, batches, mesh, data.domains)
     before, after = (record for record in records(run, "eval") if record["step"] == PRUNE_STEP)
     assert after["validation_loss"] == pytest.approx(predicted.loss, rel=1e-6)  # float32 sums over experts, other order
     assert after["validation_loss_by_domain"] == pytest.approx(predicted.loss_by_domain, rel=1e-6)

@@ -35,7 +35,7 @@ def compile_steps(config: Config, mesh: Mesh, abstract: TrainState, num_domains:
     validation = abstract_batch(config, mesh, validation=True)
     layout = abstract_layout(config, mesh)
     evaluate = make_eval_step(config, mesh, num_domains).lower(
-        abstract.params, abstract.router_bias, layout, validation
+        layout, abstract.params, abstract.router_bias, validation
     )
     train = make_train_step(config, mesh).lower(abstract, layout, abstract_batch(config, mesh))
     return CompiledSteps(train.compile(), evaluate.compile())

@@ -69,11 +69,10 @@ def _checked_plan(trainer: Trainer, step: int) -> Plan | None:
     plan, tolerance = _make_plan(trainer, step), trainer.config.laep.guard_tolerance
     if tolerance is None or not plan.prunes:
         return plan
-    model, num_experts = trainer.model, trainer.run_state.num_experts
+    model = trainer.model
     before = validation_loss(model.evaluate, model.state, *trainer.measured_on).loss
     while True:
-        pruned = [layer.pruned for layer in plan.layers]
-        loss = masked_loss(model.evaluate, model.state, num_experts, pruned, *trainer.measured_on).loss
+        loss = masked_loss(model.evaluate, model.state, plan, *trainer.measured_on).loss
         harm = rise(before, loss)
         stands = not harm > tolerance
         trainer.log.write("dry_run", step, stands=stands, validation_loss_before=before, validation_loss=loss)
@@ -102,8 +101,7 @@ def _make_plan(trainer: Trainer, step: int) -> Plan:
         return plan
     first = max(0, step - trainer.config.train.eval_batches)
     batches = [trainer.dataset.train_batch(i) for i in range(first, step)]
-    pruned = [layer.pruned for layer in plan.layers]
-    loads = masked_loads(trainer.model.evaluate, trainer.model.state, plan.num_experts, pruned, batches, trainer.mesh)
+    loads = masked_loads(trainer.model.evaluate, trainer.model.state, plan, batches, trainer.mesh)
     return trainer.controller.prune_plan([loads_E / len(batches) for loads_E in loads])
 
 
