@@ -25,8 +25,8 @@ from benchmarks.moe import MATMUL, MATMULS, matmul_form
 from laep_jax.config import Config, DataConfig, ModelConfig
 from laep_jax.laep.layout import Layout
 from laep_jax.model.accounting import flops_by_part
-from laep_jax.sharding import HUGE_PAGES, make_cpu_devices, make_mesh, put_batch
-from laep_jax.state.tree import TrainState, init_state, initial_layout, put_layout
+from laep_jax.sharding import HUGE_PAGES, make_cpu_devices, make_mesh, put_batch, replicated
+from laep_jax.state.tree import TrainState, init_state, initial_layout
 from laep_jax.training.step import Batch, make_train_step
 
 CONFIG = Config(
@@ -81,7 +81,7 @@ def measure(experts: int, repetitions: int) -> dict:
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     rows, length = config.data.batch_size, config.data.sequence_length
     batch = put_batch(random_batch(np.random.default_rng(0), config.model.vocab_size, rows, length), mesh)
-    state, layout = init_state(config, mesh), put_layout(initial_layout(config), mesh)
+    state, layout = init_state(config, mesh), jax.device_put(initial_layout(config), replicated(mesh))
     compiled = make_train_step(config, mesh).lower(state, layout, batch).compile()
     products = matmul_form()
     seconds: dict[str, list[float]] = {"step": [], "matmul": []}

@@ -58,7 +58,7 @@ def result_of(row: Row, run_dir: Path) -> Result:
     run, summary = read_run(run_dir), read_json(run_dir / "summary.json", str(run_dir / "summary.json"))
     records = read_records(run_dir / "metrics.jsonl")
     stable = [record["step"] for record in records if record["kind"] == "stability" and record["stable"]]
-    last_prune = run.transitions[-1].step if run.transitions else 0
+    last_prune = run.prunes[-1].step if run.prunes else 0
     speeds = [r for r in run.train if r["step"] > last_prune and r["tokens_per_second"] is not None]
     end = int(run.steps[-1])
     return {
@@ -75,7 +75,7 @@ def result_of(row: Row, run_dir: Path) -> Result:
         "validation_targets_by_domain": summary["validation_targets_by_domain"],
         "validation_loss_before_prune": summary["validation_loss_before_prune"],
         "validation_loss_after_prune": summary["validation_loss_after_prune"],
-        "cuts": [transition.step for transition in run.transitions],
+        "cuts": [transition.step for transition in run.prunes],
         "stable": stable,
         "order": run.order(end + 1),
         "tokens_per_second": float(np.median([r["tokens_per_second"] for r in speeds])),
@@ -86,9 +86,9 @@ def result_of(row: Row, run_dir: Path) -> Result:
 
 def _window_ends(run: RunData) -> list[int]:
     end = int(run.steps[-1])
-    if not run.transitions:
+    if not run.prunes:
         return list(range(WINDOW, end + 1, WINDOW))
-    return sorted({run.transitions[0].step, min(run.transitions[-1].step + WINDOW, end), end})
+    return sorted({run.prunes[0].step, min(run.prunes[-1].step + WINDOW, end), end})
 
 
 def _window(run: RunData, last: int) -> list[list[int]]:

@@ -75,10 +75,15 @@ class LaepConfig:
     prune_at_step: int | None = free(None, "plan after this step, whether loads are stable or not; None: when", low=1)
     plan: str = free("", "a plan.json to apply at prune_at_step, instead of one made from the loads", path=True)
     max_prunes: int = free(1, "how often to prune; 0: never", low=0)
-    rearrange_gain: float | None = free(
-        None,
-        "also rearrange without pruning where that lowers the most loaded device by this fraction; None: never",
+    replica_slots: int = free(
+        1,
+        "slots of each device for replicas of hot experts, beside those for its part of the experts; 0: the paper",
         low=0,
+    )
+    rebalance_every: int | None = free(
+        25,
+        "steps after which experts and replicas are placed anew, by the last window of loads; None: at a prune only",
+        low=1,
     )
     prune_delay: int = free(20, "steps between a plan and its prune, while the smaller model's step compiles", low=0)
     prune_via: str = free(

@@ -13,12 +13,13 @@ Experts of a layer go by their place in its window. Everything is int32, bool or
 Axes: L layers, W experts of a window, P devices of the expert axis, S slots of a device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from laep_jax.laep.slots import EMPTY, SlotMap
+from laep_jax.laep.layer_plan import LayerPlan
+from laep_jax.laep.slots import EMPTY, SlotMap, place_in_slots
 
 
 class Layout(NamedTuple):
@@ -49,9 +50,14 @@ def windows(num_experts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     return start_L.astype(np.int32), (place_LW >= 0) & (place_LW < count_L[:, None])
 
 
-def make_layout(maps: Sequence[SlotMap], num_experts: Sequence[int]) -> Layout:
+def num_slots(num_experts: Sequence[int], num_devices: int, replica_slots: int) -> int:
+    """Slots of a device in every layer: for its part of the widest layer, and for replicas. One needs no replicas."""
+    return -(-max(num_experts) // num_devices) + (replica_slots if num_devices > 1 else 0)
+
+
+def make_layout(maps: Sequence[SlotMap], num_experts: Sequence[int], replica_slots: int = 0) -> Layout:
     """The layout of layers whose experts are placed by `maps`, one a layer, with ids from 0 in each."""
-    slots = max(slot_map.slots_PS.shape[1] for slot_map in maps)
+    slots = num_slots(num_experts, len(maps[0].slots_PS), replica_slots)
     layers = [
         _layer_layout(slot_map, start, is_own_W, slots)
         for slot_map, start, is_own_W in zip(maps, *windows(num_experts), strict=True)
@@ -81,3 +87,40 @@ def in_order(num_experts: int, num_devices: int) -> SlotMap:
     size = -(-num_experts // num_devices)
     slots_PS = np.arange(num_devices * size).reshape(num_devices, size)
     return SlotMap(np.where(slots_PS < num_experts, slots_PS, EMPTY), (slots_PS < num_experts).astype(float))
+
+
+def by_loads(loads: Sequence[np.ndarray], num_devices: int, replica_slots: int) -> tuple[SlotMap, ...]:
+    """A map of each layer, from the tokens of its experts; a layer with few experts has fewer replicas."""
+    most = [len(loads_E) - -(-len(loads_E) // num_devices) for loads_E in loads]
+    return tuple(
+        place_in_slots(loads_E, num_devices, min(replica_slots, limit))
+        for loads_E, limit in zip(loads, most, strict=True)
+    )
+
+
+def by_plan(layers: Sequence[LayerPlan]) -> tuple[SlotMap, ...]:
+    """A map of each layer of the model that a plan leads to: its slots, or else the order of its experts."""
+    return tuple(map(_of_layer_plan, layers))
+
+
+def _of_layer_plan(layer: LayerPlan) -> SlotMap:
+    if not layer.slots:
+        return in_order(len(layer.kept), len(layer.device_load))
+    new_id = {EMPTY: EMPTY} | {expert: place for place, expert in enumerate(layer.kept)}
+    return SlotMap(np.array([[new_id[expert] for expert in row] for row in layer.slots]), np.array(layer.shares))
+
+
+def to_arrays(maps: Sequence[SlotMap]) -> dict[str, np.ndarray]:
+    """As arrays of numbers for an .npz file, the layers side by side."""
+    return {
+        "slots": np.concatenate([slot_map.slots_PS for slot_map in maps], axis=1),
+        "shares": np.concatenate([slot_map.shares_PS for slot_map in maps], axis=1),
+        "slots_of_layer": np.array([slot_map.slots_PS.shape[1] for slot_map in maps]),
+    }
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[SlotMap, ...]:
+    """What `to_arrays` was given."""
+    ends = np.cumsum(arrays["slots_of_layer"])[:-1]
+    both = (np.split(arrays[name], ends, axis=1) for name in ("slots", "shares"))
+    return tuple(map(SlotMap, *both))

@@ -1,9 +1,8 @@
 """The plan: which experts stay in each layer and where they go, as data (paper sections 3.2, 3.3).
 
 One plan carries both algorithms. `kept` lists, per layer, the old slots in new device order:
-new[e] = old[kept[e]] for everything that belongs to an expert. A rearrangement is a plan that prunes
-no experts. Ids are slots of the model the plan is made for; the lineage translates these into the
-experts of the model a run began with.
+new[e] = old[kept[e]] for everything that belongs to an expert. Ids are slots of the model the plan is made for; the
+lineage translates these into the experts of the model a run began with.
 
 Axes: N iterations, L layers, E experts of a layer.
 """
@@ -17,6 +16,7 @@ import numpy as np
 from laep_jax.config import LaepConfig
 from laep_jax.errors import require
 from laep_jax.laep import plan_json, plan_table
+from laep_jax.laep.balance import imbalance
 from laep_jax.laep.layer_plan import LayerPlan, make_layer_plan
 from laep_jax.laep.load import as_counts, num_with_tokens
 from laep_jax.laep.pruning import Pruning, prune_layer
@@ -61,6 +61,11 @@ class Plan:
     def prunes(self) -> bool:
         """Whether any expert goes."""
         return any(layer.pruned for layer in self.layers)
+
+    @property
+    def imbalances(self) -> tuple[float, ...]:
+        """Max / mean load of the devices by layer, with the replicas that the plan has."""
+        return tuple(imbalance(np.array(layer.slot_load or layer.device_load)) for layer in self.layers)
 
     def to_json(self) -> str:
         """The plan as JSON text, a line a layer; `from_json` gives an equal plan back."""
@@ -127,28 +132,12 @@ def chosen_plan(loads: Sequence[np.ndarray], pruned: Sequence[Sequence[int]], ru
     return Plan(tuple(map(len, loads)), rule.choosing_none(), tuple(layers))
 
 
-def rearrange_plan(loads: Sequence[np.ndarray], rule: PruneRule) -> Plan:
-    """Keeps every expert and places it by `loads`: mean tokens a step, [E] of each layer. rule: as of `chosen_plan`."""
-    return chosen_plan(loads, [()] * len(loads), rule)
-
-
 def identity_plan(num_experts: Sequence[int], *, expert_parallel: int, top_k: int) -> Plan:
     """Keeps every expert of each layer where it is; knows no loads, so they are all 0."""
     zeros = (0.0,) * expert_parallel
     layers = [LayerPlan(tuple(range(count)), (), (), zeros, 1.0, 1.0, 0.0) for count in num_experts]
     rule = PruneRule.from_settings(LaepConfig(), len(layers), top_k=top_k, expert_parallel=expert_parallel)
     return Plan(tuple(num_experts), rule.choosing_none(), tuple(layers))
-
-
-def predicted_gain(plan: Plan) -> float:
-    """The share by which placing the survivors lowers the largest device load, layers added up.
-
-    The layers run one after another and each waits for its most loaded device. Negative if it rises;
-    rounded, so that sums of the same loads in another order are no gain.
-    """
-    before = sum(layer.largest_before for layer in plan.layers)
-    after = sum(max(layer.device_load) for layer in plan.layers)
-    return round(1 - after / before, 12) if before else 0.0
 
 
 def compose(first: Plan, second: Plan) -> Plan:

@@ -33,9 +33,13 @@ from laep_jax.sharding import SLICES, leaf_spec, platform
 
 
 class MoEAux(NamedTuple):
-    """`tokens_per_expert_E`: int32, of the global batch. `losses`: float32 by name, unweighted."""
+    """`tokens_per_expert_E`, `tokens_per_device_P`: int32, of the global batch. `losses`: float32 by name, unweighted.
+
+    A device's tokens are those of its place on the expert axis, added over the groups.
+    """
 
     tokens_per_expert_E: jax.Array
+    tokens_per_device_P: jax.Array
     losses: dict[str, jax.Array]
 
 
@@ -91,11 +95,12 @@ class MoE(nnx.Module):
             out_specs=(rows, rows),
             check_vma=False,  # the loops with custom_vjp inside mix values that vary over different axes
         )(x_BSD, valid_BS, self.router_ED[...], bias_E, layout, gate_up_RDG, down_RFD)
+        received_P = jnp.sum(sums.pop("received").reshape(-1, mesh.shape[AXIS]), axis=0)
         totals = {name: jnp.sum(part, axis=0) for name, part in sums.items()}
         tokens_per_expert_E = totals.pop("tokens_per_expert_E")
         num_experts = jnp.sum(layout.is_own_W)
         losses = balance_losses(totals, tokens_per_expert_E, num_experts, self.config.top_k, self.aux_losses)
-        return y_BSD, MoEAux(tokens_per_expert_E, losses)
+        return y_BSD, MoEAux(tokens_per_expert_E, received_P, losses)
 
 
 def _with_idle_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
@@ -174,9 +179,10 @@ def _moe_on_device(
     grouped = _grouped(config.grouped_matmul, on_platform)
     gate_up_RDG = _fetch(gate_up_RDG, gate_up_spec, x_BSD.dtype, on_platform)
     down_RFD = _fetch(down_RFD, down_spec, x_BSD.dtype, on_platform)
-    ids_BSK = to_slots(ids_BSK, layout)
-    tokens = Tokens(*(array.reshape(-1, array.shape[-1]) for array in (x_BSD, ids_BSK, weights_BSK)))
+    x_TD, ids_TK, weights_TK = (array.reshape(-1, array.shape[-1]) for array in (x_BSD, ids_BSK, weights_BSK))
     with jax.named_scope("dispatch"):
+        ids_TK, sums["received"] = to_slots(ids_TK, sums["tokens_per_expert_E"], layout)
+        tokens = Tokens(x_TD, ids_TK, weights_TK)
         y_TD = _dispatch(config, on_platform == "cpu")(tokens, (gate_up_RDG, down_RFD), grouped, num_slots)
     return y_TD.reshape(x_BSD.shape), {name: total[None] for name, total in sums.items()}
 

@@ -22,6 +22,7 @@ from laep_jax.model.dispatch import DISPATCH_NAMES
 from laep_jax.model.flat import pick, read_rows, read_window
 from laep_jax.model.layers import RMSNorm, rms_norm
 from laep_jax.model.moe import MoE, MoEAux
+from laep_jax.model.slots import SLOTS_NAME
 from laep_jax.sharding import batch_sharding, leaf_spec, platform
 
 LOGITS_CHUNK = 2**27  # of one row: half a gigabyte in float32
@@ -94,7 +95,7 @@ def _gathered(tree, dtype, mesh: Mesh):
 def _remat(body, policy: str):
     if policy == "none":
         return body
-    names = DISPATCH_NAMES if policy == "save_dispatch" else ()
+    names = (SLOTS_NAME, *(DISPATCH_NAMES if policy == "save_dispatch" else ()))
     return jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*names))
 
 

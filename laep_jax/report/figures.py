@@ -62,7 +62,7 @@ def _draw_trend(axes: Axes, run: RunData, layer: int) -> None:
             axes.plot(line.steps[-1:], line.tokens[-1:], "x", color=color, markersize=4, clip_on=False)
     steps, mean = series.mean_line(run, layer)
     axes.plot(steps, mean, color="black", linestyle="--", linewidth=1.3)
-    for transition in run.transitions:
+    for transition in run.prunes:
         axes.axvline(transition.step, **PRUNE_LINE)
     axes.set_yscale("symlog", linthresh=10, linscale=0.5)  # some experts get no token at all
     axes.yaxis.set_major_formatter(TOKENS)
@@ -126,7 +126,7 @@ def draw_device_loads(run: RunData) -> Figure:
     """Tokens on each device before and after the last prune, and what the prune did without rearranging."""
     layers = series.chosen_layers(run.num_layers, MAX_LAYERS)
     loads = series.device_loads(run)
-    groups = [(loads.before, GREY, "before the prune" if run.transitions else "at the end")]
+    groups = [(loads.before, GREY, "before the prune" if run.prunes else "at the end")]
     if loads.in_order is not None and loads.placed is not None:
         groups += [(loads.in_order, ORANGE, "after it, had the experts kept their order")]
         groups += [(loads.placed, BLUE, "after it, as rearranged")]
@@ -140,7 +140,7 @@ def draw_device_loads(run: RunData) -> Figure:
         *(Patch(color=color, label=label) for _, color, label in groups),
         Line2D([], [], color="black", linestyle="--", label="mean over the devices"),
     ]
-    when = f"around step {run.transitions[-1].step}" if run.transitions else "at the end"
+    when = f"around step {run.prunes[-1].step}" if run.prunes else "at the end"
     _title(figure, f"Load of each device {when}", run, layers, handles)
     return figure
 
@@ -218,7 +218,7 @@ def draw_loss(run: RunData) -> Figure:
             "markeredgewidth": 1.8,
         }
         axes.plot(*zip(*after, strict=True), "D", **style, label="validation, right after a prune")
-    for i, transition in enumerate(run.transitions):
+    for i, transition in enumerate(run.prunes):
         axes.axvline(transition.step, **PRUNE_LINE)
         text: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "center"}
         axes.annotate(_transition_text(transition), (transition.step, 1), (0, 4 + 13 * (i % 3)), **text)
@@ -260,15 +260,13 @@ def _if_pruned(run: RunData, handle: Line2D) -> list[Line2D]:
 
 
 def _transition_text(transition: Transition) -> str:
-    if transition.rearrange_only:
-        return f"rearranged after step {transition.step}"
     before, after = (sum(len(ids) for ids in order) for order in (transition.before, transition.after))
     return f"pruned after step {transition.step}: {before:,} to {after:,} experts"
 
 
 def _transition_handles(run: RunData) -> list[Line2D]:
-    steps = ", ".join(str(transition.step) for transition in run.transitions)
-    return [Line2D([], [], **PRUNE_LINE, label=f"plan applied after step {steps}")] if run.transitions else []
+    steps = ", ".join(str(transition.step) for transition in run.prunes)
+    return [Line2D([], [], **PRUNE_LINE, label=f"plan applied after step {steps}")] if run.prunes else []
 
 
 def _grid(count: int, *, width: float, height: float, footer: float = 0.0) -> tuple[Figure, list[Axes]]:

@@ -24,14 +24,13 @@ MAX_VALUE = 1e30  # of a loss or an alpha, so that products are finite
 
 @dataclasses.dataclass(frozen=True)
 class Transition:
-    """One application, after `step`, of a plan made after `plan_step`: a prune, or a rearrangement alone.
+    """A prune after `step` by a plan made after `plan_step`.
 
     before, after: per layer the original ids in slot order. alpha: per layer, float('inf') where unbounded.
     """
 
     step: int
     plan_step: int
-    rearrange_only: bool
     before: Lineage
     after: Lineage
     alpha: tuple[float, ...]
@@ -54,7 +53,7 @@ class RunData:
     window: int
     alpha: tuple[float, ...]
     beta: float
-    transitions: tuple[Transition, ...]
+    prunes: tuple[Transition, ...]
     train: tuple[dict, ...]
     evals: tuple[dict, ...]
     targets: dict[str, int]
@@ -64,15 +63,10 @@ class RunData:
         return self.tokens_NLE.shape[1]
 
     @property
-    def prunes(self) -> tuple[Transition, ...]:
-        """The prunes that removed experts."""
-        return tuple(transition for transition in self.transitions if not transition.rearrange_only)
-
-    @property
     def pruned_at_LE(self) -> np.ndarray:
         """The last step before an expert was pruned; -1 where it was not."""
         pruned_at_LE = np.full(self.tokens_NLE.shape[1:], -1)
-        for transition in self.transitions:
+        for transition in self.prunes:
             for layer, (before, after) in enumerate(zip(transition.before, transition.after, strict=True)):
                 pruned_at_LE[layer, list({*before} - {*after})] = transition.step
         return pruned_at_LE
@@ -83,7 +77,7 @@ class RunData:
 
     def order(self, step: int) -> Lineage:
         """Per layer the original ids in slot order, as they were in `step`."""
-        past = [transition.after for transition in self.transitions if transition.step < step]
+        past = [transition.after for transition in self.prunes if transition.step < step]
         return past[-1] if past else initial_lineage(self.num_experts)
 
     def mean_loads(self, last: int, first: int | None = None) -> np.ndarray:
@@ -92,7 +86,7 @@ class RunData:
         Without `first` the window that ends with `last`, shortened where the model changed in it.
         """
         if first is None:
-            changes = [transition.step + 1 for transition in self.transitions if transition.step < last]
+            changes = [transition.step + 1 for transition in self.prunes if transition.step < last]
             first = max(last - self.window + 1, *changes[-1:], self.steps[0])
         rows = (self.steps >= first) & (self.steps <= last)
         assert rows.any(), (first, last)
@@ -118,7 +112,7 @@ def read_run(run_dir: Path) -> RunData:
             window=_step(laep["window"], f"{run_dir} window"),
             alpha=_alphas(laep["alpha"], num_layers),
             beta=_beta(laep["beta"]),
-            transitions=_read_transitions(run_dir, prunes, loads),
+            prunes=_read_prunes(run_dir, prunes, loads),
             train=_losses(records, "train", "loss"),
             evals=_losses(records, "eval", "validation_loss"),
             targets=next((r["targets_by_domain"] for r in reversed(records) if r["kind"] == "validation"), {}),
@@ -144,20 +138,18 @@ def _losses(records: list[dict], kind: str, field: str) -> tuple[dict, ...]:
     return chosen
 
 
-def _read_transitions(run_dir: Path, prunes: list[dict], loads: RecordedLoads) -> tuple[Transition, ...]:
+def _read_prunes(run_dir: Path, records: list[dict], loads: RecordedLoads) -> tuple[Transition, ...]:
     """The prunes that come after recorded steps, oldest first."""
     recorded, devices = set(loads.steps.tolist()), loads.expert_parallel
     order = initial_lineage(loads.num_experts)
-    transitions: list[Transition] = []
-    for record in prunes:
-        step, plan_step, moves = record["step"], record["plan_step"], record["rearrange_only"]
+    prunes: list[Transition] = []
+    for record in records:
+        step, plan_step = record["step"], record["plan_step"]
         if step > max(recorded):
             break  # the run is going on and has not saved its loads since
         name = f"{run_dir} plan applied after step {step}"
         known = {step, _step(plan_step, f"{name}: plan_step")} <= recorded and plan_step <= step
-        require(
-            known and step > (transitions[-1].step if transitions else 0), name, plan_step, "must follow recorded steps"
-        )
+        require(known and step > (prunes[-1].step if prunes else 0), name, plan_step, "must follow recorded steps")
         file = str(record["plan"])
         require(
             re.fullmatch(r"plans/\d{1,10}\.json", file) is not None, f"{name}: plan", file, "must be plans/STEP.json"
@@ -167,9 +159,9 @@ def _read_transitions(run_dir: Path, prunes: list[dict], loads: RecordedLoads) -
         for layer, ids in enumerate(after):
             require_divisible(f"{name}: experts of layer {layer}", len(ids), "expert_parallel", devices)
         alphas = _alphas(plan["alpha"], len(order))
-        transitions.append(Transition(step, plan_step, bool(moves), order, after, alphas, _beta(plan["beta"])))
+        prunes.append(Transition(step, plan_step, order, after, alphas, _beta(plan["beta"])))
         order = after
-    return tuple(transitions)
+    return tuple(prunes)
 
 
 def _alphas(value: Any, num_layers: int) -> tuple[float, ...]:

@@ -87,7 +87,7 @@ def step_bins(run: RunData, limit: int = 150) -> list[slice]:
     size = -(-len(run.steps) // limit)
     borders = [
         0,
-        *(int(np.searchsorted(run.steps, transition.step, "right")) for transition in run.transitions),
+        *(int(np.searchsorted(run.steps, transition.step, "right")) for transition in run.prunes),
         len(run.steps),
     ]
     return [
@@ -162,10 +162,10 @@ def device_sums(loads_LE: np.ndarray, order: Sequence[Sequence[int]], num_device
 
 def device_loads(run: RunData) -> DeviceLoads:
     """Loads around the last prune, in the windows that end and begin there; of the last window without one."""
-    if not run.transitions:
+    if not run.prunes:
         last = int(run.steps[-1])
         return DeviceLoads(device_sums(run.mean_loads(last), run.order(last), run.expert_parallel), None, None)
-    transition = run.transitions[-1]
+    transition = run.prunes[-1]
     before_LE = run.mean_loads(transition.step)
     after_LE = loads_after(run, transition)
     return DeviceLoads(
@@ -183,7 +183,7 @@ def loads_after(run: RunData, transition: Transition) -> np.ndarray:
     ends = [
         int(later[-1]),
         int(later[0]) + run.window - 1,
-        *(c.step for c in run.transitions if c.step > transition.step),
+        *(c.step for c in run.prunes if c.step > transition.step),
     ]
     return run.mean_loads(min(ends), first=transition.step + 1)
 

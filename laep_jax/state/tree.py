@@ -6,6 +6,7 @@ all layers are in one array a parameter, under "experts", layer after layer. Opt
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import optax
 
 from laep_jax.config import Config
 from laep_jax.laep.layout import Layout, in_order, make_layout
+from laep_jax.laep.slots import SlotMap
 from laep_jax.model.transformer import init_params
 from laep_jax.sharding import Mesh, replicated, tree_shardings
 from laep_jax.state.optimizer import make_optimizer
@@ -60,16 +62,20 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
     return jax.jit(functools.partial(new_state, config), out_shardings=shardings)()
 
 
-def initial_layout(config: Config) -> Layout:
-    """Of a model whose loads are not known, or whose experts a plan has put in order. config: resolved."""
+def initial_maps(config: Config) -> tuple[SlotMap, ...]:
+    """Of a model whose loads are not known. config: resolved."""
     assert config.mesh.expert is not None
-    experts = config.model.experts_per_layer
-    return make_layout([in_order(count, config.mesh.expert) for count in experts], experts)
+    return tuple(in_order(count, config.mesh.expert) for count in config.model.experts_per_layer)
 
 
-def put_layout(layout: Layout, mesh: Mesh) -> Layout:
-    """The layout, replicated on the devices, as the steps take it."""
-    return jax.device_put(layout, replicated(mesh))
+def layout_of(maps: Sequence[SlotMap], config: Config) -> Layout:
+    """Of the model of a config."""
+    return make_layout(maps, config.model.experts_per_layer, config.laep.replica_slots)
+
+
+def initial_layout(config: Config) -> Layout:
+    """That of `initial_maps`."""
+    return layout_of(initial_maps(config), config)
 
 
 def abstract_layout(config: Config, mesh: Mesh) -> Layout:

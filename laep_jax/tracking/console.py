@@ -200,7 +200,7 @@ def closing_table(summary: Summary) -> Group:
     `_before` is before the first change of the experts, `_after` at the end of the run, `validation_loss_*_prune` of
     the last prune; a dash is what was not measured.
     """
-    changed = summary.is_changed
+    changed = bool(summary.prune_steps)
     table = Table("", "before", "after", "change") if changed else Table("", "model")
     for name, before, after, change in _rows(summary):
         if changed:
@@ -212,14 +212,10 @@ def closing_table(summary: Summary) -> Group:
 
 def _history(summary: Summary) -> str:
     """What the run did to its experts, and why where it pruned none."""
-    parts = [f"{summary.steps:,} steps, {summary.tokens:,} tokens"]
-    for name, what in (("prune_steps", "pruned"), ("rearrange_steps", "rearranged")):
-        if getattr(summary, name):
-            parts.append(f"{what} after step " + ", ".join(f"{step:,}" for step in getattr(summary, name)))
-        elif name == "prune_steps":
-            parts.append("nothing was pruned")
-    text = "; ".join(parts)
-    return text if summary.prune_steps else f"{text}\nnot pruned, since {summary.not_pruned}"
+    text = f"{summary.steps:,} steps, {summary.tokens:,} tokens"
+    if not summary.prune_steps:
+        return f"{text}; nothing was pruned\nnot pruned, since {summary.not_pruned}"
+    return f"{text}; pruned after step " + ", ".join(f"{step:,}" for step in summary.prune_steps)
 
 
 def _rows(summary: Summary) -> list[Row]:
@@ -228,15 +224,20 @@ def _rows(summary: Summary) -> list[Row]:
     def pair(name: str) -> tuple:
         return getattr(summary, f"{name}_before"), getattr(summary, f"{name}_after")
 
-    devices = pair("device_imbalance")
-    means = tuple(values and sum(values) / len(values) for values in devices)
-    worst = tuple(values and max(values) for values in devices)
+    def mean(name: str) -> tuple:
+        return tuple(values and sum(values) / len(values) for values in pair(name))
+
+    def worst(name: str) -> tuple:
+        return tuple(values and max(values) for values in pair(name))
+
     return [
         _row("parameters", pair("parameters"), _size, _percent),
         _row("experts per layer", pair("experts"), _counts, lambda before, after: _percent(sum(before), sum(after))),
         ("device imbalance, max / mean:", "", "", ""),
-        _row("  mean over layers", means, "{:.3f}".format, _difference),
-        _row("  worst layer", worst, "{:.3f}".format, _difference),
+        _row("  mean over layers", mean("device_imbalance"), "{:.3f}".format, _difference),
+        _row("  worst layer", worst("device_imbalance"), "{:.3f}".format, _difference),
+        _row("  as rebalanced, mean", mean("levelled_imbalance"), "{:.3f}".format, _difference),
+        _row("  as rebalanced, worst", worst("levelled_imbalance"), "{:.3f}".format, _difference),
         *(_loss_at_prune(summary) if summary.prune_steps else []),
         # Without a change: steps of training lie between, and no run without the prune is there to compare with.
         (LOSS_AT_END, "", _number(summary.validation_loss_end, ".4f"), ""),

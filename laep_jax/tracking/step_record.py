@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from laep_jax.laep.balance import device_loads, imbalance
+from laep_jax.laep.balance import imbalance
 
 
 def train_record(
@@ -15,7 +15,6 @@ def train_record(
     seconds: float | None,
     tokens: int,
     flops_per_token: float,
-    expert_parallel: int,
 ) -> dict[str, Any]:
     """One step's numbers.
 
@@ -31,6 +30,6 @@ def train_record(
         "gflops_per_second": speed and speed * flops_per_token / 1e9,
         "step_seconds": seconds,
         "expert_imbalance": [imbalance(loads_E) for loads_E in counts],
-        "device_imbalance": [imbalance(device_loads(loads_E, expert_parallel)) for loads_E in counts],
+        "device_imbalance": [imbalance(load_P) for load_P in metrics["tokens_per_device"]],
         **{f"aux_{name}": float(value) for name, value in metrics["aux"].items()},
     }

@@ -16,6 +16,8 @@ class Summary:
     parameters_after: int | None = None
     device_imbalance_before: list[float] | None = None
     device_imbalance_after: list[float] | None = None
+    levelled_imbalance_before: list[float] | None = None
+    levelled_imbalance_after: list[float] | None = None
     step_seconds_before: float | None = None
     step_seconds_after: float | None = None
     validation_loss_before_prune: float | None = None
@@ -24,16 +26,10 @@ class Summary:
     validation_loss_by_domain: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
     validation_targets_by_domain: dict[str, int] = dataclasses.field(default_factory=dict)
     prune_steps: list[int] = dataclasses.field(default_factory=list)
-    rearrange_steps: list[int] = dataclasses.field(default_factory=list)
     not_pruned: str = ""
     steps: int = 0
     tokens: int = 0
     skipped_steps: int = 0
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether experts were pruned or moved."""
-        return bool(self.prune_steps or self.rearrange_steps)
 
     def to_dict(self) -> dict[str, Any]:
         return plain(dataclasses.asdict(self))

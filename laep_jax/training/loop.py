@@ -51,7 +51,8 @@ def train_to_end(trainer: Trainer, preemption: PreemptionGuard) -> dict:
 def _is_boundary(trainer: Trainer, step: int) -> bool:
     settings = trainer.config.train
     due = step % settings.eval_every == 0 or step % settings.checkpoint_every == 0
-    return due or step == settings.num_steps or trainer.is_due(step) or _decides(trainer, step)
+    due = due or trainer.is_due(step) or _decides(trainer, step) or trainer.controller.rebalances(step)
+    return due or step == settings.num_steps
 
 
 def _decides(trainer: Trainer, step: int) -> bool:
@@ -86,7 +87,6 @@ def _fetch(trainer: Trainer, step: int, metrics: dict) -> tuple[bool, dict]:
         seconds=trainer.model.step_seconds[-1],
         tokens=tokens,
         flops_per_token=trainer.model.size.flops_per_token,
-        expert_parallel=trainer.controller.rule.expert_parallel,
     )
     return bool(metrics["finite"]), fields
 
@@ -114,7 +114,7 @@ def _few(rows: np.ndarray) -> str:
 
 
 def _boundary(trainer: Trainer, step: int, stopping: bool) -> None:
-    """Everything that is not training: evaluation, the stability test, saving, pruning.
+    """Everything that is not training: evaluation, the stability test, rebalancing, saving, pruning.
 
     What is due is done before the run stops, since it resumes behind it.
     """
@@ -126,6 +126,8 @@ def _boundary(trainer: Trainer, step: int, stopping: bool) -> None:
     if _decides(trainer, step):
         with trainer.watch("decide", step):
             decide(trainer, step)
+    if trainer.controller.rebalances(step):
+        trainer.rebalance(step)
     if trainer.pending and trainer.is_due(step):
         with trainer.watch("apply", step):
             apply(trainer, trainer.pending)
@@ -138,11 +140,7 @@ def _close(trainer: Trainer) -> dict:
     step, summary = trainer.run_state.step, trainer.run_state.summary
     if summary.steps != step:
         summary.validation_loss_end = trainer.evaluate(step, "end")
-        imbalance, seconds = trainer.controller.device_imbalance(), trainer.model.median_step_seconds()
-        if summary.is_changed:
-            summary.device_imbalance_after, summary.step_seconds_after = imbalance, seconds
-        else:
-            summary.device_imbalance_before, summary.step_seconds_before = imbalance, seconds
+        trainer.measure("after" if summary.prune_steps else "before")
         summary.steps = step
         window = trainer.config.laep.window
         summary.not_pruned = summary.not_pruned or f"the run ends before LaepConfig.window={window}"

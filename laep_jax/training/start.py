@@ -3,10 +3,11 @@
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.checkpoint.lock import (
@@ -25,12 +26,14 @@ from laep_jax.data.dataset import Dataset, make_dataset
 from laep_jax.distributed import raise_on_all_processes
 from laep_jax.files import refuse_links, replace_file
 from laep_jax.gin_config import operative_config
+from laep_jax.laep.layout import from_arrays, num_slots
 from laep_jax.laep.load import LoadHistory
+from laep_jax.laep.slots import SlotMap
 from laep_jax.laep.stability import history_capacity
 from laep_jax.model.attention import attention_kernel
 from laep_jax.paths import require_path
 from laep_jax.sharding import make_mesh
-from laep_jax.state.tree import abstract_state, init_state, initial_layout, put_layout
+from laep_jax.state.tree import abstract_state, init_state, initial_maps
 from laep_jax.switches import require_switches
 from laep_jax.tracking.console import RunConsole
 from laep_jax.tracking.pause import Pause
@@ -161,12 +164,10 @@ def _make_trainer(
     """With a new model, that of the checkpoint, or the smaller one that the checkpoint's plan leads to."""
     config, step, pending = run_state.current(base), run_state.step, run_state.pending
     mesh = make_mesh(config.mesh)
-    layout = put_layout(initial_layout(config), mesh)
     rest = (mesh, dataset, checkpoints, log, console, run_state, watch)
     if not step:
-        model = Model(
-            config, init_state(config, mesh), layout, make_steps(config, mesh, len(dataset.domains), first_step)
-        )
+        steps = make_steps(config, mesh, len(dataset.domains), first_step)
+        model = Model(config, mesh, init_state(config, mesh), initial_maps(config), steps)
         run_state.summary.parameters_before = model.size.total
         return Trainer(model, None, *rest)
     again = f"; steps {step + 1} to {log.last_step} are done again" if log.last_step > step else ""
@@ -183,10 +184,21 @@ def _make_trainer(
     loads = LoadHistory.from_arrays(history, history_capacity(config.laep))
     state = checkpoints.restore(step, abstract_state(config, mesh))
     steps = make_steps(config, mesh, len(dataset.domains), first_step)
-    trainer = Trainer(Model(config, state, layout, steps), loads, *rest)
+    trainer = Trainer(Model(config, mesh, state, initial_maps(config), steps), loads, *rest)
+    trainer.model.place(_saved_maps(history, trainer))
     if pending:
         schedule(trainer, pending.plan, pending.made, pending.due)
     return trainer
+
+
+def _saved_maps(history: Mapping[str, np.ndarray], trainer: Trainer) -> tuple[SlotMap, ...]:
+    """Those of the checkpoint; made anew from its loads on another mesh, or with other replica slots."""
+    maps, config = from_arrays(history), trainer.config
+    most = num_slots(trainer.run_state.num_experts, config.mesh.expert or 1, config.laep.replica_slots)
+    devices, slots = maps[0].slots_PS.shape[0], max(slot_map.slots_PS.shape[1] for slot_map in maps)
+    if devices == config.mesh.expert and slots <= most:
+        return maps
+    return trainer.controller.new_maps() if len(trainer.controller.history) else initial_maps(config)
 
 
 def _open_log(run_dir: Path, base: Config, resume_step: int, console: RunConsole) -> RunLog | NoLog:

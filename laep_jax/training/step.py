@@ -2,7 +2,7 @@
 
 Losses and gradients are sums over the targets of the whole batch divided by their number, however the
 batch is split into micro-batches; token counts add up over micro-batches and are outputs.
-Axes: A micro-batches, B rows, S sequence, L layers, W experts of a window, N experts of all layers, M domains.
+Axes: A micro-batches, B rows, S sequence, L layers, W experts of a window, P devices of the expert axis, M domains.
 """
 
 import functools
@@ -51,7 +51,12 @@ def _loss(params: dict, state: TrainState, layout: Layout, batch: Batch, num_tar
     share = 1 / config.train.grad_accumulation
     aux = {name: share * jnp.mean(loss_L) for name, loss_L in moe_aux.losses.items()}
     weighted = sum(getattr(config.aux_loss, name) * value for name, value in aux.items())
-    report = {"loss": cross_entropy, "aux": aux, "tokens_per_expert": moe_aux.tokens_per_expert_E}
+    report = {
+        "loss": cross_entropy,
+        "aux": aux,
+        "tokens_per_expert": moe_aux.tokens_per_expert_E,
+        "tokens_per_device": moe_aux.tokens_per_device_P,
+    }
     return cross_entropy + weighted, report
 
 
@@ -80,8 +85,9 @@ def train_step(
 
     Returns:
       the new state and float32 scalars loss (mean cross-entropy in nats), grad_norm (before clipping),
-      learning_rate, aux {name: mean over layers, unweighted}; tokens_per_expert, int32 [L, W], of the whole batch;
-      finite, whether loss and gradients are. Where they are not, the state is the old.
+      learning_rate, aux {name: mean over layers, unweighted}; int32 tokens_per_expert [L, W] and
+      tokens_per_device [L, P], of the whole batch; finite, whether loss and gradients are. Where they are not, the
+      state is the old.
     """
     report, gradients = _loss_and_gradients(state, layout, batch, config, mesh)
     grad_norm = optax.tree.norm(gradients)

@@ -12,11 +12,12 @@ from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset
 from laep_jax.gin_config import operative_config
-from laep_jax.laep.layout import Layout
+from laep_jax.laep.layout import to_arrays
 from laep_jax.laep.load import LoadHistory
+from laep_jax.laep.slots import SlotMap
 from laep_jax.model.accounting import ModelSize, model_size
-from laep_jax.sharding import Mesh
-from laep_jax.state.tree import TrainState
+from laep_jax.sharding import Mesh, replicated
+from laep_jax.state.tree import TrainState, layout_of
 from laep_jax.tracking.console import RunConsole
 from laep_jax.tracking.pause import Pause
 from laep_jax.tracking.run_log import NoLog, RunLog
@@ -34,18 +35,27 @@ from laep_jax.training.watch import Watch
 class Model:
     """What is trained, replaced as a whole by a prune.
 
-    config: resolved. layout: of its experts, on the devices. step_seconds: None where a step compiled.
+    config: resolved. maps: where the experts of each layer are. step_seconds: None where a step compiled.
     """
 
     config: Config
+    mesh: Mesh
     state: TrainState
-    layout: Layout
+    maps: tuple[SlotMap, ...]
     steps: CompiledSteps
     step_seconds: list[float | None] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
     def size(self) -> ModelSize:
         return model_size(self.config.model, sequence_length=self.config.data.sequence_length)
+
+    def __post_init__(self) -> None:
+        self.place(self.maps)
+
+    def place(self, maps: tuple[SlotMap, ...]) -> None:
+        """From the next step on the experts are where `maps` says; nothing is moved or compiled for it."""
+        self.maps = maps
+        self.layout = jax.device_put(layout_of(maps, self.config), replicated(self.mesh))
 
     def train(self, batch: Batch) -> Metrics:
         """One optimizer step."""
@@ -115,6 +125,25 @@ class Trainer:
         lines = [line for line in operative_config(self.config).splitlines() if line.startswith("ModelConfig.")]
         self.log.write_file("model.gin", "\n".join([f"# the model after step {self.run_state.step}", *lines, ""]))
 
+    def rebalance(self, step: int) -> None:
+        """Places the experts anew, and logs how even the devices were by the maps so far."""
+        controller, maps = self.controller, self.model.maps
+        self.model.place(controller.new_maps())
+        self.log.write(
+            "rebalance",
+            step,
+            device_imbalance=controller.device_imbalance(),
+            planned_imbalance=controller.planned_imbalance(maps),
+            levelled_imbalance=controller.levelled_imbalance(maps),
+        )
+
+    def measure(self, when: str) -> None:
+        """For the summary, `before` the first prune or `after` the last: imbalance over the last window, step time."""
+        summary, controller = self.run_state.summary, self.controller
+        setattr(summary, f"device_imbalance_{when}", controller.device_imbalance())
+        setattr(summary, f"levelled_imbalance_{when}", controller.levelled_imbalance(self.model.maps))
+        setattr(summary, f"step_seconds_{when}", self.model.median_step_seconds())
+
     def soften_rule(self) -> None:
         """After a plan that was refused: the next one is made with a softer rule."""
         self.run_state.retries += 1
@@ -145,7 +174,8 @@ class Trainer:
         save = self.checkpoints.save_now if now else self.checkpoints.save
         meta: dict[str, Any] = self.run_state.to_meta()
         with self.watch("save", step):
-            save(step, self.model.state, self.controller.history.to_arrays(), meta, self.run_state.num_experts)
+            history = self.controller.history.to_arrays() | to_arrays(self.model.maps)
+            save(step, self.model.state, history, meta, self.run_state.num_experts)
 
 
 def make_controller(config: Config, run_state: RunState, history: LoadHistory | None) -> Controller:

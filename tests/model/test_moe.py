@@ -11,6 +11,7 @@ from flax import nnx
 from laep_jax.config import AuxLossConfig, MeshConfig, ModelConfig
 from laep_jax.errors import UserError
 from laep_jax.laep.layout import in_order, make_layout
+from laep_jax.laep.slots import place_in_slots
 from laep_jax.model import moe
 from laep_jax.model.moe import MoE
 from laep_jax.sharding import make_mesh, put_batch, tree_shardings
@@ -166,3 +167,34 @@ def test_auxiliary_losses_are_of_the_global_batch():
     assert losses[1].keys() == {"mixtral", "mixtral_hf", "deepseek_v3", "router_z"}
     for name, value in losses[1].items():
         np.testing.assert_allclose(losses[8][name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("mesh_sizes", "replica_slots", "settings"),
+    [
+        ("EP4", 1, {}),
+        ("EP4", 2, {"dispatch": "ragged_all_to_all"}),
+        ("EP8", 1, {"dispatch": "ragged_all_to_all", "receive_buffer": 1.0}),
+        ("EP8", 3, {"grouped_matmul": "ragged_dot"}),
+        ("EP2", 1, {"dispatch": "ragged_all_to_all"}),
+    ],
+    ids=str,
+)
+def test_replicas_change_neither_value_nor_gradient_nor_counts(mesh_sizes, replica_slots, settings):
+    """Whatever loads they were placed by. Gradients of replicas add up at the one expert."""
+    data, fsdp, expert = MESHES[mesh_sizes]
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, expert=expert))
+    params, x_BSD, direction_BSD, valid_BS = _inputs()
+    batch = put_batch({"x": x_BSD, "direction": direction_BSD, "valid": valid_BS}, mesh)
+    for loads in ([1, 2, 3, 100, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1, 0]):
+        slot_map = place_in_slots(np.array(loads), expert, replica_slots)
+        apply = _value_and_grad(_layer(mesh, slot_map=slot_map, **settings))
+        for case, bias_E in BIASES.items():
+            (_, (y_BSD, counts_E)), gradients = apply(
+                params, batch["x"], batch["direction"], batch["valid"], jnp.float32(bias_E)
+            )
+            (_, (dense_BSD, dense_counts_E)), dense_gradients = _expected(case)
+            np.testing.assert_array_equal(counts_E, dense_counts_E, err_msg=case)
+            np.testing.assert_allclose(y_BSD, dense_BSD, rtol=1e-4, atol=1e-5, err_msg=case)
+            for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(dense_gradients), strict=True):
+                np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=case)

@@ -76,7 +76,6 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
                     "step": step,
                     "plan": f"plans/{step}.json",
                     "plan_step": step,
-                    "rearrange_only": False,
                     "experts_before": [num_experts] * num_layers,
                     "experts_after": [len(ids) for ids in lineage],
                     "lineage": lineage,

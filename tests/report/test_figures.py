@@ -82,7 +82,7 @@ def test_loss_shows_every_record_and_marks_the_prune(run):
     assert len(by_label["training"].get_xdata()) == 300
     assert by_label["validation"].get_xdata().tolist() == [50, 100, 150, 180, 200, 250, 300, 300]
     assert by_label["validation, right after a prune"].get_xdata().tolist() == [180]
-    kept = sum(len(ids) for ids in run.transitions[0].after)
+    kept = sum(len(ids) for ids in run.prunes[0].after)
     assert [text.get_text() for text in axes.texts] == [f"pruned after step 180: 64 to {kept} experts"]
     assert [line.get_xdata() for line in axes.lines if line.get_linestyle() == ":"] == [[180, 180]]
 
@@ -104,9 +104,7 @@ def test_domains_are_lines_with_the_worst_on_top_and_marks_as_large_as_their_tar
 def test_many_domains_show_as_forty_and_the_title_says_so(run):
     names = [f"domain {i}" for i in range(100)]
     record = dict(run.evals[-1]) | {"validation_loss_by_domain": {name: float(i) for i, name in enumerate(names)}}
-    figure = figures.draw_domains(
-        dataclasses.replace(run, transitions=(), evals=(record,), targets=dict.fromkeys(names, 7))
-    )
+    figure = figures.draw_domains(dataclasses.replace(run, prunes=(), evals=(record,), targets=dict.fromkeys(names, 7)))
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert (len(labels), labels[0], labels[-1]) == (40, "domain 99 (7)", "domain 60 (7)")
     assert "40 of 100 domains" in figure.get_suptitle()

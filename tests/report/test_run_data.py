@@ -39,9 +39,9 @@ def test_a_run_reads_back(run_dir):
 def test_who_is_present_and_in_what_order(run_dir):
     run = read_run(run_dir)
     assert run.present(0, 180).tolist() == list(range(16))
-    assert len(run.present(0, 181)) == len(run.transitions[0].after[0]) < 16
-    assert run.order(180) == run.transitions[0].before
-    assert run.order(181) == run.transitions[0].after
+    assert len(run.present(0, 181)) == len(run.prunes[0].after[0]) < 16
+    assert run.order(180) == run.prunes[0].before
+    assert run.order(181) == run.prunes[0].after
 
 
 def test_mean_loads_take_the_window_and_never_two_models(run_dir):
@@ -67,13 +67,13 @@ def test_a_run_in_progress_reads_up_to_what_it_saved(copied):
     save_loads(copied, np.ones((100, 4, 16), np.int32))  # saved before the transition
     run = read_run(copied)
     assert len(run.train) == 300
-    assert run.transitions == ()
+    assert run.prunes == ()
 
 
 def test_an_unbounded_alpha_of_a_plan(copied):
     path = copied / "plans" / "180.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha": ["inf", 0.4, 0.4, 0.2]}))
-    assert read_run(copied).transitions[0].alpha == (float("inf"), 0.4, 0.4, 0.2)
+    assert read_run(copied).prunes[0].alpha == (float("inf"), 0.4, 0.4, 0.2)
 
 
 @pytest.mark.parametrize(

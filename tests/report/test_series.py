@@ -9,9 +9,7 @@ from laep_jax.report.run_data import RunData, Transition, read_run
 
 # one layer of 4 experts on 2 devices; experts 1 and 2 go after step 3, the others change places
 TOKENS = [[50, 10, 20, 20], [40, 0, 20, 40], [60, 5, 5, 30], [70, 0, 0, 30], [60, 0, 0, 40]]
-CUT = Transition(
-    step=3, plan_step=3, rearrange_only=False, before=((0, 1, 2, 3),), after=((3, 0),), alpha=(0.5,), beta=0.2
-)
+CUT = Transition(step=3, plan_step=3, before=((0, 1, 2, 3),), after=((3, 0),), alpha=(0.5,), beta=0.2)
 
 
 def small_run(**changes):
@@ -23,7 +21,7 @@ def small_run(**changes):
         window=2,
         alpha=(0.5,),
         beta=0.2,
-        transitions=(CUT,),
+        prunes=(CUT,),
         train=(),
         evals=(),
         targets={"a": 30, "b": 10, "c": 5},
@@ -70,7 +68,7 @@ def test_cumulative_load_of_the_window_before_the_prune():
 
 
 def test_a_prune_that_came_after_its_plan_shows_the_window_of_the_plan():
-    load = series.cumulative_load(small_run(transitions=(dataclasses.replace(CUT, plan_step=2),)), 0)  # steps 1 and 2
+    load = series.cumulative_load(small_run(prunes=(dataclasses.replace(CUT, plan_step=2),)), 0)  # steps 1 and 2
     assert load.experts.tolist() == [1, 2, 3, 0]
     np.testing.assert_allclose(load.share, [0, 0.05, 0.25, 0.55, 1])
     assert load.pruned.tolist() == [True, True, False, False]
@@ -79,7 +77,7 @@ def test_a_prune_that_came_after_its_plan_shows_the_window_of_the_plan():
 def test_either_bound_limits_what_is_eligible():
     def eligible(alpha, beta):
         transition = dataclasses.replace(CUT, alpha=(alpha,), beta=beta)
-        return series.cumulative_load(small_run(transitions=(transition,)), 0).eligible
+        return series.cumulative_load(small_run(prunes=(transition,)), 0).eligible
 
     assert eligible(math.inf, 0.2) == 2
     assert eligible(math.inf, 0.5) == 3
@@ -89,7 +87,7 @@ def test_either_bound_limits_what_is_eligible():
 
 
 def test_without_a_prune_the_last_window_and_the_settings_bounds():
-    run = small_run(transitions=(), alpha=(math.inf,), beta=0.4)
+    run = small_run(prunes=(), alpha=(math.inf,), beta=0.4)
     load = series.cumulative_load(run, 0)  # means of steps 4 and 5: 65, 0, 0, 35
     assert load.experts.tolist() == [1, 2, 3, 0]
     np.testing.assert_allclose(load.share, [0, 0, 0, 0.35, 1])
@@ -111,21 +109,21 @@ def test_device_loads_of_a_run_that_ends_with_its_prune():
 
 
 def test_device_loads_without_a_prune():
-    loads = series.device_loads(small_run(transitions=()))
+    loads = series.device_loads(small_run(prunes=()))
     assert loads.before.tolist() == [[65, 35]]
     assert loads.in_order is loads.placed is None
 
 
 def test_a_rearrangement_before_the_prune_sets_the_order_it_starts_from():
-    moved = Transition(2, 2, True, ((0, 1, 2, 3),), ((2, 3, 0, 1),), (0.5,), 0.2)
+    moved = Transition(2, 2, ((0, 1, 2, 3),), ((2, 3, 0, 1),), (0.5,), 0.2)
     transition = dataclasses.replace(CUT, before=moved.after, after=((0, 3),))
-    run = small_run(transitions=(moved, transition))
+    run = small_run(prunes=(moved, transition))
     assert series.survivors_in_order(transition) == [[3, 0]]
     loads = series.device_loads(run)
     assert loads.before.tolist() == [[35, 65]]  # step 3 alone: the model before it was another
     assert loads.in_order.tolist() == [[35, 65]]
     assert loads.placed.tolist() == [[65, 35]]
-    assert series.device_loads(small_run(transitions=(moved, transition), window=1)).placed.tolist() == [[70, 30]]
+    assert series.device_loads(small_run(prunes=(moved, transition), window=1)).placed.tolist() == [[70, 30]]
 
 
 def test_rearranging_conserves_tokens_and_levels_the_devices(run_dir):
@@ -169,7 +167,7 @@ def test_domains_are_measured_from_before_the_prune_and_the_worst_comes_first():
 
 
 def test_domains_without_a_prune_are_as_they_are_and_those_no_longer_measured_are_left_out():
-    run = small_run(transitions=(), evals=(evaluated(1, "periodic", 9.0, 9.0, 9.0), evaluated(2, "periodic", 1.0, 2.0)))
+    run = small_run(prunes=(), evals=(evaluated(1, "periodic", 9.0, 9.0, 9.0), evaluated(2, "periodic", 1.0, 2.0)))
     losses = series.domain_losses(run)
     assert not losses.is_change
     assert losses.names == ("b", "a")

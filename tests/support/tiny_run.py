@@ -24,7 +24,7 @@ def tiny_config(cache_dir: str, **parts: dict[str, Any]) -> Config:
         ),
         mesh=MeshConfig(fsdp=2, expert=4),
         data=DataConfig(source="synthetic", sequence_length=32, batch_size=16, cache_dir=cache_dir),
-        laep=LaepConfig(alpha=1.2, beta=0.6, window=4),
+        laep=LaepConfig(alpha=1.2, beta=0.6, window=4, rebalance_every=3),
         optimizer=OptimizerConfig(warmup_steps=2),
         train=TrainConfig(eval_batches=1, keep_checkpoints=9),
     )

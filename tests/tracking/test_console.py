@@ -20,7 +20,6 @@ PRUNED = {
     "steps": 400,
     "tokens": 1638400,
     "prune_steps": [220],
-    "rearrange_steps": [],
     "not_pruned": "",
     "parameters_before": 2_000_000,
     "parameters_after": 1_500_000,
@@ -28,6 +27,8 @@ PRUNED = {
     "experts_after": [8, 12, 12, 4],
     "device_imbalance_before": [1.5, 2.5],
     "device_imbalance_after": [1.0, 1.2],
+    "levelled_imbalance_before": [1.5, 2.5],
+    "levelled_imbalance_after": [1.0, 1.01],
     "validation_loss_before_prune": 2.5,
     "validation_loss_after_prune": 2.52,
     "validation_loss_end": 2.25,
@@ -148,6 +149,8 @@ def test_closing_table_of_a_pruned_run():
         "device imbalance, max / mean:": ["", "", ""],
         "mean over layers": ["2.000", "1.100", "-0.9000"],
         "worst layer": ["2.500", "1.200", "-1.3000"],
+        "as rebalanced, mean": ["2.000", "1.005", "-0.9950"],
+        "as rebalanced, worst": ["2.500", "1.010", "-1.4900"],
         "validation loss at the prune": ["2.5000", "2.5200", "+0.0200"],
         "most in xml (1,234 targets)": ["2.2500", "2.5000", "+0.2500"],
         "validation loss at the end": ["", "2.2500", ""],
@@ -167,13 +170,9 @@ def test_closing_table_of_a_run_without_prune():
     assert "most in" not in text
 
 
-def test_what_only_moved_is_no_prune_and_several_prunes_are_told_apart():
-    rows, text = cells(PRUNED | {"prune_steps": [], "rearrange_steps": [7, 15], "not_pruned": "x"})
-    assert text.startswith("400 steps, 1,638,400 tokens; nothing was pruned; rearranged after step 7, 15\n")
-    assert rows["worst layer"] == ["2.500", "1.200", "-1.3000"]
-    assert "at the prune" not in text
-    rows, text = cells(PRUNED | {"prune_steps": [22, 30], "rearrange_steps": [25]})
-    assert text.startswith("400 steps, 1,638,400 tokens; pruned after step 22, 30; rearranged after step 25\n")
+def test_several_prunes_are_told_apart():
+    rows, text = cells(PRUNED | {"prune_steps": [22, 30]})
+    assert text.startswith("400 steps, 1,638,400 tokens; pruned after step 22, 30\n")
     assert rows["validation loss at the prune of step 30"] == ["2.5000", "2.5200", "+0.0200"]
 
 

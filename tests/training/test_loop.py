@@ -76,7 +76,6 @@ def test_a_run_goes_through_the_whole_cycle(run, config):
     assert summary["parameters_after"] < summary["parameters_before"]
     assert summary["steps"] == NUM_STEPS
     assert all(value is not None for value in summary.values())
-    assert summary["rearrange_steps"] == []
     losses = [record["loss"] for record in records(run, "train")]
     assert len(losses) == NUM_STEPS
     assert losses[-1] < losses[0] - 0.3
@@ -309,19 +308,29 @@ def test_a_run_keeps_its_settings_and_its_model_as_gin(run, config):
     assert load_config([str(run / "model.gin")]).model.num_experts == tuple(prune["experts_after"])
 
 
-def test_rearranging_alone_recurs_and_changes_no_loss(run, config, tmp_path):
+def test_rebalancing_evens_the_devices_and_changes_no_loss(config, tmp_path):
     laep = {"prune_at_step": None, "max_prunes": 0}
     short = change(config, laep=laep, train={"num_steps": 16, "checkpoint_every": 16})
-    train(short, tmp_path / "still")
-    train(change(short, laep={"rearrange_gain": 0.0}), tmp_path / "moved")
-    moves = records(tmp_path / "moved", "prune")
-    summary = json.loads((tmp_path / "moved" / "summary.json").read_text())
-    assert (summary["prune_steps"], summary["rearrange_steps"]) == ([], [7, 15])
-    assert [move["step"] for move in moves] == [7, 15]
-    assert all(move["rearrange_only"] and move["experts_after"] == [8, 8, 8] for move in moves)
-    losses = [[record["loss"] for record in records(tmp_path / name, "train")] for name in ("still", "moved")]
+    train(change(short, laep={"rebalance_every": None, "replica_slots": 0}), tmp_path / "still")
+    train(short, tmp_path / "moved")
+    moves = records(tmp_path / "moved", "rebalance")
+    assert [move["step"] for move in moves] == [3, 6, 9, 12, 15]
+    for move in moves[1:]:
+        assert max(move["levelled_imbalance"]) < 1.1 < max(move["device_imbalance"])
+    still, moved = (records(tmp_path / name, "train") for name in ("still", "moved"))
+    losses = [[record["loss"] for record in run] for run in (still, moved)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)  # sums in another order, sixteen steps on
-    assert records(tmp_path / "moved", "eval")[-1]["when"] == "end"
+    assert all(max(record["device_imbalance"]) < 1.2 for record in moved[3:])
+    assert np.mean([max(record["device_imbalance"]) for record in still]) > 1.3
+
+
+def test_on_another_mesh_or_with_other_slots_a_resumed_run_places_experts_anew(config, tmp_path):
+    short = change(config, laep={"prune_at_step": None, "max_prunes": 0}, train={"num_steps": 7, "checkpoint_every": 7})
+    train(short, tmp_path)
+    longer = change(short, laep={"replica_slots": 0}, mesh={"fsdp": 4, "expert": 2}, train={"num_steps": 10})
+    train(longer, tmp_path)
+    assert [record["step"] for record in records(tmp_path, "rebalance")] == [3, 6, 9]
+    assert [len(record["device_imbalance"]) for record in records(tmp_path, "train")] == [3] * 10
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Decides, on the host, when to prune or rearrange and how: history, stability and plan (paper section 3).
+"""Decides, on the host, when to prune and how, and where experts are: history, stability, plan (paper section 3).
 
 Every process gets the same counts and so decides alike. NumPy only.
 Axes: E experts of a layer.
@@ -14,9 +14,11 @@ from laep_jax.errors import require
 from laep_jax.files import MAX_JSON, read_bytes
 from laep_jax.laep.balance import device_loads, imbalance
 from laep_jax.laep.collapse import collapsed
+from laep_jax.laep.layout import by_loads
 from laep_jax.laep.load import LoadHistory
-from laep_jax.laep.plan import Plan, make_plan, predicted_gain, rearrange_plan
+from laep_jax.laep.plan import Plan, make_plan
 from laep_jax.laep.rule import PruneRule
+from laep_jax.laep.slots import SlotMap, levelled
 from laep_jax.laep.stability import StabilityReport, assess, history_capacity
 
 
@@ -76,20 +78,33 @@ class Controller:
         """Algorithms 1 and 2 on the last window, or the plan given. placement_loads: as for `laep.plan.make_plan`."""
         return self._given or make_plan(self._last_window(), self.rule, placement_loads=placement_loads)
 
-    def rearrangement(self) -> Plan | None:
-        """A plan that only moves experts, where that lowers the largest device load enough."""
-        if self.laep.rearrange_gain is None or self._given or len(self.history) < self.laep.window:
-            return None  # a plan that is given is for the slots as they are
-        plan = rearrange_plan(self.mean_loads(), self.rule)
-        return plan if predicted_gain(plan) > self.laep.rearrange_gain else None
+    def rebalances(self, step: int) -> bool:
+        """Whether experts are placed anew after this step, whose counts must then have been recorded."""
+        every = self.laep.rebalance_every
+        return every is not None and step % every == 0 and self.rule.expert_parallel > 1
+
+    def new_maps(self) -> tuple[SlotMap, ...]:
+        """Where the experts of each layer should be by the last window of loads."""
+        return by_loads(self.mean_loads(), self.rule.expert_parallel, self.laep.replica_slots)
 
     def mean_loads(self) -> list[np.ndarray]:
         """Mean tokens a step over the last window, [E] of each layer."""
         return [tokens_NE.mean(axis=0) for tokens_NE in self._last_window()]
 
     def device_imbalance(self) -> list[float]:
-        """Max / mean load of the devices over the last window, by layer."""
+        """Max / mean load of the devices over the last window, by layer, with every expert in its order and once."""
         return [imbalance(device_loads(loads_E, self.rule.expert_parallel)) for loads_E in self.mean_loads()]
+
+    def levelled_imbalance(self, maps: Sequence[SlotMap]) -> list[float]:
+        """The same by these maps, with shares as the steps make them."""
+        return [
+            levelled(slot_map, loads_E).imbalance(loads_E)
+            for slot_map, loads_E in zip(maps, self.mean_loads(), strict=True)
+        ]
+
+    def planned_imbalance(self, maps: Sequence[SlotMap]) -> list[float]:
+        """The same with the shares of the maps."""
+        return [slot_map.imbalance(loads_E) for slot_map, loads_E in zip(maps, self.mean_loads(), strict=True)]
 
     def collapse(self) -> str:
         """Which routers no longer tell tokens apart by the last window, and what may help; empty where all do."""

@@ -1,4 +1,4 @@
-"""Whether a run prunes or rearranges now, and by which plan (paper sections 3.2, 3.3)."""
+"""Whether a run prunes now, and by which plan (paper sections 3.2, 3.3)."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from laep_jax.training.trainer import Trainer
 
 
 def decide(trainer: Trainer, step: int) -> None:
-    """Runs the stability test and schedules a prune or a rearrangement where it asks for one."""
+    """Runs the stability test and schedules a prune where it asks for one."""
     report = trainer.controller.assess()
     if warning := trainer.controller.collapse():
         trainer.console.event(f"step {step}: {warning}")
@@ -25,16 +25,12 @@ def decide(trainer: Trainer, step: int) -> None:
     trainer.pause = Pause()
     with trainer.pause.part("plan"):
         plan = _checked_plan(trainer, step) if prunes else None
-        if plan is None or not plan.prunes:  # moving alone must be worth a pause
-            trainer.run_state.summary.not_pruned = _why_not(trainer, report, plan)
-            plan = trainer.controller.rearrangement()
         _require_same_plan(step, plan)
-        if plan is None:
+        if plan is None or not plan.prunes:
+            trainer.run_state.summary.not_pruned = _why_not(trainer, report, plan)
             return
         due = step + trainer.config.laep.prune_delay
-        trainer.console.event(
-            f"step {step}: a plan for step {due}" + (f", {report.reason}" if prunes and report.stable else "")
-        )
+        trainer.console.event(f"step {step}: a plan for step {due}" + (f", {report.reason}" if report.stable else ""))
         trainer.console.event(plan.table())
         trainer.log.write_file(f"plans/{step}.json", plan.to_json())
         schedule(trainer, plan, step, due)

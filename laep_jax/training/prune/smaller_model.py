@@ -6,7 +6,9 @@ from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.checkpoint.manifest import DamagedError
 from laep_jax.checkpoint.partial_read import bytes_needed, bytes_read
 from laep_jax.config import Config
+from laep_jax.laep.layout import by_plan, num_slots
 from laep_jax.laep.plan import Plan
+from laep_jax.laep.slots import SlotMap
 from laep_jax.model.accounting import model_size
 from laep_jax.sharding import Mesh
 from laep_jax.state.fingerprint import compile_fingerprints
@@ -19,7 +21,7 @@ from laep_jax.state.surgery import (
     pruned_config,
     with_receive_buffer,
 )
-from laep_jax.state.tree import TrainState, abstract_state
+from laep_jax.state.tree import TrainState, abstract_state, initial_maps
 from laep_jax.tracking.pause import Pause
 from laep_jax.training.prune.compile_ahead import CompiledSteps, ahead, compile_steps
 from laep_jax.training.watch import Watch
@@ -29,14 +31,14 @@ class SmallerModel:
     """A plan, and the model that it leads to; the steps of that model are being compiled from the start.
 
     due: the step after which the plan is applied. old: config of the model to be pruned, resolved. num_domains: of the
-    validation text. watch: enters the stages `compile` and `restore`. `config`: of the smaller model.
+    validation text. watch: enters the stages `compile` and `restore`. `config`, `maps`: of the smaller model.
     `UserError` where the plan does not fit the model or the mesh.
     """
 
     def __init__(self, plan: Plan, due: int, old: Config, mesh: Mesh, num_domains: int, watch: Watch):
         self.plan, self.due, self.old, self.num_domains, self.watch = plan, due, old, num_domains, watch
-        imbalances = [layer.imbalance_after for layer in plan.layers]
-        self.config = with_receive_buffer(pruned_config(old, plan.kept), imbalances)
+        self.config = with_receive_buffer(pruned_config(old, plan.kept), plan.imbalances)
+        self.maps = plan_maps(plan, self.config)
         self._target, self._rows_N = abstract_state(self.config, mesh), kept_rows(plan.num_experts, plan.kept)
         self._programs = ahead(lambda: self._compile(mesh))
         self._bytes: dict[str, int] = {}
@@ -79,13 +81,19 @@ class SmallerModel:
     def record(self) -> dict:
         """Fields of the `prune` record. Bytes are of this process: what it read of the checkpoint, and had to."""
         return {
-            "rearrange_only": not self.plan.prunes,
             "experts_before": self.plan.num_experts,
             "experts_after": self.plan.num_experts_after,
             "parameters_before": model_size(self.old.model, sequence_length=1).total,
             "parameters_after": model_size(self.config.model, sequence_length=1).total,
             **self._bytes,
         }
+
+
+def plan_maps(plan: Plan, config: Config) -> tuple[SlotMap, ...]:
+    """Where a plan has the experts; in its order, until they are placed, where it has more slots than the model."""
+    maps = by_plan(plan.layers)
+    most = num_slots(plan.num_experts_after, plan.rule.expert_parallel, config.laep.replica_slots)
+    return maps if max(slot_map.slots_PS.shape[1] for slot_map in maps) <= most else initial_maps(config)
 
 
 def verify_surgery(checkpoints: Checkpoints, step: int, state: TrainState, kept: Kept) -> None:

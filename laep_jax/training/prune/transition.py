@@ -12,7 +12,7 @@ from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.laep.plan import Plan, apply_plan_to_lineage
 from laep_jax.sharding import Mesh
 from laep_jax.state.optimizer import without_moments
-from laep_jax.state.tree import TrainState, initial_layout, put_layout
+from laep_jax.state.tree import TrainState
 from laep_jax.tracking.pause import Pause
 from laep_jax.training.prune.smaller_model import SmallerModel
 from laep_jax.training.run_state import PendingPrune, RunState
@@ -36,12 +36,10 @@ def schedule(trainer: Trainer, plan: Plan, made: int, due: int) -> None:
 def apply(trainer: Trainer, smaller: SmallerModel) -> None:
     """Both phases: the old model and the plan on disk, then the survivors in their new places."""
     run_state, step = trainer.run_state, trainer.run_state.step
-    if smaller.plan.prunes:
-        with trainer.pause.part("evaluate"):
-            run_state.summary.validation_loss_before_prune = trainer.evaluate(step, "before_prune")
-    if not run_state.summary.is_changed:  # "before" is before the first change
-        run_state.summary.device_imbalance_before = trainer.controller.device_imbalance()
-        run_state.summary.step_seconds_before = trainer.model.median_step_seconds()
+    with trainer.pause.part("evaluate"):
+        run_state.summary.validation_loss_before_prune = trainer.evaluate(step, "before_prune")
+    if not run_state.summary.prune_steps:
+        trainer.measure("before")
     with trainer.pause.part("save"):
         trainer.save(step, now=True)
     model = restore_survivors(smaller, trainer.model.state, trainer.mesh, trainer.checkpoints, run_state, trainer.pause)
@@ -63,8 +61,8 @@ def restore_survivors(
     run_state.lineage = apply_plan_to_lineage(run_state.lineage, smaller.plan)
     run_state.num_experts = smaller.plan.num_experts_after
     run_state.fitted_buffer = smaller.config.model.receive_buffer
-    run_state.prunes += smaller.plan.prunes
-    return Model(smaller.config, restored, put_layout(initial_layout(smaller.config), mesh), steps)
+    run_state.prunes += 1
+    return Model(smaller.config, mesh, restored, smaller.maps, steps)
 
 
 def finish(trainer: Trainer, smaller: SmallerModel, model: Model) -> None:
@@ -75,12 +73,11 @@ def finish(trainer: Trainer, smaller: SmallerModel, model: Model) -> None:
     with trainer.watch("finish", step):
         if trainer.model is not model:
             trainer.install_model(model)
-        (summary.prune_steps if smaller.plan.prunes else summary.rearrange_steps).append(step)
+        summary.prune_steps.append(step)
         summary.parameters_after = model.size.total
         summary.experts_after = list(run_state.num_experts)
-        if smaller.plan.prunes:
-            with trainer.pause.part("evaluate"):
-                summary.validation_loss_after_prune = trainer.evaluate(step, "after_prune")
+        with trainer.pause.part("evaluate"):
+            summary.validation_loss_after_prune = trainer.evaluate(step, "after_prune")
         trainer.log.write(
             "prune",
             step,

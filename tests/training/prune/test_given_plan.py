@@ -113,11 +113,3 @@ def test_an_open_mesh_stays_as_it_is_when_a_pruned_run_is_resumed(config, tmp_pa
     train(wide, tmp_path / "resumed")
     assert records(tmp_path / "resumed", "prune")[0]["experts_after"] == [8, 8]
     assert not differences(tmp_path / "resumed", tmp_path / "whole")
-
-
-def test_nothing_is_rearranged_while_a_plan_waits_for_its_step(config, plan_file, tmp_path):
-    """Its slots are those of the experts as they are."""
-    moving = change(config, laep={"plan": str(plan_file), "rearrange_gain": 0.0, "window": 2})
-    train(moving, tmp_path / "run")
-    assert records(tmp_path / "run", "prune")[0]["step"] == PRUNE_STEP
-    assert [sorted(ids) for ids in records(tmp_path / "run", "prune")[0]["lineage"]] == [[0, 3, 4, 6], [*range(8)]]
