@@ -95,12 +95,13 @@ class MoE(nnx.Module):
             out_specs=(rows, rows),
             check_vma=False,  # the loops with custom_vjp inside mix values that vary over different axes
         )(x_BSD, valid_BS, self.router_ED[...], bias_E, layout, gate_up_RDG, down_RFD)
-        received_P = jnp.sum(sums.pop("received").reshape(-1, mesh.shape[AXIS]), axis=0)
         totals = {name: jnp.sum(part, axis=0) for name, part in sums.items()}
-        tokens_per_expert_E = totals.pop("tokens_per_expert_E")
+        tokens_per_expert_E, tokens_per_device_P = (
+            totals.pop(f"tokens_per_{name}") for name in ("expert_E", "device_P")
+        )
         num_experts = jnp.sum(layout.is_own_W)
         losses = balance_losses(totals, tokens_per_expert_E, num_experts, self.config.top_k, self.aux_losses)
-        return y_BSD, MoEAux(tokens_per_expert_E, received_P, losses)
+        return y_BSD, MoEAux(tokens_per_expert_E, tokens_per_device_P, losses)
 
 
 def _with_idle_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
@@ -181,7 +182,9 @@ def _moe_on_device(
     down_RFD = _fetch(down_RFD, down_spec, x_BSD.dtype, on_platform)
     x_TD, ids_TK, weights_TK = (array.reshape(-1, array.shape[-1]) for array in (x_BSD, ids_BSK, weights_BSK))
     with jax.named_scope("dispatch"):
-        ids_TK, sums["received"] = to_slots(ids_TK, sums["tokens_per_expert_E"], layout)
+        ids_TK, received = to_slots(ids_TK, sums["tokens_per_expert_E"], layout)
+        is_me_P = jax.nn.one_hot(jax.lax.axis_index(AXIS), jax.lax.axis_size(AXIS), dtype=jnp.int32)
+        sums["tokens_per_device_P"] = received * is_me_P
         tokens = Tokens(x_TD, ids_TK, weights_TK)
         y_TD = _dispatch(config, on_platform == "cpu")(tokens, (gate_up_RDG, down_RFD), grouped, num_slots)
     return y_TD.reshape(x_BSD.shape), {name: total[None] for name, total in sums.items()}

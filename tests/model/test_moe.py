@@ -69,12 +69,14 @@ def _expected(case):
     return jax.tree.map(np.asarray, outputs)
 
 
-def _layer(mesh, aux_losses=NO_LOSSES, num_experts=NUM_EXPERTS, top_k=TOP_K, slot_map=None, **settings):
+def _layer(
+    mesh, aux_losses=NO_LOSSES, num_experts=NUM_EXPERTS, top_k=TOP_K, slot_map=None, replica_slots=0, **settings
+):
     config = ModelConfig(hidden_size=HIDDEN, ffn_size=12, num_experts=num_experts, top_k=top_k, **settings)
     graph, _ = nnx.split(nnx.eval_shape(lambda: MoE(config, num_experts, aux_losses, rngs=nnx.Rngs(0))))
 
     slot_map = slot_map or in_order(num_experts, mesh.shape["expert"])
-    layout = jax.tree.map(lambda leaf_L: leaf_L[0], make_layout([slot_map], [num_experts]))
+    layout = jax.tree.map(lambda leaf_L: leaf_L[0], make_layout([slot_map], [num_experts], replica_slots))
 
     def apply(params, x_BSD, valid_BS, bias_E):
         if mesh.shape["expert"] > 1:
@@ -188,7 +190,7 @@ def test_replicas_change_neither_value_nor_gradient_nor_counts(mesh_sizes, repli
     batch = put_batch({"x": x_BSD, "direction": direction_BSD, "valid": valid_BS}, mesh)
     for loads in ([1, 2, 3, 100, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1, 0]):
         slot_map = place_in_slots(np.array(loads), expert, replica_slots)
-        apply = _value_and_grad(_layer(mesh, slot_map=slot_map, **settings))
+        apply = _value_and_grad(_layer(mesh, slot_map=slot_map, replica_slots=replica_slots, **settings))
         for case, bias_E in BIASES.items():
             (_, (y_BSD, counts_E)), gradients = apply(
                 params, batch["x"], batch["direction"], batch["valid"], jnp.float32(bias_E)
