@@ -35,7 +35,7 @@ def test_a_buffer_by_load_takes_less_memory_before_and_after():
     command = [sys.executable, "-m", "benchmarks", "memory", "--json"]
     result = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, timeout=600).stdout)
     size, buffer = result["temporary_bytes"], result["receive_buffer"]
-    assert size["by load, before"] < 0.6 * size["worst case, before"]
+    assert size["by load, before"] < 0.7 * size["worst case, before"]  # both hold a layer's experts, too
     assert size["by load, after"] < size["by load, before"]
     assert 1 < buffer["by load, after"] < buffer["by load, before"]
     assert sum(result["experts"]["by load, after"]) < sum(result["experts"]["by load, before"])
