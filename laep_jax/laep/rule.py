@@ -82,6 +82,11 @@ class PruneRule:
         """Experts that stay at least: max(top_k, expert_parallel), rounded up to a multiple of the latter."""
         return self.round_up(max(self.top_k, self.expert_parallel))
 
+    @property
+    def max_replica_slots(self) -> int:
+        """Of a device, such that any plan has enough experts for them; 0 of one device."""
+        return self.min_kept - self.min_kept // self.expert_parallel
+
     def round_up(self, num_experts: int) -> int:
         """The next multiple of `expert_parallel`."""
         return -(-num_experts // self.expert_parallel) * self.expert_parallel

@@ -114,9 +114,9 @@ def _with_loads(config: Config, counts: Sequence[np.ndarray]) -> tuple[Model, Ke
     """The model, the prune that these loads ask for, and the model after it."""
     expert_parallel = config.mesh.expert or 1
     rule = PruneRule.from_settings(config.laep, len(counts), top_k=config.model.top_k, expert_parallel=expert_parallel)
-    plan = make_plan(counts, rule)
+    plan = make_plan(counts, rule, replica_slots=min(config.laep.replica_slots, rule.max_replica_slots))
     old = tuple(imbalance(device_loads(tokens_NE.mean(axis=0), expert_parallel)) for tokens_NE in counts)
-    new = tuple(layer.imbalance_after for layer in plan.layers)
+    new = plan.imbalances
     pruned = pruned_config(config, plan.kept)
     return Model(with_receive_buffer(config, old), old), plan.kept, Model(with_receive_buffer(pruned, new), new)
 

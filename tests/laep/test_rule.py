@@ -10,6 +10,7 @@ from laep_jax.config import LaepConfig
 from laep_jax.errors import UserError
 from laep_jax.laep.pruning import prune_layer
 from laep_jax.laep.rule import SETTINGS, PruneRule, alpha_per_layer
+from laep_jax.laep.slots import place_in_slots
 
 RULE = PruneRule.from_settings(LaepConfig(), 2, top_k=2, expert_parallel=4)
 
@@ -79,3 +80,12 @@ def test_bad_settings_are_refused(changes, message):
 def test_other_models_are_refused(num_experts, message):
     with pytest.raises(UserError, match=f"^{message}$"):
         RULE.check_model(num_experts)
+
+
+@pytest.mark.parametrize(("expert_parallel", "top_k", "most"), [(1, 2, 0), (2, 2, 1), (4, 2, 3), (4, 6, 6)])
+def test_replica_slots_that_the_smallest_plan_can_fill(expert_parallel, top_k, most):
+    rule = PruneRule.from_settings(LaepConfig(), 1, top_k=top_k, expert_parallel=expert_parallel)
+    assert rule.max_replica_slots == most
+    place_in_slots(np.ones(rule.min_kept), expert_parallel, most)
+    with pytest.raises(UserError):
+        place_in_slots(np.ones(rule.min_kept), expert_parallel, most + 1)
