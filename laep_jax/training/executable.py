@@ -34,6 +34,7 @@ def requirements(config: Config, mesh: Mesh) -> dict:
         **{f"{part}.{name}": value for part, fields in parts.items() for name, value in fields.items()},
         **{f"data.{name}": value for name, value in shape.items()},
         **{f"train.{name}": value for name, value in length.items()},
+        "laep.replica_slots": config.laep.replica_slots,
     }
     del found["mesh.cpu_devices"]
     return json.loads(json.dumps(found))

@@ -55,7 +55,8 @@ def test_a_run_with_the_executable_compiles_no_step_and_has_the_same_losses(save
 
 
 @pytest.mark.parametrize(
-    ("part", "field", "value"), [("model", "ffn_size", 16), ("data", "batch_size", 32), ("train", "num_steps", 4)]
+    ("part", "field", "value"),
+    [("model", "ffn_size", 16), ("data", "batch_size", 32), ("train", "num_steps", 4), ("laep", "replica_slots", 0)],
 )
 def test_another_config_is_refused_by_name(saved, part, field, value):
     other = dataclasses.replace(CONFIG, **{part: dataclasses.replace(getattr(CONFIG, part), **{field: value})})
