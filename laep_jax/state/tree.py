@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from laep_jax.config import Config
-from laep_jax.laep.layout import Layout, in_order, make_layout
+from laep_jax.laep.layout import Layout, in_order, make_layout, num_slots
 from laep_jax.laep.slots import SlotMap
 from laep_jax.model.transformer import init_params
 from laep_jax.sharding import Mesh, replicated, tree_shardings
@@ -66,6 +66,13 @@ def initial_maps(config: Config) -> tuple[SlotMap, ...]:
     """Of a model whose loads are not known. config: resolved."""
     assert config.mesh.expert is not None
     return tuple(in_order(count, config.mesh.expert) for count in config.model.experts_per_layer)
+
+
+def fits(maps: Sequence[SlotMap], config: Config) -> bool:
+    """Whether maps, made for another mesh or for other replica slots perhaps, are some for the model of a config."""
+    assert config.mesh.expert is not None
+    slots = num_slots(config.model.experts_per_layer, config.mesh.expert, config.laep.replica_slots)
+    return all(len(each.slots_PS) == config.mesh.expert and each.slots_PS.shape[1] <= slots for each in maps)
 
 
 def layout_of(maps: Sequence[SlotMap], config: Config) -> Layout:

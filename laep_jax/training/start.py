@@ -26,14 +26,14 @@ from laep_jax.data.dataset import Dataset, make_dataset
 from laep_jax.distributed import raise_on_all_processes
 from laep_jax.files import refuse_links, replace_file
 from laep_jax.gin_config import operative_config
-from laep_jax.laep.layout import from_arrays, num_slots
+from laep_jax.laep.layout import from_arrays
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.slots import SlotMap
 from laep_jax.laep.stability import history_capacity
 from laep_jax.model.attention import attention_kernel
 from laep_jax.paths import require_path
 from laep_jax.sharding import make_mesh
-from laep_jax.state.tree import abstract_state, init_state, initial_maps
+from laep_jax.state.tree import abstract_state, fits, init_state, initial_maps
 from laep_jax.switches import require_switches
 from laep_jax.tracking.console import RunConsole
 from laep_jax.tracking.pause import Pause
@@ -193,12 +193,10 @@ def _make_trainer(
 
 def _saved_maps(history: Mapping[str, np.ndarray], trainer: Trainer) -> tuple[SlotMap, ...]:
     """Those of the checkpoint; made anew from its loads on another mesh, or with other replica slots."""
-    maps, config = from_arrays(history), trainer.config
-    most = num_slots(trainer.run_state.num_experts, config.mesh.expert or 1, config.laep.replica_slots)
-    devices, slots = maps[0].slots_PS.shape[0], max(slot_map.slots_PS.shape[1] for slot_map in maps)
-    if devices == config.mesh.expert and slots <= most:
+    maps = from_arrays(history)
+    if fits(maps, trainer.config):
         return maps
-    return trainer.controller.new_maps() if len(trainer.controller.history) else initial_maps(config)
+    return trainer.controller.new_maps() if len(trainer.controller.history) else initial_maps(trainer.config)
 
 
 def _open_log(run_dir: Path, base: Config, resume_step: int, console: RunConsole) -> RunLog | NoLog:

@@ -324,6 +324,17 @@ def test_rebalancing_evens_the_devices_and_changes_no_loss(config, tmp_path):
     assert np.mean([max(record["device_imbalance"]) for record in still]) > 1.3
 
 
+@pytest.mark.parametrize("stage", [("record", PRUNE_STEP - 1), ("restore", PRUNE_STEP)], ids=["before", "at the prune"])
+def test_a_plan_made_on_one_mesh_is_applied_on_another(config, tmp_path, stage):
+    often = change(config, train={"checkpoint_every": 1})
+    with pytest.raises(InterruptError):
+        train(often, tmp_path, watch=before(*stage, interrupt))
+    train(change(often, mesh={"fsdp": 4, "expert": 2}), tmp_path)
+    [prune] = records(tmp_path, "prune")
+    assert prune["step"] == PRUNE_STEP
+    assert len(records(tmp_path, "train")) == NUM_STEPS
+
+
 def test_on_another_mesh_or_with_other_slots_a_resumed_run_places_experts_anew(config, tmp_path):
     short = change(config, laep={"prune_at_step": None, "max_prunes": 0}, train={"num_steps": 7, "checkpoint_every": 7})
     train(short, tmp_path)

@@ -6,9 +6,8 @@ from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.checkpoint.manifest import DamagedError
 from laep_jax.checkpoint.partial_read import bytes_needed, bytes_read
 from laep_jax.config import Config
-from laep_jax.laep.layout import by_plan, num_slots
+from laep_jax.laep.layout import by_plan
 from laep_jax.laep.plan import Plan
-from laep_jax.laep.slots import SlotMap
 from laep_jax.model.accounting import model_size
 from laep_jax.sharding import Mesh
 from laep_jax.state.fingerprint import compile_fingerprints
@@ -21,7 +20,7 @@ from laep_jax.state.surgery import (
     pruned_config,
     with_receive_buffer,
 )
-from laep_jax.state.tree import TrainState, abstract_state, initial_maps
+from laep_jax.state.tree import TrainState, abstract_state, fits, initial_maps
 from laep_jax.tracking.pause import Pause
 from laep_jax.training.prune.compile_ahead import CompiledSteps, ahead, compile_steps
 from laep_jax.training.watch import Watch
@@ -38,7 +37,8 @@ class SmallerModel:
     def __init__(self, plan: Plan, due: int, old: Config, mesh: Mesh, num_domains: int, watch: Watch):
         self.plan, self.due, self.old, self.num_domains, self.watch = plan, due, old, num_domains, watch
         self.config = with_receive_buffer(pruned_config(old, plan.kept), plan.imbalances)
-        self.maps = plan_maps(plan, self.config)
+        maps = by_plan(plan.layers)
+        self.maps = maps if fits(maps, self.config) else initial_maps(self.config)  # until the next rebalancing
         self._target, self._rows_N = abstract_state(self.config, mesh), kept_rows(plan.num_experts, plan.kept)
         self._programs = ahead(lambda: self._compile(mesh))
         self._bytes: dict[str, int] = {}
@@ -87,13 +87,6 @@ class SmallerModel:
             "parameters_after": model_size(self.config.model, sequence_length=1).total,
             **self._bytes,
         }
-
-
-def plan_maps(plan: Plan, config: Config) -> tuple[SlotMap, ...]:
-    """Where a plan has the experts; in its order, until they are placed, where it has more slots than the model."""
-    maps = by_plan(plan.layers)
-    most = num_slots(plan.num_experts_after, plan.rule.expert_parallel, config.laep.replica_slots)
-    return maps if max(slot_map.slots_PS.shape[1] for slot_map in maps) <= most else initial_maps(config)
 
 
 def verify_surgery(checkpoints: Checkpoints, step: int, state: TrainState, kept: Kept) -> None:
