@@ -92,10 +92,15 @@ def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
     return (None,) * (ndim - len(letters)) + tuple(letters)
 
 
-def sliced_axis(name: str, ndim: int) -> str | None:
-    """ "N" where a leaf's first dimension counts the experts of all layers, "L" where it counts layers, else None."""
-    axes = logical_axes(name, ndim)
-    return None if not axes else "L" if axes[0] is None else "N" if axes[0] == "N" else None
+def is_of_experts(name: str) -> bool:
+    """Whether the first dimension of a leaf counts the experts of all layers. name: may be a dotted path."""
+    letters = name.rpartition("_")[2]
+    return letters.isupper() and letters[0] == "N"
+
+
+def is_stacked(name: str, ndim: int) -> bool:
+    """Whether the first dimension of a leaf counts layers."""
+    return logical_axes(name, ndim)[:1] == (None,)
 
 
 def leaf_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -37,9 +37,9 @@ from laep_jax.checkpoint.steps import DAMAGED, SAVING, StepDirectory
 from laep_jax.distributed import allgather_strings, is_local_error, raise_on_all_processes
 from laep_jax.errors import UserError
 from laep_jax.files import MAX_ARRAY, parse_arrays
-from laep_jax.sharding import leaf_name, sliced_axis
+from laep_jax.sharding import is_of_experts, is_stacked, leaf_name
 from laep_jax.state import fingerprint
-from laep_jax.state.surgery import Kept, holds_experts, kept_rows, leaf_key
+from laep_jax.state.surgery import Kept, kept_rows, leaf_key
 
 META_FILE, HISTORY_FILE, FINGERPRINTS_FILE = "meta.json", "history.npz", "fingerprints.npz"
 FAILURES = 2  # failed saves in a row that end the run
@@ -213,9 +213,10 @@ class Checkpoints:
     def verify(self, step: int, state, kept: Kept | None = None) -> None:
         """`DamagedError`, naming leaf, layer and expert, unless `state` is what was saved. kept: what a plan keeps."""
         want = fingerprint.from_arrays(self._read_arrays(step, FINGERPRINTS_FILE))
-        experts = [(layer, i) for layer, count in enumerate(self._num_experts(step)) for i in range(count)]
+        num_experts = self._num_experts(step)
+        experts = [(layer, i) for layer, count in enumerate(num_experts) for i in range(count)]
         if kept is not None:
-            rows_N = kept_rows(self._num_experts(step), kept)
+            rows_N = kept_rows(num_experts, kept)
             want, experts = fingerprint.pruned_fingerprints(want, rows_N), [experts[row] for row in rows_N]
         place = fingerprint.first_difference(fingerprint.fingerprints(state), want, experts)
         if place:
@@ -230,7 +231,7 @@ class Checkpoints:
         rows_N = None if kept is None else kept_rows(num_experts, kept)
         leaves, expected = [], Described()
         for path, target in tree_flatten_with_path(abstract_state)[0]:
-            rows = rows_N if holds_experts(path, target) else None
+            rows = rows_N if is_of_experts(leaf_name(path)) else None
             shape = target.shape if rows is None else (sum(num_experts), *target.shape[1:])
             leaves.append(Leaf(leaf_key(path), target, rows))
             expected[leaf_key(path)] = _describe(shape, target.dtype)
@@ -330,8 +331,8 @@ def _not_orbax_chatter(record: logging.LogRecord) -> bool:
 
 def _chunked_axes(path: tuple, leaf: jax.Array) -> tuple[int, ...]:
     """Dimensions stored one index a chunk: layers, and the experts of matrices."""
-    axis = sliced_axis(leaf_name(path), leaf.ndim)
-    return (0,) if axis == "L" or (axis == "N" and leaf.ndim > 2) else ()
+    name = leaf_name(path)
+    return (0,) if is_stacked(name, leaf.ndim) or (is_of_experts(name) and leaf.ndim > 2) else ()
 
 
 def _to_npz(arrays: dict[str, np.ndarray]) -> bytes:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from laep_jax.laep.layer_plan import LayerPlan
-from laep_jax.laep.slots import EMPTY, SlotMap, place_in_slots
+from laep_jax.laep.slots import EMPTY, SlotMap, max_replica_slots, place_in_slots
 
 
 class Layout(NamedTuple):
@@ -91,10 +91,9 @@ def in_order(num_experts: int, num_devices: int) -> SlotMap:
 
 def by_loads(loads: Sequence[np.ndarray], num_devices: int, replica_slots: int) -> tuple[SlotMap, ...]:
     """A map of each layer, from the tokens of its experts; a layer with few experts has fewer replicas."""
-    most = [len(loads_E) - -(-len(loads_E) // num_devices) for loads_E in loads]
     return tuple(
-        place_in_slots(loads_E, num_devices, min(replica_slots, limit))
-        for loads_E, limit in zip(loads, most, strict=True)
+        place_in_slots(loads_E, num_devices, min(replica_slots, max_replica_slots(len(loads_E), num_devices)))
+        for loads_E in loads
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from laep_jax.config import LaepConfig
 from laep_jax.errors import require, require_divisible, require_type
 from laep_jax.fields import settings_of
+from laep_jax.laep.slots import max_replica_slots
 
 END_ALPHA, MIDDLE_ALPHA = 0.2, 0.4  # of alpha="hybrid", paper section 4.2
 
@@ -85,7 +86,7 @@ class PruneRule:
     @property
     def max_replica_slots(self) -> int:
         """Of a device, such that any plan has enough experts for them; 0 of one device."""
-        return self.min_kept - self.min_kept // self.expert_parallel
+        return max_replica_slots(self.min_kept, self.expert_parallel)
 
     def round_up(self, num_experts: int) -> int:
         """The next multiple of `expert_parallel`."""

@@ -45,6 +45,11 @@ class SlotMap:
         return imbalance(self.device_loads(loads_E))
 
 
+def max_replica_slots(num_experts: int, num_devices: int) -> int:
+    """Of a device, so that none needs two slots for one expert; 0 of one device."""
+    return num_experts - -(-num_experts // num_devices)
+
+
 def place_in_slots(loads_E: np.ndarray, num_devices: int, replica_slots: int) -> SlotMap:
     """Algorithm 2, refined, without replica slots; else `home_and_fill`, or the exact map where that is uneven.
 
@@ -52,7 +57,7 @@ def place_in_slots(loads_E: np.ndarray, num_devices: int, replica_slots: int) ->
     than there are experts.
     """
     loads_E = np.asarray(loads_E)
-    most = len(loads_E) - -(-len(loads_E) // num_devices)
+    most = max_replica_slots(len(loads_E), num_devices)
     require(
         0 <= replica_slots <= most,
         "replica_slots",

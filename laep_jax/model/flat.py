@@ -42,7 +42,7 @@ read_window.defvjp(
 def read_rows(
     flat_N: jax.Array, carrier_N: jax.Array, rows_R: jax.Array, sharding: NamedSharding
 ) -> tuple[jax.Array, jax.Array]:
-    """The rows `rows_R`, which may repeat, and the carrier. XLA makes a loop of it, which only a CPU does well."""
+    """The rows `rows_R`, which may repeat, and the carrier. For TPU, XLA would make a loop over rows of it."""
     return jax.lax.with_sharding_constraint(flat_N[rows_R], sharding), carrier_N
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.tree_util import tree_flatten_with_path
 
-from laep_jax.sharding import Mesh, leaf_name, replicated, sliced_axis
+from laep_jax.sharding import Mesh, is_of_experts, is_stacked, leaf_name, replicated
 from laep_jax.state.surgery import leaf_key
 
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of a dtype
@@ -35,9 +35,8 @@ def compile_fingerprints(state) -> jax.stages.Compiled:
     """The program for states like this one, which may be abstract; compiled once."""
     paths, leaves = zip(*tree_flatten_with_path(state)[0], strict=True)
     abstract = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves)
-    has_slices = tuple(
-        sliced_axis(leaf_name(path), leaf.ndim) is not None for path, leaf in zip(paths, leaves, strict=True)
-    )
+    names = [(leaf_name(path), leaf.ndim) for path, leaf in zip(paths, leaves, strict=True)]
+    has_slices = tuple(is_of_experts(name) or is_stacked(name, ndim) for name, ndim in names)
     return _compiled(abstract, has_slices)
 
 
@@ -74,12 +73,7 @@ def _mixed(x: jax.Array, factor: int) -> jax.Array:
 
 def pruned_fingerprints(of_old: Fingerprints, rows_N: np.ndarray) -> Fingerprints:
     """What the fingerprints of a pruned state must be. rows_N: of `surgery.kept_rows`."""
-    return {leaf: sums[rows_N] if _is_of_experts(leaf, sums) else sums for leaf, sums in of_old.items()}
-
-
-def _is_of_experts(leaf: str, sums: np.ndarray) -> bool:
-    letters = leaf.rpartition("_")[2]
-    return sums.ndim == 2 and letters.isupper() and letters[0] == "N"
+    return {leaf: sums[rows_N] if is_of_experts(leaf) else sums for leaf, sums in of_old.items()}
 
 
 def first_difference(got: Fingerprints, want: Fingerprints, experts: Sequence[tuple[int, int]] = ()) -> str | None:
@@ -97,7 +91,7 @@ def first_difference(got: Fingerprints, want: Fingerprints, experts: Sequence[tu
         wrong = np.flatnonzero(np.any(got[leaf] != values, axis=-1)).tolist()
         if values.ndim == 1:
             places += [leaf] * len(wrong)
-        elif _is_of_experts(leaf, values):
+        elif is_of_experts(leaf):
             places += [f"{leaf} of layer {experts[row][0]}, expert {experts[row][1]}" for row in wrong]
         else:
             places += [f"{leaf} of layer {layer}" for layer in wrong]

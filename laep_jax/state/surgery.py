@@ -19,7 +19,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from laep_jax.config import Config
 from laep_jax.errors import require
-from laep_jax.sharding import leaf_name, sliced_axis
+from laep_jax.sharding import is_of_experts, leaf_name
 
 BUFFER_MARGIN = 1.1  # of a receive buffer over the largest mean load of a device, since loads waver
 Kept = Sequence[Sequence[int]]  # per layer: old experts in new order
@@ -45,11 +45,6 @@ def kept_rows(num_experts: Sequence[int], kept: Kept) -> np.ndarray:
 def leaf_key(path: tuple) -> str:
     """The dotted path of a leaf, `params.experts.down_NFD`."""
     return keystr(path, simple=True, separator=".")
-
-
-def holds_experts(path: tuple, leaf) -> bool:
-    """Whether the rows of a leaf are the experts of all layers."""
-    return sliced_axis(leaf_name(path), len(leaf.shape)) == "N"
 
 
 def pruned_config(config: Config, kept: Kept) -> Config:
@@ -79,7 +74,7 @@ def compile_gathers(abstract_old, num_rows: int) -> Gathers:
 
     num_rows: N of the pruned state.
     """
-    leaves = [leaf for path, leaf in tree_flatten_with_path(abstract_old)[0] if holds_experts(path, leaf)]
+    leaves = [leaf for path, leaf in tree_flatten_with_path(abstract_old)[0] if is_of_experts(leaf_name(path))]
     return {key: lower_gather(leaf, num_rows).compile() for key, leaf in {_key(leaf): leaf for leaf in leaves}.items()}
 
 
@@ -101,7 +96,7 @@ def prune_state(state, gathers: Gathers, rows_N: np.ndarray):
     """
 
     def pruned(path: tuple, leaf: jax.Array) -> jax.Array:
-        if not holds_experts(path, leaf):
+        if not is_of_experts(leaf_name(path)):
             return leaf
         new = jax.block_until_ready(gathers[_key(leaf)](leaf, rows_N))
         leaf.delete()

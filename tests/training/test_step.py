@@ -11,8 +11,8 @@ import pytest
 
 from laep_jax.config import AuxLossConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.model.transformer import token_losses
-from laep_jax.sharding import make_mesh, put_batch
-from laep_jax.state.surgery import holds_experts, kept_rows
+from laep_jax.sharding import is_of_experts, leaf_name, make_mesh, put_batch
+from laep_jax.state.surgery import kept_rows
 from laep_jax.state.tree import init_state, initial_layout
 from laep_jax.training.step import make_eval_step, make_train_step
 
@@ -108,7 +108,7 @@ def test_a_rearranged_state_has_the_same_loss_and_the_same_next_step():
     order = [[3, 0, 7, 1, 2, 6, 5, 4], [6, 5, 4, 0, 1, 2, 3, 7]]
 
     def rearrange(path, leaf):
-        return jax.device_put(leaf[kept_rows((8, 8), order)], leaf.sharding) if holds_experts(path, leaf) else leaf
+        return jax.device_put(leaf[kept_rows((8, 8), order)], leaf.sharding) if is_of_experts(leaf_name(path)) else leaf
 
     start, _ = _steps(CONFIG, 1)
     rearranged = jax.tree_util.tree_map_with_path(rearrange, start)

@@ -28,8 +28,7 @@ def schedule(trainer: Trainer, plan: Plan, made: int, due: int) -> None:
     else:
         why = f"the run ends before step {due}, where the plan of step {made} was due"
         trainer.run_state.pending = None
-        if plan.prunes:
-            trainer.run_state.summary.not_pruned = why
+        trainer.run_state.summary.not_pruned = why
         trainer.console.event(why)
 
 
