@@ -20,7 +20,8 @@ from flax import nnx
 from benchmarks.measuring import in_process, parse_repetitions
 from laep_jax.config import AuxLossConfig, MeshConfig, ModelConfig
 from laep_jax.laep.balance import imbalance
-from laep_jax.laep.layout import in_order, make_layout
+from laep_jax.laep.layout import make_layout
+from laep_jax.laep.slots import in_order
 from laep_jax.model.moe import MoE
 from laep_jax.sharding import batch_sharding, make_cpu_devices, make_mesh, put_batch, tree_shardings
 

@@ -6,11 +6,10 @@ so a pruned model, whose `ModelConfig.num_experts` differs by layer, is rebuilt 
 """
 
 import dataclasses
-import math
 import typing
 
 from laep_jax.config_parts import AuxLossConfig, DataConfig, LaepConfig, OptimizerConfig, TrainConfig
-from laep_jax.errors import UserError, require, require_divisible
+from laep_jax.errors import UserError, require
 from laep_jax.fields import check_fields, fixed, free
 
 MAX_LAYERS, MAX_CPU_DEVICES = 10_000, 1_024  # more are a slip, and would take memory before anything is checked
@@ -102,7 +101,7 @@ class MeshConfig:
         None, "devices along `fsdp`, over which parameters are sharded; None: the devices that the others leave", low=1
     )
     expert: int | None = free(
-        None, "devices along `expert`, the expert-parallel degree; None: the largest that divides every layer", low=1
+        None, "devices along `expert`, the expert-parallel degree; None: as many as each layer has experts for", low=1
     )
     cpu_devices: int = free(
         8,
@@ -117,13 +116,14 @@ class MeshConfig:
     def resolve(self, num_devices: int, num_experts: tuple[int, ...]) -> "MeshConfig":
         """The same mesh with every size filled in; refuses one that does not fit the devices.
 
-        An open `expert` becomes the largest divisor of the remaining devices that also divides
-        every layer's expert count; an open `fsdp` becomes the rest.
+        An open `expert` becomes the largest divisor of the remaining devices of which each has an expert of
+        every layer; an open `fsdp` becomes the rest.
         """
         given = self.data * (self.fsdp or 1) * (self.expert or 1)
         sizes = f"data={self.data}, fsdp={self.fsdp}, expert={self.expert}"
         require(num_devices % given == 0, "MeshConfig", sizes, f"does not divide {num_devices} devices")
-        expert = self.expert or math.gcd(num_devices // given, *num_experts)
+        left, fewest = num_devices // given, min(num_experts)
+        expert = self.expert or max(degree for degree in range(1, fewest + 1) if left % degree == 0)
         fsdp = self.fsdp or num_devices // (self.data * expert)
         require(
             self.data * fsdp * expert == num_devices,
@@ -132,7 +132,7 @@ class MeshConfig:
             f"makes {self.data * fsdp * expert} places, but there are {num_devices} devices",
         )
         for layer, count in enumerate(num_experts):
-            require_divisible(f"ModelConfig.num_experts[{layer}]", count, "MeshConfig.expert", expert)
+            require(count >= expert, f"ModelConfig.num_experts[{layer}]", count, f"is below MeshConfig.{expert=}")
         return dataclasses.replace(self, fsdp=fsdp, expert=expert)
 
 

@@ -52,8 +52,8 @@ class LaepConfig:
     inequality: str = free("le", "of both bounds: at most, or less than", choices=("le", "lt"))
     rounding: str = free(
         "keep_more",
-        "where the survivors do not divide by the devices: keep more, or prune more",
-        choices=("keep_more", "prune"),
+        "where the survivors do not divide by the devices: keep more, prune more, or leave them",
+        choices=("keep_more", "prune", "none"),
     )
     placement: str = free(
         "refined", "of the survivors: the paper's greedy algorithm, or that and the best swaps", choices=PLACEMENTS

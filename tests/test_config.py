@@ -62,7 +62,9 @@ def test_a_bad_value_is_named_with_its_rule(make, message):
     ("mesh", "devices", "experts", "sizes"),
     [
         (MeshConfig(), 8, (16, 16), (1, 1, 8)),
-        (MeshConfig(), 8, (12, 16), (1, 2, 4)),
+        (MeshConfig(), 8, (12, 16), (1, 1, 8)),
+        (MeshConfig(), 8, (7, 16), (1, 2, 4)),
+        (MeshConfig(), 12, (7, 16), (1, 2, 6)),
         (MeshConfig(data=2), 8, (16,), (2, 1, 4)),
         (MeshConfig(fsdp=4), 8, (16,), (1, 4, 2)),
         (MeshConfig(expert=2), 8, (16,), (1, 4, 2)),
@@ -79,7 +81,7 @@ def test_open_mesh_sizes_come_from_the_devices(mesh, devices, experts, sizes):
     [
         (MeshConfig(expert=3), 8, "does not divide 8 devices"),
         (MeshConfig(fsdp=2, expert=2), 8, "makes 4 places, but there are 8 devices"),
-        (MeshConfig(expert=8), 8, "ModelConfig.num_experts[1]=12 is not divisible by MeshConfig.expert=8"),
+        (MeshConfig(expert=16), 16, "ModelConfig.num_experts[1]=12 is below MeshConfig.expert=16"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, devices, message):

@@ -107,7 +107,7 @@ def test_the_tiny_run_from_a_shell_and_a_second_start_on_fewer_devices(tmp_path)
         ("--gin.LaepConfig.alpha=abc", "LaepConfig.alpha='abc' must be one of inf, hybrid"),
         ("--gin.MeshConfig.expert=3", "does not divide 8 devices"),
         ("--gin.ModelConfig.top_k=99", "is below top_k=99"),
-        ("--gin.ModelConfig.num_experts=10", "ModelConfig.num_experts[0]=10 is not divisible by MeshConfig.expert="),
+        ("--gin.MeshConfig.expert=64", "does not divide 8 devices"),
         ("--gin_file=nowhere.gin", "--gin_file='nowhere.gin' cannot be read: No such file"),
     ],
 )

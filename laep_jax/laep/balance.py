@@ -1,14 +1,13 @@
 """How evenly loads are spread over experts or devices (paper section 3.3): imbalance, device loads, the least possible.
 
-Axes: E experts in slot order, G devices; device g has the g-th of G equal groups of neighbouring slots.
+Axes: E experts in slot order, G devices; device g has the g-th of G groups of neighbouring slots. The groups are equal;
+where E does not divide by G, the first E % G of them have one expert more.
 """
 
 import itertools
 import math
 
 import numpy as np
-
-from laep_jax.errors import require_divisible
 
 MAX_SEARCHED = 12  # experts: at most 15,400 placements, some milliseconds
 
@@ -23,30 +22,28 @@ def imbalance(loads: np.ndarray) -> float:
 
 
 def device_loads(loads_E: np.ndarray, num_groups: int) -> np.ndarray:
-    """Tokens on each device, [G]. `UserError` where E is not divisible by `num_groups`.
+    """Tokens on each device, [G].
 
     >>> device_loads(np.array([9, 1, 8, 1, 7, 1]), num_groups=3).tolist()
     [10, 9, 8]
+    >>> device_loads(np.array([9, 1, 8, 1, 7]), num_groups=3).tolist()
+    [10, 9, 7]
     """
-    return loads_E.reshape(num_groups, group_size(len(loads_E), num_groups)).sum(axis=1)
-
-
-def group_size(num_experts: int, num_groups: int) -> int:
-    """Experts of a device. `UserError` where the groups cannot be equal."""
-    require_divisible("num_experts", num_experts, "expert_parallel", num_groups)
-    return num_experts // num_groups
+    return np.array([part.sum() for part in np.array_split(loads_E, num_groups)])
 
 
 def lower_bound(loads_E: np.ndarray, num_groups: int) -> float:
-    """What the largest device load cannot be below in equal groups, in the units of `loads_E`.
+    """What the largest device load cannot be below, in the units of `loads_E`.
 
-    With at most two experts on a device, or at most MAX_SEARCHED in all, the best placement has this load. Otherwise
-    it is the mean device load, or the heaviest expert with the lightest that fill its device, whichever is more.
+    In equal groups of at most two experts, or of at most MAX_SEARCHED in all, the best placement has this load.
+    Otherwise it is the mean device load, or the heaviest expert with the lightest that fill its device, whichever is
+    more. Where E does not divide by G, experts without load fill the groups up.
 
     >>> lower_bound(np.array([9, 8, 7, 1, 1, 1]), num_groups=3)
     10.0
     """
-    size = group_size(len(loads_E), num_groups)
+    size = -(-len(loads_E) // num_groups)
+    loads_E = np.append(loads_E, np.zeros(size * num_groups - len(loads_E), loads_E.dtype))
     ascending = np.sort(loads_E)
     if size == 2:  # the heaviest with the lightest, and so on
         return float((ascending + ascending[::-1]).max())

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from laep_jax.errors import require, require_divisible
+from laep_jax.errors import require
 from laep_jax.laep.balance import device_loads, imbalance, lower_bound
 from laep_jax.laep.placement import place
 from laep_jax.laep.pruning import Pruning
@@ -19,7 +19,7 @@ from laep_jax.laep.slots import EMPTY, place_in_slots
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """One layer. Device g holds the g-th of the equal parts of `kept`.
+    """One layer. Device g holds the g-th of the parts of `kept`; see `balance` for their sizes.
 
     kept: old slots in new device order. pruned, eligible: ascending; eligible are those the rule
     chose before rounding. device_load: mean tokens an iteration, [G]. imbalance_*: max / mean of the
@@ -53,7 +53,7 @@ class LayerPlan:
     @property
     def replica_slots(self) -> int:
         """Of each device."""
-        return len(self.slots[0]) - len(self.kept) // len(self.slots) if self.slots else 0
+        return len(self.slots[0]) - -(-len(self.kept) // len(self.slots)) if self.slots else 0
 
     def check(self, field: str, num_experts: int, rule: PruneRule) -> None:
         """Raises `UserError` where this is no plan for a layer of `num_experts`."""
@@ -66,8 +66,8 @@ class LayerPlan:
             ascending = all(a < b for a, b in zip((-1, *slots), (*slots, num_experts), strict=True))
             require(ascending, f"{field}.{name}", slots, f"must be ascending ids below {num_experts}")
         kept = len(self.kept)
-        require_divisible(f"{field} kept count", kept, "expert_parallel", expert_parallel)
         require(kept >= top_k, f"{field} kept count", kept, f"must be at least {top_k=}")
+        require(kept >= expert_parallel, f"{field} kept count", kept, f"must be at least {expert_parallel=}")
         devices = len(self.device_load)
         require(devices == expert_parallel, f"{field} devices", devices, f"must be {expert_parallel=}")
         numbers = (

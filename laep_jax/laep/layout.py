@@ -19,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from laep_jax.laep.layer_plan import LayerPlan
-from laep_jax.laep.slots import EMPTY, SlotMap, max_replica_slots, place_in_slots
+from laep_jax.laep.placement import EMPTY
+from laep_jax.laep.slots import SlotMap, in_order, max_replica_slots, place_in_slots
 
 
 class Layout(NamedTuple):
@@ -76,17 +77,6 @@ def _layer_layout(slot_map: SlotMap, start: np.ndarray, is_own_W: np.ndarray, sl
     share_WP = np.zeros(position_WP.shape, np.float32)
     share_WP[expert, device] = slot_map.shares_PS[device, slot]
     return Layout(start, is_own_W, expert_PS, position_WP, share_WP)
-
-
-def in_order(num_experts: int, num_devices: int) -> SlotMap:
-    """The map in which device p has the p-th part of the experts; no loads are known.
-
-    >>> in_order(3, 2).slots_PS.tolist()
-    [[0, 1], [2, -1]]
-    """
-    size = -(-num_experts // num_devices)
-    slots_PS = np.arange(num_devices * size).reshape(num_devices, size)
-    return SlotMap(np.where(slots_PS < num_experts, slots_PS, EMPTY), (slots_PS < num_experts).astype(float))
 
 
 def by_loads(loads: Sequence[np.ndarray], num_devices: int, replica_slots: int) -> tuple[SlotMap, ...]:

@@ -8,11 +8,11 @@ from laep_jax.laep.rule import PruneRule
 
 def table(rule: PruneRule, layers: Sequence[LayerPlan]) -> str:
     """The settings, what the columns mean, a line a layer and a total, which adds up the layers' loads."""
+    rounded = "" if rule.rounding == "none" else f"rounded to a multiple of {rule.expert_parallel}, "
     lines = [
         f"beta {rule.beta:g}, estimator {rule.estimator}, inequality {rule.inequality}, rounding {rule.rounding}; "
         f"placement {rule.placement} on {rule.expert_parallel} devices, top {rule.top_k}",
-        "eligible: by alpha and beta; kept: rounded to a multiple of "
-        f"{rule.expert_parallel}, at least {rule.min_kept}; pruned: the others",
+        f"eligible: by alpha and beta; kept: {rounded}at least {rule.min_kept}; pruned: the others",
         "imbalance: max / mean load of the devices, before with the kept experts in their old order, after as placed",
         "bound: no placement has a lower imbalance; gap: after over bound",
         "layer     alpha   experts    kept  eligible  pruned  imbalance before    after    bound     gap",

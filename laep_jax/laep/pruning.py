@@ -13,7 +13,7 @@ Expdis -> `num_chosen`, iter -> the axis N.
   divides its sum.
 * An iteration in which the layer got no tokens says nothing about its experts: it marks none (0 <= 0 would
   mark all) and does not count in that mean.
-* The survivors must split evenly over the expert-parallel devices, which the paper does not say.
+* The paper's survivors split evenly over the expert-parallel devices, without a word how; `rounding` says how here.
 
 All comparisons are between integers, so multiplying every count by an integer changes nothing.
 
@@ -80,10 +80,8 @@ def prune_layer(tokens_NE: np.ndarray, rule: PruneRule, layer: int) -> Pruning:
     """Algorithm 1 on one layer.
 
     tokens_NE: non-negative int64 counts of a model that `rule.check_model` accepts. Returns the ids chosen by the rule
-    and those that go once the kept count is made a multiple of `rule.expert_parallel`; none of either where there are
-    no tokens.
+    and those that go once the kept count is rounded; none of either where there are no tokens.
     """
-    assert tokens_NE.shape[1] % rule.expert_parallel == 0, (tokens_NE.shape, rule)
     totals_E = tokens_NE.sum(axis=0)
     judged_NE = tokens_NE if rule.estimator == "vote" else totals_E[None]
     marks_NE = eligible_experts(judged_NE, rule.alpha[layer], rule.beta, rule.inequality)
@@ -95,17 +93,17 @@ def prune_layer(tokens_NE: np.ndarray, rule: PruneRule, layer: int) -> Pruning:
 
 
 def _round(order: np.ndarray, num_chosen: int, num_marked: int, totals_E: np.ndarray, rule: PruneRule) -> np.ndarray:
-    """The ids to prune, so that the rest is a multiple of the devices and never too small.
+    """The ids to prune, so that the rest is rounded and never too small.
 
     order: ids, first to go first; the first `num_marked` were eligible in some iteration. `prune` goes
     on among these; where they are too few it does as `keep_more`, which puts back the heaviest.
     """
     num_experts = len(order)
     if rule.rounding == "prune":
-        num_pruned = rule.round_up(num_chosen)
+        num_pruned = num_chosen + (num_experts - num_chosen) % rule.expert_parallel
         if num_pruned <= min(num_marked, num_experts - rule.min_kept):
             return order[:num_pruned]
-    num_kept = max(rule.round_up(num_experts - num_chosen), rule.min_kept)
+    num_kept = min(max(rule.round_up(num_experts - num_chosen), rule.min_kept), num_experts)
     chosen = np.sort(order[:num_chosen])
     lightest_first = chosen[np.argsort(totals_E[chosen], kind="stable")]
     return lightest_first[: num_experts - num_kept]

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from laep_jax.errors import UserError, require, require_divisible
+from laep_jax.errors import UserError, require
 from laep_jax.files import read_array, read_json, read_records, replace_file
 from laep_jax.laep.counts import read_counts
 from laep_jax.laep.plan import Lineage, initial_lineage
@@ -165,9 +165,8 @@ def _read_experts(path: Path) -> tuple[tuple[int, ...], int]:
     counts = tuple(counts) if isinstance(counts, list) else ()
     sound = bool(counts) and all(type(count) is int and 0 < count < 2**20 for count in counts)
     require(sound, f"{path} num_experts", experts.get("num_experts"), "must be the number of experts of each layer")
-    require(type(devices) is int and devices > 0, f"{path} expert_parallel", devices, "must be a number of devices")
-    for layer, count in enumerate(counts):
-        require_divisible(f"{path} num_experts[{layer}]", count, "expert_parallel", devices)
+    sound = type(devices) is int and 0 < devices <= min(counts)
+    require(sound, f"{path} expert_parallel", devices, "must be a number of devices of which each has an expert")
     return counts, devices
 
 

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from laep_jax.config import LaepConfig
-from laep_jax.errors import require, require_divisible, require_type
+from laep_jax.errors import require, require_type
 from laep_jax.fields import settings_of
 from laep_jax.laep.slots import max_replica_slots
 
@@ -42,8 +42,8 @@ class PruneRule:
 
     alpha: per layer. estimator: `vote` decides in every iteration and counts marks, `mean` decides
     once on the average loads. rounding: where the survivors do not divide by `expert_parallel`,
-    `keep_more` keeps more; `prune` keeps fewer if enough others were eligible in some iteration. Never
-    fewer than max(top_k, expert_parallel) stay.
+    `keep_more` keeps more; `prune` keeps fewer if enough others were eligible in some iteration; `none` leaves them.
+    Never fewer than max(top_k, expert_parallel) stay.
     """
 
     expert_parallel: int
@@ -80,7 +80,7 @@ class PruneRule:
 
     @property
     def min_kept(self) -> int:
-        """Experts that stay at least: max(top_k, expert_parallel), rounded up to a multiple of the latter."""
+        """Experts that stay at least: max(top_k, expert_parallel), rounded."""
         return self.round_up(max(self.top_k, self.expert_parallel))
 
     @property
@@ -89,16 +89,19 @@ class PruneRule:
         return max_replica_slots(self.min_kept, self.expert_parallel)
 
     def round_up(self, num_experts: int) -> int:
-        """The next multiple of `expert_parallel`."""
+        """The next multiple of `expert_parallel`; the number itself where nothing is rounded."""
+        if self.rounding == "none":
+            return num_experts
         return -(-num_experts // self.expert_parallel) * self.expert_parallel
 
     def check_model(self, num_experts: Sequence[int]) -> None:
-        """Raises `UserError` where the rule is for another number of layers, or one cannot be split or routed."""
+        """Raises `UserError` where the rule is for another number of layers, or one has too few experts."""
         layers = len(num_experts)
         require(len(self.alpha) == layers, "entries of alpha", len(self.alpha), f"must be num_layers={layers}")
         for layer, count in enumerate(num_experts):
-            require_divisible(f"num_experts[{layer}]", count, "expert_parallel", self.expert_parallel)
-            require(count >= self.top_k, f"num_experts[{layer}]", count, f"is below top_k={self.top_k}")
+            for name in ("top_k", "expert_parallel"):
+                least = getattr(self, name)
+                require(count >= least, f"num_experts[{layer}]", count, f"is below {name}={least}")
 
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(PruneRule) if field.name in settings_of(LaepConfig))

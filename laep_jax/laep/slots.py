@@ -17,9 +17,8 @@ import numpy as np
 
 from laep_jax.errors import require
 from laep_jax.laep.balance import imbalance
-from laep_jax.laep.placement import integers, place
+from laep_jax.laep.placement import EMPTY, integers, place
 
-EMPTY = -1
 WORTH_A_SLOT = 0.1  # of the mean device load: smaller differences are levelled by the replicas that there are
 UNEVEN = 1.05  # max / mean above which a map gives way to the exact one
 SWEEPS = 8  # over all replicated experts, when shares are levelled
@@ -43,6 +42,17 @@ class SlotMap:
     def imbalance(self, loads_E: np.ndarray) -> float:
         """Max / mean of the device loads."""
         return imbalance(self.device_loads(loads_E))
+
+
+def in_order(num_experts: int, num_devices: int) -> SlotMap:
+    """The map in which device p has the p-th group of the experts, as in `balance`; no loads are known.
+
+    >>> in_order(4, 3).slots_PS.tolist()
+    [[0, 1], [2, -1], [3, -1]]
+    """
+    parts = np.array_split(np.arange(num_experts), num_devices)
+    slots_PS = np.stack([np.pad(part, (0, len(parts[0]) - len(part)), constant_values=EMPTY) for part in parts])
+    return SlotMap(slots_PS, (slots_PS != EMPTY).astype(float))
 
 
 def max_replica_slots(num_experts: int, num_devices: int) -> int:
@@ -129,7 +139,7 @@ def home_and_fill(loads_E: np.ndarray, num_devices: int, replica_slots: int) -> 
         here_EP[expert, taker] = True
     while replica := _next_replica(loads_E, load_EP, here_EP, num_slots):
         here_EP[replica] = True
-    return _slot_map(loads_E, level(load_EP, here_EP), here_EP, num_slots)
+    return _slot_map(level(load_EP, here_EP), here_EP, num_slots)
 
 
 def _best_move(load_EP: np.ndarray, here_EP: np.ndarray, num_slots: int) -> tuple[int, int, int, float] | None:
@@ -186,7 +196,7 @@ def levelled(slot_map: SlotMap, loads_E: np.ndarray) -> SlotMap:
     require(len(loads_E) == num_experts, "loads", len(loads_E), f"must be of the map's {num_experts} experts")
     loads_E = np.asarray(loads_E, float)
     load_EP, here_EP = _by_device(slot_map, loads_E)
-    return _slot_map(loads_E, level(load_EP, here_EP), here_EP, slot_map.slots_PS.shape[1])
+    return _slot_map(level(load_EP, here_EP), here_EP, slot_map.slots_PS.shape[1])
 
 
 def _by_device(slot_map: SlotMap, loads_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -200,10 +210,10 @@ def _by_device(slot_map: SlotMap, loads_E: np.ndarray) -> tuple[np.ndarray, np.n
     return load_EP, here_EP
 
 
-def _slot_map(loads_E: np.ndarray, load_EP: np.ndarray, here_EP: np.ndarray, num_slots: int) -> SlotMap:
+def _slot_map(load_EP: np.ndarray, here_EP: np.ndarray, num_slots: int) -> SlotMap:
     """The map in which device p has the experts `here_EP[:, p]`, ascending; experts without tokens: equal shares."""
-    equal_EP = here_EP / here_EP.sum(axis=1, keepdims=True)
-    share_EP = np.where(loads_E[:, None] > 0, load_EP / np.where(loads_E > 0, loads_E, 1.0)[:, None], equal_EP)
+    weight_EP = np.where(load_EP.any(axis=1, keepdims=True), load_EP, here_EP)
+    share_EP = weight_EP / weight_EP.sum(axis=1, keepdims=True)
     slots_PS = np.full((here_EP.shape[1], num_slots), EMPTY)
     shares_PS = np.zeros(slots_PS.shape)
     for device, here_E in enumerate(here_EP.T):
@@ -214,10 +224,7 @@ def _slot_map(loads_E: np.ndarray, load_EP: np.ndarray, here_EP: np.ndarray, num
 
 
 def _homes(loads_E: np.ndarray, num_devices: int) -> SlotMap:
-    """Algorithm 2, refined, with experts of no load where E does not divide by P; these slots are EMPTY."""
-    num_experts = len(loads_E)
-    padded_E = np.zeros(-(-num_experts // num_devices) * num_devices, np.asarray(loads_E).dtype)
-    padded_E[:num_experts] = loads_E
-    slots_PK = place(padded_E, num_devices, "refined").reshape(num_devices, -1)
-    is_used_PK = slots_PK < num_experts
-    return SlotMap(np.where(is_used_PK, slots_PK, EMPTY), is_used_PK.astype(float))
+    """Algorithm 2, refined."""
+    in_place = in_order(len(loads_E), num_devices)
+    expert_of_place = np.append(place(loads_E, num_devices, "refined"), EMPTY)
+    return SlotMap(expert_of_place[in_place.slots_PS], in_place.shares_PS)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from laep_jax.errors import UserError, require, require_divisible, require_type
+from laep_jax.errors import UserError, require, require_type
 from laep_jax.files import read_json, read_records
 from laep_jax.laep.plan import Lineage, initial_lineage
 from laep_jax.laep.recorded_loads import METRICS_FILE, RecordedLoads, check_lineage, read_loads
@@ -140,7 +140,7 @@ def _losses(records: list[dict], kind: str, field: str) -> tuple[dict, ...]:
 
 def _read_prunes(run_dir: Path, records: list[dict], loads: RecordedLoads) -> tuple[Transition, ...]:
     """The prunes that come after recorded steps, oldest first."""
-    recorded, devices = set(loads.steps.tolist()), loads.expert_parallel
+    recorded = set(loads.steps.tolist())
     order = initial_lineage(loads.num_experts)
     prunes: list[Transition] = []
     for record in records:
@@ -156,8 +156,6 @@ def _read_prunes(run_dir: Path, records: list[dict], loads: RecordedLoads) -> tu
         )
         plan = read_json(run_dir / file, str(run_dir / file))
         after = check_lineage(record["lineage"], order, f"{name}: lineage")
-        for layer, ids in enumerate(after):
-            require_divisible(f"{name}: experts of layer {layer}", len(ids), "expert_parallel", devices)
         alphas = _alphas(plan["alpha"], len(order))
         prunes.append(Transition(step, plan_step, order, after, alphas, _beta(plan["beta"])))
         order = after

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from laep_jax.laep import balance
 from laep_jax.report.run_data import RunData, Transition
 
 
@@ -150,13 +151,13 @@ def cumulative_load(run: RunData, layer: int) -> CumulativeLoad:
 
 
 def device_sums(loads_LE: np.ndarray, order: Sequence[Sequence[int]], num_devices: int) -> np.ndarray:
-    """[L, P]: loads of the experts in slot order, in equal neighbouring groups.
+    """[L, P]: loads of the experts in slot order, in neighbouring groups.
 
     >>> device_sums(np.array([[1, 2, 3, 4]]), [[3, 0, 1, 2]], 2)
     array([[5, 5]])
     """
     return np.stack(
-        [loads_E[list(ids)].reshape(num_devices, -1).sum(1) for loads_E, ids in zip(loads_LE, order, strict=True)]
+        [balance.device_loads(loads_E[list(ids)], num_devices) for loads_E, ids in zip(loads_LE, order, strict=True)]
     )
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from laep_jax.config import Config
-from laep_jax.laep.layout import Layout, in_order, make_layout, num_slots
-from laep_jax.laep.slots import SlotMap
+from laep_jax.laep.layout import Layout, make_layout, num_slots
+from laep_jax.laep.slots import SlotMap, in_order
 from laep_jax.model.transformer import init_params
 from laep_jax.sharding import Mesh, replicated, tree_shardings
 from laep_jax.state.optimizer import make_optimizer

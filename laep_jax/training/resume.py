@@ -49,9 +49,8 @@ def _changed_rate(old: Config, new: Config, step: int) -> list[str]:
 def resolve_resumed(config: Config, run_state: RunState, num_devices: int) -> Config:
     """`config` with the mesh that a resumed run has on so many devices; `UserError` where there is none.
 
-    The expert axis belongs to the run: resolved anew from the counts of a pruned model it could grow, and the experts
-    would no longer be where the plan placed them. Left open, it stays what it was, or becomes the largest divisor of
-    that which the devices allow, by which every expert count of the run divides.
+    The expert axis belongs to the run, whose plans and records are made for it. Left open, it stays what it was, or
+    becomes the largest divisor of that which the devices allow.
     """
     mesh = config.mesh
     if mesh.expert is None:

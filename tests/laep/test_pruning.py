@@ -29,9 +29,9 @@ def prune(tokens, **changes) -> Pruning:
 
 @st.composite
 def layers(draw, most_iterations=4):
-    """Counts [N, E] with E a multiple of the devices, which come second."""
+    """Counts [N, E] and the number of devices, each of which has an expert."""
     devices = draw(st.sampled_from([1, 2, 4]))
-    num_experts = devices * draw(st.integers(1, 4))
+    num_experts = draw(st.integers(devices, 16))
     row = st.lists(st.integers(0, 60), min_size=num_experts, max_size=num_experts)
     return np.array(draw(st.lists(row, min_size=1, max_size=most_iterations))), devices
 
@@ -43,7 +43,7 @@ def rules(draw, devices, num_experts):
         beta=draw(SHARES),
         estimator=draw(st.sampled_from(["vote", "mean"])),
         inequality=draw(INEQUALITY),
-        rounding=draw(st.sampled_from(["keep_more", "prune"])),
+        rounding=draw(st.sampled_from(["keep_more", "prune", "none"])),
         top_k=draw(st.integers(1, min(3, num_experts))),
         expert_parallel=devices,
     )
@@ -135,7 +135,7 @@ def test_an_iteration_without_tokens_changes_nothing(layer, data):
 
 
 @pytest.mark.parametrize("estimator", ["vote", "mean"])
-@pytest.mark.parametrize("rounding", ["keep_more", "prune"])
+@pytest.mark.parametrize("rounding", ["keep_more", "prune", "none"])
 def test_a_layer_without_tokens_keeps_all(estimator, rounding):
     assert prune([[0] * 8] * 3, estimator=estimator, rounding=rounding, expert_parallel=2) == Pruning((), ())
 
@@ -172,6 +172,12 @@ def test_prune_takes_more_but_only_who_was_eligible():
     assert prune(only_one, expert_parallel=2, rounding="prune") == Pruning(eligible=(0,), pruned=())
 
 
+def test_without_rounding_all_go_that_the_rule_chose():
+    assert prune(COUNTS_E, beta=0.03, expert_parallel=2, rounding="none").pruned == (2, 3, 7)
+    assert prune(COUNTS_E[:7], beta=0.03, expert_parallel=2, rounding="none").pruned == (2, 3)
+    assert prune(COUNTS_E[:7], beta=0.03, expert_parallel=2).pruned == (3,)  # six of seven stay, not five
+
+
 def test_enough_experts_stay_for_top_k_and_devices():
     one_hot = [0] * 7 + [100]
     assert prune(one_hot).pruned == tuple(range(7))
@@ -183,16 +189,18 @@ def test_enough_experts_stay_for_top_k_and_devices():
 
 @settings(max_examples=60, deadline=None)
 @given(layers(), st.data())
-def test_what_stays_divides_and_suffices(layer, data):
+def test_what_stays_is_rounded_and_suffices(layer, data):
     tokens_NE, devices = layer
     chosen = data.draw(rules(devices, tokens_NE.shape[1]))
     pruning = prune_layer(tokens_NE, chosen, 0)
     kept = tokens_NE.shape[1] - len(pruning.pruned)
-    assert kept % devices == 0
+    assert kept % devices == 0 or chosen.rounding == "none" or not pruning.pruned
     assert kept >= max(chosen.top_k, devices)
     assert list(pruning.pruned) == sorted(set(pruning.pruned))
     assert list(pruning.eligible) == sorted(set(pruning.eligible))
-    if chosen.rounding == "keep_more":
+    if chosen.rounding == "none":
+        assert len(pruning.pruned) == min(len(pruning.eligible), len(tokens_NE[0]) - max(chosen.top_k, devices))
+    if chosen.rounding != "prune":
         assert set(pruning.pruned) <= set(pruning.eligible)
     marks_NE = eligible_experts(tokens_NE, chosen.alpha[0], chosen.beta, chosen.inequality)
     if chosen.estimator == "vote":

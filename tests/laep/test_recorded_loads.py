@@ -102,7 +102,7 @@ def edit(path, **fields):
     [
         (lambda run: (run / "loads" / "experts.json").unlink(), "experts.json does not exist, so .* is not the dir"),
         (lambda run: edit(run / "loads" / "experts.json", num_experts=[]), r"num_experts=\[\] must be the number"),
-        (lambda run: edit(run / "loads" / "experts.json", expert_parallel=3), "is not divisible by expert_parallel=3"),
+        (lambda run: edit(run / "loads" / "experts.json", expert_parallel=4), "expert_parallel=4 must be a num"),
         (lambda run: edit(run / "loads" / "experts.json", num_experts=[6, 3]), r"is not int32\[steps, 2, 6\]"),
         (lambda run: LoadsWriter(run, WIDTHS, 1, 3), r"recorded steps=0 \(after the prune of step 3\): there are no"),
         (lambda run: (run / "metrics.jsonl").write_text(""), "loads of layer 0='' lack experts that the run has"),

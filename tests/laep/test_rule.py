@@ -57,7 +57,7 @@ def test_under_the_rule_that_chooses_none_not_even_idle_experts_are_eligible():
         ({"beta": math.nan}, "beta=nan must be a finite number"),
         ({"estimator": "median"}, "estimator='median' must be one of vote, mean"),
         ({"inequality": "<"}, "inequality='<' must be one of le, lt"),
-        ({"rounding": "up"}, "rounding='up' must be one of keep_more, prune"),
+        ({"rounding": "up"}, "rounding='up' must be one of keep_more, prune, none"),
         ({"rounding": 1}, "rounding=1 must be of type str; write '1', in quotes"),
         ({"placement": "random"}, "placement='random' must be one of greedy, refined"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
@@ -73,7 +73,7 @@ def test_bad_settings_are_refused(changes, message):
     ("num_experts", "message"),
     [
         ((8,), "entries of alpha=2 must be num_layers=1"),
-        ((8, 6), r"num_experts\[1\]=6 is not divisible by expert_parallel=4"),
+        ((8, 3), r"num_experts\[1\]=3 is below expert_parallel=4"),
         ((0, 8), r"num_experts\[0\]=0 is below top_k=2"),
     ],
 )

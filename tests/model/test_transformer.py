@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from laep_jax.config import AuxLossConfig, Config, MeshConfig, ModelConfig
-from laep_jax.laep.layout import in_order, make_layout, windows
+from laep_jax.laep.layout import make_layout, windows
+from laep_jax.laep.slots import in_order
 from laep_jax.model.layers import rms_norm
 from laep_jax.model.transformer import EXPERTS, Block, cross_entropy, init_params, token_losses
 from laep_jax.sharding import make_mesh, put_batch, tree_shardings

@@ -138,7 +138,7 @@ def test_pruned_config_has_the_counts_and_keeps_the_rest(states):
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [((16, 16, 8, 6), "not divisible by MeshConfig.expert=4"), ((16, 16, 1, 8), "is below top_k=2")],
+    [((16, 16, 8, 3), "=3 is below MeshConfig.expert=4"), ((16, 16, 1, 8), "is below top_k=2")],
 )
 def test_pruned_config_refuses_what_does_not_fit_the_mesh_or_top_k(states, counts, message):
     config = Config(model=states.config(OLD), mesh=MeshConfig(1, 2, 4))

@@ -353,7 +353,7 @@ def test_on_another_mesh_or_with_other_slots_a_resumed_run_places_experts_anew(c
         ),
         ({"model": {"num_experts": (8, 8, 4)}}, r"ModelConfig\.num_experts \(8, 8, 8\) -> \(8, 8, 4\); use another"),
         ({"data": {"sequence_length": 64}}, r"DataConfig\.sequence_length 32 -> 64; use another workdir"),
-        ({"mesh": {"fsdp": 1, "expert": 8}}, r"num_experts\[\d\]=4 is not divisible by MeshConfig\.expert=8"),
+        ({"mesh": {"fsdp": 1, "expert": 8}}, r"num_experts\[\d\]=4 is below MeshConfig\.expert=8"),
         ({"mesh": {"fsdp": 3}}, "does not divide 8 devices"),
         ({"data": {"batch_size": 12}}, r"DataConfig\.batch_size=12 is not divisible by 8 devices"),
         ({"data": {"source": "text", "path": "nowhere"}}, r"DataConfig\.path='nowhere'"),

@@ -95,11 +95,12 @@ def test_where_the_rule_prunes_no_expert_nothing_is_pruned(config, tmp_path):
     assert records(tmp_path, "prune") == []
 
 
-def test_an_open_mesh_stays_as_it_is_when_a_pruned_run_is_resumed(config, tmp_path):
-    """12 experts on 8 devices run at expert 4; resolved from the 8 that are left it would be 8, and other sums."""
+def test_experts_that_do_not_divide_by_the_devices_are_pruned_and_resumed(config, tmp_path):
+    """12 experts on 8 devices, then 9 and 11."""
     loads = [np.arange(12.0)] * 2
     plan = tmp_path / "plan.json"
-    plan.write_text(chosen_plan(loads, [[0, 1, 2, 3]] * 2, RULE).to_json())
+    rule = dataclasses.replace(RULE, expert_parallel=8)
+    plan.write_text(chosen_plan(loads, [[0, 1, 2], [5]], rule).to_json())
     wide = change(
         config,
         model={"num_experts": 12},
@@ -111,5 +112,5 @@ def test_an_open_mesh_stays_as_it_is_when_a_pruned_run_is_resumed(config, tmp_pa
     with pytest.raises(InterruptError):
         train(wide, tmp_path / "resumed", watch=after("record", PRUNE_STEP + 2, interrupt))
     train(wide, tmp_path / "resumed")
-    assert records(tmp_path / "resumed", "prune")[0]["experts_after"] == [8, 8]
+    assert records(tmp_path / "resumed", "prune")[0]["experts_after"] == [9, 11]
     assert not differences(tmp_path / "resumed", tmp_path / "whole")
