@@ -3,7 +3,8 @@
 Forward and backward pass of the layer as the model runs it (router, dispatch, experts, combine) with all
 gradients, under skewed loads; and of a dense SwiGLU in plain JAX on top_k rows a token. Useful FLOPs are those of
 the experts' products without recomputation, the same on both sides. One process measures on one device, a
-second on a mesh of eight; in each the forms alternate, and each form's median counts.
+second on a mesh of eight, also with a replica slot a device, for what levelling costs: emulated devices share the
+cores, so even loads gain nothing there. In each the forms alternate, and each form's median counts.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from benchmarks.measuring import in_process, parse_repetitions
 from laep_jax.config import AuxLossConfig, MeshConfig, ModelConfig
 from laep_jax.laep.balance import imbalance
 from laep_jax.laep.layout import make_layout
-from laep_jax.laep.slots import in_order
+from laep_jax.laep.slots import in_order, place_in_slots
 from laep_jax.model.moe import MoE
 from laep_jax.sharding import batch_sharding, make_cpu_devices, make_mesh, put_batch, tree_shardings
 
@@ -69,6 +70,7 @@ def measure(devices: int, repetitions: int) -> dict:
     else:
         name = f"mesh{devices}_E{MESH_EXPERTS}"
         forms = {name: layer_form(MESH_EXPERTS, devices, "auto", loads)}
+        forms[f"{name}_slot"] = layer_form(MESH_EXPERTS, devices, "auto", loads, replica_slots=1)
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(repetitions):
         for name, form in forms.items():
@@ -87,21 +89,28 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def layer_form(num_experts: int, devices: int, grouped_matmul: str, loads: dict[str, float]) -> Form:
+def layer_form(
+    num_experts: int, devices: int, grouped_matmul: str, loads: dict[str, float], replica_slots: int = 0
+) -> Form:
     """The layer's gradients with respect to parameters and tokens; adds its routing to `loads`."""
     config = dataclasses.replace(MODEL, num_experts=num_experts, grouped_matmul=grouped_matmul)
     mesh = make_mesh(MeshConfig(fsdp=1, expert=devices), jax.devices()[:devices])
     graph, parameters = nnx.split(MoE(config, num_experts, AuxLossConfig(), rngs=nnx.Rngs(params=0)))
     params = nnx.to_pure_dict(parameters)
     params["router_ED"] = normal(1, config.hidden_size, num_experts).T / config.hidden_size**0.5
-    layout = jax.tree.map(lambda leaf: leaf[0], make_layout([in_order(num_experts, devices)], [num_experts]))
-    params = jax.device_put(params, tree_shardings(params, mesh))
     bias_E = SIGMA * normal(2, num_experts)
+    about_E = np.asarray(jax.nn.softmax(bias_E))
+    slot_map = place_in_slots(about_E, devices, replica_slots) if replica_slots else in_order(num_experts, devices)
+    layout = jax.tree.map(lambda leaf_L: leaf_L[0], make_layout([slot_map], [num_experts], replica_slots))
+    params = jax.device_put(params, tree_shardings(params, mesh))
     shape = (ROWS, TOKENS // ROWS, config.hidden_size)
     batch = put_batch({"x": np.asarray(normal(3, *shape)), "dy": np.asarray(normal(4, *shape))}, mesh)
     valid_BS = jax.device_put(jnp.ones(shape[:2], bool), batch_sharding(mesh))
 
     def loss(params, x_BSD):
+        if devices > 1:  # as in the model, a matrix for each slot
+            slots_R = layout.expert_PS.reshape(-1)
+            params = {name: leaf if name == "router_ED" else leaf[slots_R] for name, leaf in params.items()}
         y_BSD, aux = nnx.merge(graph, params)(x_BSD, valid_BS, bias_E, layout, mesh)
         return jnp.sum(y_BSD * batch["dy"]), aux.tokens_per_expert_E
 

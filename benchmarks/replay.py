@@ -1,14 +1,13 @@
-"""A step's routing, drawn from expert loads, before and after a plan; NumPy only.
+"""A step's routing, drawn from expert loads, before and after a plan, with and without replicas; NumPy only.
 
 A token's simulated router logits are the logarithms of the loads plus Gumbel noise, so that its first choice
 is expert e with probability load e / total. It takes the K highest. Pruning masks logits, as in the model
 (paper 3.2): a token whose choice was pruned takes its next choice among the kept experts, and every
 token keeps K experts.
 
-A slot is where an expert's matrices lie. There are as many slots before and after: device g has the g-th of
-G equal parts, and after pruning the last slots of each part are empty. So one compiled program serves all.
+Plans and maps are made from the loads of an earlier step; until the step that is replayed, loads have drifted.
 
-Axes: L layers, T tokens, K top-k, E experts, G devices, S slots of a device (E = G S).
+Axes: L layers, T tokens, K top-k, E experts, P devices, S slots of a device, the last of which may be empty.
 """
 
 import dataclasses
@@ -17,14 +16,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from laep_jax.config import LaepConfig
-from laep_jax.laep.balance import device_loads
-from laep_jax.laep.plan import LayerPlan, Plan, make_plan
+from laep_jax.laep.plan import Plan, make_plan
 from laep_jax.laep.rule import PruneRule, alpha_per_layer
+from laep_jax.laep.slots import EMPTY, SlotMap, in_order, levelled, max_replica_slots, place_in_slots
 
-VARIANTS = ("base", "pruned", "rearranged", "uniform")
 TOP_K = 2
 NUM_LAYERS = 103  # of the 1515B model (paper Table 5)
 MIDDLE_SIGMA, END_SIGMA = 0.95, 2.3
+DRIFT = 0.2  # of log loads between plan and step; 0.16 to 0.20 in 190 steps of `experiments`' alpha_hybrid, seed 0
 
 
 def synthetic_loads(num_experts: int, rng: np.random.Generator) -> np.ndarray:
@@ -37,6 +36,11 @@ def synthetic_loads(num_experts: int, rng: np.random.Generator) -> np.ndarray:
     sigma_L = np.full(NUM_LAYERS, MIDDLE_SIGMA)
     sigma_L[:ends] = sigma_L[-ends:] = END_SIGMA
     return np.exp(sigma_L[:, None] * rng.standard_normal((NUM_LAYERS, num_experts)))
+
+
+def drifted(loads_LE: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Loads when a plan is made, and those some hundred steps later."""
+    return loads_LE, loads_LE * np.exp(DRIFT * rng.standard_normal(loads_LE.shape))
 
 
 def sample_layers(num_layers: int, num_sampled: int) -> np.ndarray:
@@ -70,38 +74,92 @@ def count(ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """One step's routes of all layers and the plan made for them.
+    """One step's routes of all layers, and where experts are, by variant.
 
-    ids_LTK: experts chosen before. masked_ids_LTK: with the pruned experts masked. tokens_LE: counts of `ids_LTK`.
+    ids_LTK: experts chosen before the prune. masked_ids_LTK: with the pruned experts masked. maps: by variant and
+    layer, with the ids of before. `uniform` routes tokens in turn to three quarters of the experts, as in Table 5.
     """
 
     plan: Plan
     ids_LTK: np.ndarray
     masked_ids_LTK: np.ndarray
-    tokens_LE: np.ndarray
-
-    @property
-    def num_experts(self) -> int:
-        return self.tokens_LE.shape[1]
+    uniform_ids_LTK: np.ndarray
+    maps: dict[str, list[SlotMap]]
+    num_experts: int
 
     @property
     def num_devices(self) -> int:
         return self.plan.rule.expert_parallel
 
+    @property
+    def num_slots(self) -> int:
+        """The most that any variant has on a device."""
+        return max(slot_map.slots_PS.shape[1] for maps in self.maps.values() for slot_map in maps)
 
-def make_replay(logits_LTE: np.ndarray, alpha: Sequence[float], expert_parallel: int) -> Replay:
-    """The plan of `LaepConfig`'s defaults with `alpha` by layer, placed by the loads of the masked routing."""
-    num_experts = logits_LTE.shape[2]
+    def ids(self, variant: str) -> np.ndarray:
+        """[L, T, K] experts chosen under this variant."""
+        if variant == "uniform":
+            return self.uniform_ids_LTK
+        return self.ids_LTK if variant.startswith("base") else self.masked_ids_LTK
+
+
+def make_replay(before_LTE: np.ndarray, now_LTE: np.ndarray, alpha: Sequence[float], expert_parallel: int) -> Replay:
+    """The step with logits `now`, under plans by `LaepConfig`'s defaults and `alpha` by layer from those before."""
+    num_experts = now_LTE.shape[2]
     laep = LaepConfig(alpha=tuple(alpha))
     rule = PruneRule.from_settings(laep, len(alpha), top_k=TOP_K, expert_parallel=expert_parallel)
-    ids_LTK = np.stack([choose(logits_TE) for logits_TE in logits_LTE])
-    tokens_LE = np.stack([count(ids_TK, num_experts) for ids_TK in ids_LTK])
-    first = make_plan(tokens_LE[None], rule)
-    pruned = [layer.pruned for layer in first.layers]
-    masked_ids_LTK = np.stack([choose(*layer) for layer in zip(logits_LTE, pruned, strict=True)])
-    masked_LE = [count(ids_TK, num_experts) for ids_TK in masked_ids_LTK]
-    plan = make_plan(tokens_LE[None], rule, placement_loads=masked_LE)
-    return Replay(plan, ids_LTK, masked_ids_LTK, tokens_LE)
+    before_LE = np.stack([count(choose(logits_TE), num_experts) for logits_TE in before_LTE])
+    pruned = [layer.pruned for layer in make_plan(before_LE[None], rule).layers]
+    masked_LE = np.stack([count(choose(*layer), num_experts) for layer in zip(before_LTE, pruned, strict=True)])
+    plan = make_plan(before_LE[None], rule, placement_loads=[*masked_LE])
+    ids_LTK = np.stack([choose(logits_TE) for logits_TE in now_LTE])
+    masked_ids_LTK = np.stack([choose(*layer) for layer in zip(now_LTE, pruned, strict=True)])
+    uniform = num_experts * 3 // 4 // expert_parallel * expert_parallel or num_experts
+    in_turn_LTK = np.broadcast_to(np.arange(ids_LTK[0].size).reshape(ids_LTK[0].shape) % uniform, ids_LTK.shape)
+    layers = zip(plan.kept, before_LE, masked_LE, ids_LTK, masked_ids_LTK, strict=True)
+    maps_L = [_maps(np.array(kept), uniform, expert_parallel, *of_layer) for kept, *of_layer in layers]
+    maps = {variant: [maps[variant] for maps in maps_L] for variant in maps_L[0]}
+    return Replay(plan, ids_LTK, masked_ids_LTK, in_turn_LTK, maps, num_experts)
+
+
+def _maps(
+    kept: np.ndarray,
+    num_uniform: int,
+    num_devices: int,
+    before_E: np.ndarray,
+    masked_E: np.ndarray,
+    ids_TK: np.ndarray,
+    masked_ids_TK: np.ndarray,
+) -> dict[str, SlotMap]:
+    """Of one layer, by variant. before_E: rows in the plan's step; masked_E: with only `kept`. ids_TK: of this step."""
+    num_experts, in_old_order = len(before_E), np.sort(kept)
+    now_E, masked_now_E = (count(ids, num_experts) for ids in (ids_TK, masked_ids_TK))
+    return {
+        "base": in_order(num_experts, num_devices),
+        **with_slots("base", np.arange(num_experts), before_E, now_E, num_devices, (1,)),
+        "pruned": renamed(in_order(len(kept), num_devices), in_old_order),
+        "rearranged": renamed(in_order(len(kept), num_devices), kept),
+        **with_slots("rearranged", in_old_order, masked_E, masked_now_E, num_devices, (1, 2)),
+        "uniform": in_order(num_uniform, num_devices),
+    }
+
+
+def with_slots(
+    name: str, ids: np.ndarray, before_E: np.ndarray, now_E: np.ndarray, num_devices: int, slots: Sequence[int]
+) -> dict[str, SlotMap]:
+    """Maps of the experts `ids` with so many replica slots: planned by the loads before, and levelled by those now."""
+    maps = {}
+    for replica_slots in slots:
+        most = max_replica_slots(len(ids), num_devices)
+        planned = place_in_slots(before_E[ids], num_devices, min(replica_slots, most))
+        maps[f"{name} + {replica_slots} planned"] = renamed(planned, ids)
+        maps[f"{name} + {replica_slots} levelled"] = renamed(levelled(planned, now_E[ids]), ids)
+    return maps
+
+
+def renamed(slot_map: SlotMap, ids: np.ndarray) -> SlotMap:
+    """The map of the experts 0, 1, ... as one of the experts `ids`."""
+    return SlotMap(np.append(ids, EMPTY)[slot_map.slots_PS], slot_map.shares_PS)
 
 
 def alpha_of_layers(num_layers: int, layers: np.ndarray) -> tuple[float, ...]:
@@ -110,66 +168,66 @@ def alpha_of_layers(num_layers: int, layers: np.ndarray) -> tuple[float, ...]:
     return tuple(alpha[layer] for layer in layers)
 
 
-def slot_of_expert(order: Sequence[int], num_experts: int, num_devices: int) -> np.ndarray:
-    """[E], the slot of each expert, -1 where it is not in `order`: the experts in device order.
+def rows_of_slots(slot_map: SlotMap, rows_E: np.ndarray) -> np.ndarray:
+    """[P, S]: the rows of each expert, split by its shares into whole rows.
 
-    >>> slot_of_expert([3, 0, 5, 1], num_experts=6, num_devices=2).tolist()
-    [1, 4, -1, 0, -1, 3]
+    >>> rows_of_slots(SlotMap(np.array([[0, 1], [0, -1]]), np.array([[0.3, 1], [0.7, 0]])), np.array([9, 4]))
+    array([[3, 4],
+           [6, 0]])
     """
-    position = np.arange(len(order))
-    per_device = len(order) // num_devices
-    slot_E = np.full(num_experts, -1)
-    slot_E[list(order)] = position // per_device * (num_experts // num_devices) + position % per_device
-    return slot_E
+    rows_PS = np.zeros(slot_map.slots_PS.shape, int)
+    for expert in np.unique(slot_map.slots_PS[slot_map.slots_PS != EMPTY]):
+        here_PS = slot_map.slots_PS == expert
+        ends = np.rint(slot_map.shares_PS[here_PS].cumsum() * rows_E[expert]).astype(int)
+        rows_PS[here_PS] = np.diff(ends, prepend=0)
+    return rows_PS
 
 
-def _orders(layer: LayerPlan, num_experts: int) -> dict[str, Sequence[int]]:
-    """The experts in device order, by variant; pruned only, the survivors keep their old order."""
-    return {"base": range(num_experts), "pruned": sorted(layer.kept), "rearranged": layer.kept}
+def slots_of_choices(ids_TK: np.ndarray, slot_map: SlotMap, num_slots: int) -> np.ndarray:
+    """[T, K] int32, the slot p num_slots + s of each choice: an expert's choices in turn fill its slots."""
+    rows_PS = rows_of_slots(slot_map, count(ids_TK, slot_map.slots_PS.max() + 1))
+    device, slot = np.nonzero(slot_map.slots_PS != EMPTY)
+    by_expert = np.argsort(slot_map.slots_PS[device, slot], kind="stable")
+    device, slot = device[by_expert], slot[by_expert]
+    slots_N = np.empty(ids_TK.size, np.int32)
+    slots_N[np.argsort(ids_TK.ravel(), kind="stable")] = np.repeat(device * num_slots + slot, rows_PS[device, slot])
+    return slots_N.reshape(ids_TK.shape)
 
 
 def routes(replay: Replay) -> dict[str, np.ndarray]:
-    """[L, T, K] int32 by variant: the slot of each expert chosen. `uniform` gives all slots the same load."""
-    slots: dict[str, list[np.ndarray]] = {variant: [] for variant in VARIANTS}
-    in_turn_TK = np.arange(replay.ids_LTK[0].size).reshape(replay.ids_LTK[0].shape) % replay.num_experts
-    for layer, ids_TK, masked_TK in zip(replay.plan.layers, replay.ids_LTK, replay.masked_ids_LTK, strict=True):
-        for variant, order in _orders(layer, replay.num_experts).items():
-            slot_E = slot_of_expert(order, replay.num_experts, replay.num_devices)
-            slots[variant].append(slot_E[ids_TK if variant == "base" else masked_TK])
-        slots["uniform"].append(in_turn_TK)
-    return {variant: np.stack(layers).astype(np.int32) for variant, layers in slots.items()}
+    """[L, T, K] int32 by variant: the slot of each choice."""
+    return {
+        variant: np.stack(
+            [slots_of_choices(*layer, replay.num_slots) for layer in zip(replay.ids(variant), maps, strict=True)]
+        )
+        for variant, maps in replay.maps.items()
+    }
 
 
 def group_sizes(replay: Replay) -> dict[str, np.ndarray]:
-    """[L, G, S] by variant: the rows of every slot of every device, 0 where it is empty.
-
-    `uniform`: three quarters of the experts, 48 of 64 as in Table 5, with equal loads; missing where they do not
-    divide by the devices.
-    """
-    shape = (-1, replay.num_devices, replay.num_experts // replay.num_devices)
-    sizes = {
-        variant: np.stack([count(ids_TK, replay.num_experts) for ids_TK in ids_LTK]).reshape(shape)
-        for variant, ids_LTK in routes(replay).items()
+    """[L, P, S] by variant: the rows of every slot of every device, 0 where it is empty."""
+    return {
+        variant: np.stack([_padded(rows_of_slots(*layer), replay.num_slots) for layer in _layers(replay, variant)])
+        for variant in replay.maps
     }
-    del sizes["uniform"]
-    fewer = replay.num_experts * 3 // 4
-    if fewer % replay.num_devices == 0:
-        slot_E = slot_of_expert(range(fewer), replay.num_experts, replay.num_devices)
-        rows_E = np.zeros(replay.num_experts, int)
-        rows_E[slot_E[slot_E >= 0]] = np.diff(np.arange(fewer + 1) * replay.ids_LTK[0].size // fewer)
-        sizes["uniform"] = np.tile(rows_E.reshape(shape[1:]), (len(replay.ids_LTK), 1, 1))
-    return sizes
 
 
 def largest_loads(replay: Replay) -> dict[str, float]:
-    """The plan's model of a step's time, in rows, by variant: the largest device load, layers added up."""
-    layers, devices = replay.plan.layers, replay.num_devices
+    """The model of a step's time, in rows, by variant: the largest device load, layers added up."""
     return {
-        "base": float(sum(device_loads(tokens_E, devices).max() for tokens_E in replay.tokens_LE)),
-        "pruned": sum(layer.largest_before for layer in layers),
-        "rearranged": sum(max(layer.device_load) for layer in layers),
-        "uniform": sum(layer.mean_load for layer in layers),
+        variant: float(sum(slot_map.device_loads(rows_E).max() for slot_map, rows_E in _layers(replay, variant)))
+        for variant in replay.maps
     }
+
+
+def _layers(replay: Replay, variant: str) -> list[tuple[SlotMap, np.ndarray]]:
+    """Map and rows of each expert, by layer."""
+    rows = [count(ids_TK, replay.num_experts) for ids_TK in replay.ids(variant)]
+    return [*zip(replay.maps[variant], rows, strict=True)]
+
+
+def _padded(rows_PS: np.ndarray, num_slots: int) -> np.ndarray:
+    return np.pad(rows_PS, ((0, 0), (0, num_slots - rows_PS.shape[1])))
 
 
 def to_base(values: dict[str, float]) -> dict[str, float]:

@@ -3,13 +3,14 @@
     python -m benchmarks.straggler_worker connected|alone FOLDER
 
 `connected`: one process of several, one device each, replays whole layers: dispatch, experts and combine
-under `shard_map`. `alone`: one process times the experts of single ranks. Either reads its task from
-FOLDER/task.npz and writes FOLDER/seconds_INDEX.npy.
+under `shard_map`; and as the last variant, without expert parallelism, slices of the experts. `alone`: one process
+times the experts of single ranks. Either reads its task from FOLDER/task.npz and writes FOLDER/seconds_INDEX.npy.
 
-Axes: V variants, L layers, T tokens of all devices, K top-k, E experts of all devices, S of one, R rows,
-D hidden, F ffn, G = 2F, N repetitions, X ranks.
+Axes: V variants, L layers, T tokens of all devices, K top-k, E experts, S slots of a device, R rows, D hidden, F ffn,
+G = 2F, N repetitions, X ranks.
 """
 
+import functools
 import os
 import sys
 import time
@@ -22,10 +23,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from laep_jax import distributed
-from laep_jax.model.dispatch import AXIS, Tokens, arrival_routes, ragged_dispatch
+from laep_jax.model.dispatch import AXIS, Tokens, arrival_routes, gather, make_routes, ragged_dispatch
 from laep_jax.model.experts import experts_by_blocks
 
-SPLIT = PartitionSpec(AXIS)
+SPLIT, ALIKE = PartitionSpec(AXIS), PartitionSpec()
 SMALLEST = 1024  # rows of a buffer
 
 
@@ -51,37 +52,66 @@ def use_one_core(index: int) -> None:
 def connected(task: Mapping[str, np.ndarray]) -> np.ndarray:
     """Wall and CPU seconds [V, N, L, 2] of each layer: it ends when all have their tokens back.
 
-    task: slots_VLTK, slot ids, or E for none; num_experts, hidden, ffn, num_rows of the receive buffer, repetitions.
+    task: slots_VLTK, slots of all devices, or their number for none; ids_LTK, experts, for the variant in slices, which
+    comes last; num_slots of all devices, num_experts, hidden, ffn, num_rows of the receive buffer, repetitions.
     """
     distributed.connect()
     mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
-    num_experts, hidden, ffn = (int(task[name]) for name in ("num_experts", "hidden", "ffn"))
-    layer = connected_layer(mesh, num_experts, int(task["num_rows"]))
-    num_tokens = task["slots_VLTK"].shape[2]
-    arrays = [split(array, mesh) for array in (normal(num_tokens, hidden), *matrices(num_experts, hidden, ffn))]
-    slots_VL = [[split(slots_TK, mesh) for slots_TK in layers] for layers in task["slots_VLTK"]]
-    jax.block_until_ready(layer(slots_VL[0][0], *arrays))  # compiles
-    seconds_VNL2 = np.zeros((len(slots_VL), int(task["repetitions"]), len(slots_VL[0]), 2))
+    num_slots, num_experts, hidden, ffn = (int(task[name]) for name in ("num_slots", "num_experts", "hidden", "ffn"))
+    x_TD = split(normal(task["ids_LTK"].shape[1], hidden), mesh)
+    in_slots = [split(array, mesh) for array in matrices(num_slots, hidden, ffn)]
+    slices = matrices(num_experts, hidden, ffn // mesh.size)
+    layer, sliced = connected_layer(mesh, num_slots, int(task["num_rows"])), sliced_layer(mesh, num_experts)
+    variants = [(layer, slots_LTK, in_slots) for slots_LTK in task["slots_VLTK"]] + [(sliced, task["ids_LTK"], slices)]
+    calls_VL = [
+        [functools.partial(function, split(ids_TK, mesh), x_TD, *arrays) for ids_TK in ids_LTK]
+        for function, ids_LTK, arrays in variants
+    ]
+    for calls_L in (calls_VL[0], calls_VL[-1]):
+        jax.block_until_ready(calls_L[0]())  # compiles
+    seconds_VNL2 = np.zeros((len(calls_VL), int(task["repetitions"]), len(calls_VL[0]), 2))
     for repetition in range(seconds_VNL2.shape[1]):
-        for variant, slots_L in enumerate(slots_VL):
-            for index, slots_TK in enumerate(slots_L):
-                seconds_VNL2[variant, repetition, index] = seconds_of(layer, slots_TK, *arrays)
+        for variant, calls_L in enumerate(calls_VL):
+            seconds_VNL2[variant, repetition] = [*map(seconds_of, calls_L)]
     return seconds_VNL2
 
 
-def connected_layer(mesh: Mesh, num_experts: int, num_rows: int) -> Callable:
+def connected_layer(mesh: Mesh, num_slots: int, num_rows: int) -> Callable:
     """Compiled (slots_TK, x_TD, gate_up_EDG, down_EFD) -> the layer's result and all gradients of it."""
 
-    def on_device(slots_TK, x_TD, gate_up_SDG, down_SFD):
-        weights_TK = jnp.full(slots_TK.shape, 1 / slots_TK.shape[1], jnp.float32)
+    def forward(x_TD, slots_TK, *matrices):
+        experts = (matrices, experts_by_blocks, num_slots)
+        return ragged_dispatch(
+            Tokens(x_TD, slots_TK, equal_weights(slots_TK)), *experts, on_cpu=True, num_rows=num_rows
+        )
 
-        def forward(x_TD, *matrices):
-            experts = (matrices, experts_by_blocks, num_experts)
-            return ragged_dispatch(Tokens(x_TD, slots_TK, weights_TK), *experts, on_cpu=True, num_rows=num_rows)
+    return on_devices(mesh, forward, SPLIT)
 
-        return with_gradients(forward, x_TD, gate_up_SDG, down_SFD)
 
-    return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=(SPLIT,) * 4, out_specs=SPLIT, check_vma=False))
+def sliced_layer(mesh: Mesh, num_experts: int) -> Callable:
+    """The same without expert parallelism: every device has a slice of each expert's ffn, and all tokens pass it."""
+
+    def forward(x_TD, ids_TK, *matrices):
+        tokens = [gather(array, AXIS) for array in (x_TD, ids_TK, equal_weights(ids_TK))]
+        y_TD = experts_by_blocks(tokens[0], tokens[2], make_routes(tokens[1], num_experts), *matrices)
+        return jax.lax.psum_scatter(y_TD, AXIS, scatter_dimension=0, tiled=True)
+
+    return on_devices(mesh, forward, ALIKE)
+
+
+def equal_weights(ids_TK: jax.Array) -> jax.Array:
+    return jnp.full(ids_TK.shape, 1 / ids_TK.shape[1], jnp.float32)
+
+
+def on_devices(mesh: Mesh, forward: Callable, of_matrices: PartitionSpec) -> Callable:
+    """Compiled (ids_TK, x_TD, *matrices) -> the result of `forward` and all its gradients."""
+
+    def on_device(ids_TK, x_TD, *matrices):
+        return with_gradients(lambda x_TD, *matrices: forward(x_TD, ids_TK, *matrices), x_TD, *matrices)
+
+    specs = (SPLIT, SPLIT, of_matrices, of_matrices)
+    results = (SPLIT, (SPLIT, of_matrices, of_matrices))
+    return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=results, check_vma=False))
 
 
 def alone(task: Mapping[str, np.ndarray]) -> np.ndarray:

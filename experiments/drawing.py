@@ -50,7 +50,14 @@ def text(name: str, table: Table) -> str:
 
 
 def _labels(name: str) -> dict[str, str]:
-    return {entry.row: entry.label for entry in EXPERIMENTS[name].entries} | {NOT_REARRANGED: "LAEP, not rearranged"}
+    labels = {entry.row: entry.label for entry in EXPERIMENTS[name].entries} | {NOT_REARRANGED: "LAEP, not rearranged"}
+    placed = {
+        f"{row} + {slots} {shares}": f"{label} + {slots} slot{'s' * (slots > 1)}, {shares}"
+        for row, label in labels.items()
+        for slots in (1, 2)
+        for shares in ("planned", "levelled")
+    }
+    return labels | placed
 
 
 def figures_of(name: str, table: Table) -> dict[str, Figure]:

@@ -50,19 +50,21 @@ def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 def draw_throughput(measured: BySeed, labels: Mapping[str, str], paper: Mapping[str, float]) -> Figure:
     """Table 5: throughput over the base's, ours by replaying the loads of the runs, and the paper's of whole steps."""
-    figure = Figure(figsize=(8.5, 3.6), layout="constrained")
+    names = [*paper, *(name for result in measured.values() for name in result["throughput"])]
+    names = [*dict.fromkeys(names)]
+    figure = Figure(figsize=(8.5, 1.2 + 0.4 * len(names)), layout="constrained")
     axes = figure.subplots()
-    for place, name in enumerate(paper):
+    for place, name in enumerate(names):
         ours = [result["throughput"][name] for result in measured.values()]
         if ours:
             mean, deviation = _mean_and_deviation(ours)
             axes.barh(place - 0.2, mean, 0.36, xerr=deviation, color=BLUE, capsize=4)
-        axes.barh(place + 0.2, paper[name], 0.36, color=ORANGE)
+        axes.barh(place + 0.2, paper.get(name, 0), 0.36, color=ORANGE)
     axes.barh(0, 0, color=BLUE, label="here: experts alone, mean and standard deviation")
     axes.barh(0, 0, color=ORANGE, label="the paper: whole steps")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(paper)), [labels[name] for name in paper])
-    axes.set(ylim=(len(paper) - 0.5, -0.5), xlabel="throughput over that of the base")
+    axes.set_yticks(range(len(names)), [labels[name] for name in names])
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel="throughput over that of the base")
     figure.suptitle("Throughput at expert parallelism 8 (Table 5)")
     figure.legend(loc="outside lower center", ncols=2)
     return figure

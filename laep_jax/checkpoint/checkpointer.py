@@ -100,12 +100,15 @@ class Checkpoints:
         history: dict[str, np.ndarray],
         meta: dict[str, Any],
         num_experts: Sequence[int] = (),
+        *,
+        now: bool = False,
     ) -> None:
         """Starts saving; `state` may be donated or deleted, the rest changed, as soon as this returns.
 
         Replaces a step that exists; the old one stays until the new one is complete. Waits for the save before;
         reports where that failed, and raises `SaveError` where it was not the first in a row. meta: read back as JSON
-        makes it (tuples become lists, keys strings). num_experts: of each layer, where the state has experts.
+        makes it (tuples become lists, keys strings). num_experts: of each layer, where the state has experts. now:
+        waits for this save as well, and tries once more where that fails.
         """
         self._wait_patiently()
         of_state = fingerprint.fingerprints(state)
@@ -122,27 +125,18 @@ class Checkpoints:
             {leaf_key(path): leaf for path, leaf in leaves},
             save_args={leaf_key(path): ocp.SaveArgs(shard_axes=_chunked_axes(path, leaf)) for path, leaf in leaves},
         )
+        self._start(step, items, files, header["leaves"])
+        while now and not self._wait_patiently():
+            self._start(step, items, files, header["leaves"])
+
+    def _start(self, step: int, items: ocp.args.PyTreeSave, files: dict[str, bytes], described: Described) -> None:
         multihost_utils.sync_global_devices(f"save step {step}")
         try:
             self._orbax.save(self._steps.step(step, SAVING) / "state", args=items)
-            self._saving = step, self._thread.submit(self._complete, step, files, header["leaves"])
+            self._saving = step, self._thread.submit(self._complete, step, files, described)
         except Exception as error:  # a disk may be full already here
             self._saving = step, Future()
             self._saving[1].set_exception(error)
-
-    def save_now(
-        self,
-        step: int,
-        state,
-        history: dict[str, np.ndarray],
-        meta: dict[str, Any],
-        num_experts: Sequence[int] = (),
-    ) -> None:
-        """Saves and waits; tries once more where that fails, then raises `SaveError`."""
-        while True:
-            self.save(step, state, history, meta, num_experts)
-            if self._wait_patiently():
-                return
 
     def wait(self) -> None:
         """Returns when the save in progress is complete and on disk; `SaveError` where it failed, on all processes."""

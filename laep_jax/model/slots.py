@@ -34,16 +34,17 @@ def to_slots(ids_TK: jax.Array, counts_W: jax.Array, layout: Layout) -> tuple[ja
     (devices, slots), width = layout.expert_PS.shape, counts_W.size
     if devices == 1:  # which holds the window as it is
         return ids_TK, jnp.sum(counts_W)
+    ids_M = ids_TK.reshape(-1)
     if slots > -(-width // devices):
-        device_M, received = _replicas(ids_TK.reshape(-1), counts_W, layout)
+        device_M, received = _replicas(ids_M, counts_W, layout)
     else:
         device_W = jnp.argmax(layout.position_WP >= 0, axis=1).astype(jnp.int32)
-        device_M = jnp.append(device_W, 0)[ids_TK.reshape(-1)]
+        device_M = jnp.append(device_W, 0)[ids_M]
         here_W = device_W == jax.lax.axis_index(AXIS)
         received = jnp.sum(jnp.where(here_W, jax.lax.psum(counts_W, AXIS), 0))
     position_WP = jnp.concatenate([layout.position_WP, jnp.zeros((1, devices), jnp.int32)])
-    slot_M = device_M * slots + position_WP[ids_TK.reshape(-1), device_M]
-    slot_M = checkpoint_name(jnp.where(ids_TK.reshape(-1) < width, slot_M, devices * slots), SLOTS_NAME)
+    slot_M = device_M * slots + position_WP[ids_M, device_M]
+    slot_M = checkpoint_name(jnp.where(ids_M < width, slot_M, devices * slots), SLOTS_NAME)
     return slot_M.reshape(ids_TK.shape), received
 
 

@@ -13,7 +13,7 @@ from laep_jax.chips import Chip
 from laep_jax.config import Config
 from laep_jax.model.accounting import model_size
 from laep_jax.preflight.compiling import Program
-from laep_jax.preflight.hlo import Collective, collectives, kernels
+from laep_jax.preflight.hlo import Collective, collectives, kernels, num_operations
 from laep_jax.sharding import leaf_name, make_mesh
 from laep_jax.state.tree import abstract_state
 
@@ -23,7 +23,8 @@ class Estimate:
     """One step on one chip. Bytes and seconds are of a chip; `seconds` are lower bounds by what limits.
 
     chips: devices as JAX counts them, on tpu7x two of each chip. straggler: device imbalance (max / mean), mean over
-    layers; 1.0 where no loads are given. The bound from FLOPs has it on the experts' part.
+    layers; 1.0 where no loads are given. The bound from FLOPs has it on the experts' part. operations: that the chip is
+    given one by one in a step.
     """
 
     chips: int
@@ -38,6 +39,7 @@ class Estimate:
     seconds: dict[str, float]
     collectives: dict[str, Collective]
     kernels: dict[str, int]
+    operations: int
     compile_seconds: float
 
 
@@ -72,6 +74,7 @@ def estimate(config: Config, program: Program, chip: Chip, straggler: float = 1.
         },
         collectives=between,
         kernels=kernels(program.text) if program.text else {},
+        operations=num_operations(program.text) if program.text else 0,
         compile_seconds=program.compile_seconds,
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BETWEEN_SLICES = "send"  # what goes over the data-center network, once reduced within the slice
+BOOKKEEPING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 TUPLE = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"  # of tuples of arrays, whose layouts have parentheses
 OPERATION = re.compile(rf"^\s*(?:ROOT )?%?([\w.-]+) = ({TUPLE}|\S+) ([\w-]+)\((.*)$")
@@ -124,6 +125,13 @@ def collectives(text: str) -> dict[str, Collective]:
             received = int(size * _received(kind, group_size(op.rest)))
             found[kind] = Collective(old.count + times, old.num_bytes + size, old.link_bytes + received)
     return found
+
+
+def num_operations(text: str) -> int:
+    """Operations that the device is given one by one in one execution: fusions, kernels, collectives and the like."""
+    return sum(
+        times for op, times in executed(text) if op.opcode not in BOOKKEEPING and not op.opcode.endswith("-done")
+    )
 
 
 def _received(kind: str, chips: int) -> float:

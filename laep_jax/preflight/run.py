@@ -186,5 +186,6 @@ def _step_lines(title: str, step: Estimate) -> list[str]:
             for kind, one in step.collectives.items()
         ),
         f"  kernels              {', '.join(f'{name} x {count}' for name, count in step.kernels.items())}",
+        f"  operations           {step.operations:,} a step, one by one",
         f"  compiled in          {step.compile_seconds:.0f} s",
     ]

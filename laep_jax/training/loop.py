@@ -29,7 +29,7 @@ def train_to_end(trainer: Trainer, preemption: PreemptionGuard) -> dict:
         if not trainer.model.compiles:
             preemption.begin_step()
         with trainer.watch("step", step + 1):
-            batch = put_batch(trainer.dataset.train_batch(step), trainer.mesh)
+            batch = put_batch(trainer.dataset.train_batch(step), trainer.model.mesh)
             metrics = trainer.model.train(batch)
         trainer.run_state.step = step = step + 1
         if unrecorded:

@@ -164,7 +164,7 @@ def _make_trainer(
     """With a new model, that of the checkpoint, or the smaller one that the checkpoint's plan leads to."""
     config, step, pending = run_state.current(base), run_state.step, run_state.pending
     mesh = make_mesh(config.mesh)
-    rest = (mesh, dataset, checkpoints, log, console, run_state, watch)
+    rest = (dataset, checkpoints, log, console, run_state, watch)
     if not step:
         steps = make_steps(config, mesh, len(dataset.domains), first_step)
         model = Model(config, mesh, init_state(config, mesh), initial_maps(config), steps)
@@ -176,7 +176,7 @@ def _make_trainer(
     if pending and pending.due == step < config.train.num_steps:
         smaller = SmallerModel(pending.plan, step, config, mesh, len(dataset.domains), watch)
         pause = Pause()
-        model = restore_survivors(smaller, None, mesh, checkpoints, run_state, pause)
+        model = restore_survivors(smaller, None, checkpoints, run_state, pause)
         trainer = Trainer(model, None, *rest)
         trainer.pause = pause
         finish(trainer, smaller, model)

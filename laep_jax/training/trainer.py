@@ -80,15 +80,14 @@ class Model:
 class Trainer:
     """A run that can continue from where it stands.
 
-    model: as `run_state` describes it. history: of the loads of that model, None where it is new. mesh: the same for
-    all models of a run. watch: enters the stages. pending: the model that a scheduled plan leads to.
+    model: as `run_state` describes it. history: of the loads of that model, None where it is new. watch: enters the
+    stages. pending: the model that a scheduled plan leads to.
     """
 
     def __init__(
         self,
         model: Model,
         history: LoadHistory | None,
-        mesh: Mesh,
         dataset: Dataset,
         checkpoints: Checkpoints,
         log: RunLog | NoLog,
@@ -97,7 +96,7 @@ class Trainer:
         watch: Watch,
     ):
         self.watch = watch
-        self.mesh, self.dataset, self.checkpoints = mesh, dataset, checkpoints
+        self.dataset, self.checkpoints = dataset, checkpoints
         self.log, self.console, self.run_state = log, console, run_state
         self.validation = [dataset.validation_batch(i) for i in range(dataset.num_validation_batches)]
         self.pending: SmallerModel | None = None
@@ -127,21 +126,15 @@ class Trainer:
 
     def rebalance(self, step: int) -> None:
         """Places the experts anew, and logs how even the devices were by the maps so far."""
-        controller, maps = self.controller, self.model.maps
-        self.model.place(controller.new_maps())
-        self.log.write(
-            "rebalance",
-            step,
-            device_imbalance=controller.device_imbalance(),
-            planned_imbalance=controller.planned_imbalance(maps),
-            levelled_imbalance=controller.levelled_imbalance(maps),
-        )
+        imbalances = self.controller.imbalances(self.model.maps)
+        self.model.place(self.controller.new_maps())
+        self.log.write("rebalance", step, **{f"{kind}_imbalance": by_layer for kind, by_layer in imbalances.items()})
 
     def measure(self, when: str) -> None:
         """For the summary, `before` the first prune or `after` the last: imbalance over the last window, step time."""
-        summary, controller = self.run_state.summary, self.controller
-        setattr(summary, f"device_imbalance_{when}", controller.device_imbalance())
-        setattr(summary, f"levelled_imbalance_{when}", controller.levelled_imbalance(self.model.maps))
+        summary, imbalances = self.run_state.summary, self.controller.imbalances(self.model.maps)
+        setattr(summary, f"device_imbalance_{when}", imbalances["device"])
+        setattr(summary, f"levelled_imbalance_{when}", imbalances["levelled"])
         setattr(summary, f"step_seconds_{when}", self.model.median_step_seconds())
 
     def soften_rule(self) -> None:
@@ -166,16 +159,15 @@ class Trainer:
     @property
     def measured_on(self) -> tuple[list[dict[str, np.ndarray]], Mesh, tuple[str, ...]]:
         """The last arguments of `evaluate.validation_loss`."""
-        return self.validation, self.mesh, self.dataset.domains
+        return self.validation, self.model.mesh, self.dataset.domains
 
     def save(self, step: int, *, now: bool = False) -> None:
         """Saves everything, or starts to. now: returns when it is on disk."""
         self.log.save()
-        save = self.checkpoints.save_now if now else self.checkpoints.save
         meta: dict[str, Any] = self.run_state.to_meta()
         with self.watch("save", step):
             history = self.controller.history.to_arrays() | to_arrays(self.model.maps)
-            save(step, self.model.state, history, meta, self.run_state.num_experts)
+            self.checkpoints.save(step, self.model.state, history, meta, self.run_state.num_experts, now=now)
 
 
 def make_controller(config: Config, run_state: RunState, history: LoadHistory | None) -> Controller:

@@ -51,6 +51,10 @@ def test_kernels_are_those_of_every_branch():
     assert hlo.kernels(PROGRAM) == {"splash attention": 1, "ragged-all-to-all": 2, "ragged-dot-none": 1}
 
 
+def test_operations_are_counted_as_they_run():
+    assert hlo.num_operations(PROGRAM) == 12 * 4 + 1  # two in the loop, two in the branch taken; one outside
+
+
 @pytest.mark.parametrize(
     ("result", "size"),
     [("f32[]", 4), ("bf16[3,5]{1,0}", 30), ("(pred[7], (s32[2], u8[3]))", 18), ("token[]", 0)],

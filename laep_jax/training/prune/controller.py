@@ -91,20 +91,19 @@ class Controller:
         """Mean tokens a step over the last window, [E] of each layer."""
         return [tokens_NE.mean(axis=0) for tokens_NE in self._last_window()]
 
-    def device_imbalance(self) -> list[float]:
-        """Max / mean load of the devices over the last window, by layer, with every expert in its order and once."""
-        return [imbalance(device_loads(loads_E, self.rule.expert_parallel)) for loads_E in self.mean_loads()]
+    def imbalances(self, maps: Sequence[SlotMap]) -> dict[str, list[float]]:
+        """Max / mean load of the devices over the last window, by layer.
 
-    def levelled_imbalance(self, maps: Sequence[SlotMap]) -> list[float]:
-        """The same by these maps, with shares as the steps make them."""
-        return [
-            levelled(slot_map, loads_E).imbalance(loads_E)
-            for slot_map, loads_E in zip(maps, self.mean_loads(), strict=True)
-        ]
-
-    def planned_imbalance(self, maps: Sequence[SlotMap]) -> list[float]:
-        """The same with the shares of the maps."""
-        return [slot_map.imbalance(loads_E) for slot_map, loads_E in zip(maps, self.mean_loads(), strict=True)]
+        `device`: with every expert in its order and once. `planned`: by these maps. `levelled`: with the shares that
+        the steps make.
+        """
+        loads, devices = self.mean_loads(), self.rule.expert_parallel
+        layers = [*zip(maps, loads, strict=True)]
+        return {
+            "device": [imbalance(device_loads(loads_E, devices)) for loads_E in loads],
+            "planned": [slot_map.imbalance(loads_E) for slot_map, loads_E in layers],
+            "levelled": [levelled(slot_map, loads_E).imbalance(loads_E) for slot_map, loads_E in layers],
+        }
 
     def collapse(self) -> str:
         """Which routers no longer tell tokens apart by the last window, and what may help; empty where all do."""

@@ -97,7 +97,7 @@ def _make_plan(trainer: Trainer, step: int) -> Plan:
         return plan
     first = max(0, step - trainer.config.train.eval_batches)
     batches = [trainer.dataset.train_batch(i) for i in range(first, step)]
-    loads = masked_loads(trainer.model.evaluate, trainer.model.state, plan, batches, trainer.mesh)
+    loads = masked_loads(trainer.model.evaluate, trainer.model.state, plan, batches, trainer.model.mesh)
     return trainer.controller.prune_plan([loads_E / len(batches) for loads_E in loads])
 
 

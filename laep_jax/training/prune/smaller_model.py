@@ -35,12 +35,13 @@ class SmallerModel:
     """
 
     def __init__(self, plan: Plan, due: int, old: Config, mesh: Mesh, num_domains: int, watch: Watch):
-        self.plan, self.due, self.old, self.num_domains, self.watch = plan, due, old, num_domains, watch
+        self.plan, self.due, self.old, self.mesh = plan, due, old, mesh
+        self.num_domains, self.watch = num_domains, watch
         self.config = with_receive_buffer(pruned_config(old, plan.kept), plan.imbalances)
         maps = by_plan(plan.layers)
         self.maps = maps if fits(maps, self.config) else initial_maps(self.config)  # until the next rebalancing
         self._target, self._rows_N = abstract_state(self.config, mesh), kept_rows(plan.num_experts, plan.kept)
-        self._programs = ahead(lambda: self._compile(mesh))
+        self._programs = ahead(self._compile)
         self._bytes: dict[str, int] = {}
 
     def restore(
@@ -67,16 +68,16 @@ class SmallerModel:
         with pause.part("compile"):
             return smaller, self._programs.result()[0]
 
-    def _compile(self, mesh: Mesh) -> tuple[CompiledSteps, Gathers]:
+    def _compile(self) -> tuple[CompiledSteps, Gathers]:
         with self.watch("compile", self.due):
             compile_fingerprints(self._target)
-            return compile_steps(self.config, mesh, self._target, self.num_domains), self._gathers(mesh)
+            return compile_steps(self.config, self.mesh, self._target, self.num_domains), self._gathers()
 
-    def _gathers(self, mesh: Mesh) -> Gathers:
+    def _gathers(self) -> Gathers:
         """The programs that prune in device memory, where that is how it is done."""
         if self.old.laep.prune_via != "memory":
             return {}
-        return compile_gathers(abstract_state(self.old, mesh), len(self._rows_N))
+        return compile_gathers(abstract_state(self.old, self.mesh), len(self._rows_N))
 
     def record(self) -> dict:
         """Fields of the `prune` record. Bytes are of this process: what it read of the checkpoint, and had to."""

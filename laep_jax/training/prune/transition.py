@@ -10,7 +10,6 @@ import dataclasses
 
 from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.laep.plan import Plan, apply_plan_to_lineage
-from laep_jax.sharding import Mesh
 from laep_jax.state.optimizer import without_moments
 from laep_jax.state.tree import TrainState
 from laep_jax.tracking.pause import Pause
@@ -24,7 +23,7 @@ def schedule(trainer: Trainer, plan: Plan, made: int, due: int) -> None:
     if due < trainer.config.train.num_steps:
         trainer.run_state.pending = PendingPrune(plan, made, due)
         domains = len(trainer.dataset.domains)
-        trainer.pending = SmallerModel(plan, due, trainer.config, trainer.mesh, domains, trainer.watch)
+        trainer.pending = SmallerModel(plan, due, trainer.config, trainer.model.mesh, domains, trainer.watch)
     else:
         why = f"the run ends before step {due}, where the plan of step {made} was due"
         trainer.run_state.pending = None
@@ -41,14 +40,13 @@ def apply(trainer: Trainer, smaller: SmallerModel) -> None:
         trainer.measure("before")
     with trainer.pause.part("save"):
         trainer.save(step, now=True)
-    model = restore_survivors(smaller, trainer.model.state, trainer.mesh, trainer.checkpoints, run_state, trainer.pause)
+    model = restore_survivors(smaller, trainer.model.state, trainer.checkpoints, run_state, trainer.pause)
     finish(trainer, smaller, model)
 
 
 def restore_survivors(
     smaller: SmallerModel,
     state: TrainState | None,
-    mesh: Mesh,
     checkpoints: Checkpoints,
     run_state: RunState,
     pause: Pause,
@@ -61,7 +59,7 @@ def restore_survivors(
     run_state.num_experts = smaller.plan.num_experts_after
     run_state.fitted_buffer = smaller.config.model.receive_buffer
     run_state.prunes += 1
-    return Model(smaller.config, mesh, restored, smaller.maps, steps)
+    return Model(smaller.config, smaller.mesh, restored, smaller.maps, steps)
 
 
 def finish(trainer: Trainer, smaller: SmallerModel, model: Model) -> None:

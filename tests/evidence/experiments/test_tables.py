@@ -135,8 +135,26 @@ def test_placements_are_judged_by_the_last_window():
 def test_rows_of_the_devices_by_recorded_loads(monkeypatch):
     monkeypatch.setattr(throughput, "ROWS", 1000)
     run = result("alpha_hybrid", 0, 4.0, order=[[3, 0], [0, 1, 2, 3]], loads={"10": [[3, 0, 0, 1], [1, 1, 1, 1]]})
-    rows_LGS = throughput.device_rows(run, run["order"], 2)
-    assert rows_LGS.tolist() == [[[250, 0], [750, 0]], [[250, 250], [250, 250]]]
+    rows_LPS = throughput.device_rows(run, throughput._in_order(run["order"], 2))
+    assert rows_LPS.tolist() == [[[250, 0], [750, 0]], [[250, 250], [250, 250]]]
+
+
+def test_replicas_are_planned_by_a_window_after_the_prune_and_judged_by_the_last(monkeypatch):
+    """With time in proportion to rows. A plan by the last window is exact, levelled or not."""
+    monkeypatch.setattr(
+        throughput,
+        "rank_seconds",
+        lambda ranks, _: {tuple(sizes): float(sum(sizes)) for sizes_XS in ranks for sizes in sizes_XS.tolist()},
+    )
+    early, even, last = [[9, 1, 1, 1]], [[1, 1, 1, 1]], [[6, 2, 1, 1]]
+    base = result("base", 0, 4.0, order=[[0, 1, 2, 3]], loads={"50": early, "300": even, "500": last})
+    laep = result("alpha_hybrid", 0, 4.0, order=[[0, 1, 2, 3]], loads={"260": early, "310": last, "500": last})
+    found = throughput.measure({"base": base, "alpha_hybrid": laep}, 2)
+    assert found["device_load"]["base"] == pytest.approx(1.6, rel=1e-3)
+    assert found["device_load"]["base + 1 planned"] > found["device_load"]["base + 1 levelled"]
+    for name in ("alpha_hybrid + 1 planned", "alpha_hybrid + 1 levelled", "alpha_hybrid + 2 levelled"):
+        assert found["device_load"][name] == pytest.approx(1, abs=1e-4)
+        assert found["throughput"][name] == pytest.approx(1.6, abs=1e-3)
 
 
 def test_what_is_measured_is_measured_once_for_each_seed_that_is_complete(tmp_path, monkeypatch):
