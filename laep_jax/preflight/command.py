@@ -2,7 +2,8 @@
 
 python -m laep_jax preflight --gin_file=configs/paper/1515b.gin --topology=v5p:8x8x16
 
-Exit code 0 if the step and the prune fit into the chips' memory, 1 if they do not, 2 on bad input.
+Exit code 0 if the step and the prune fit into the chips' memory and the step multiplies no more than 1.5 times what the
+model needs, 1 if not, 2 on bad input.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from laep_jax.gin_config import add_config_arguments, load_config, or_default, p
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compiles, prints, says by its exit code whether all fits. `UserError` on bad input."""
+    """Compiles, prints, says by its exit code whether that is sound. `UserError` on bad input."""
     gin_files, bindings, rest = parse_arguments(argv)
     args = _parser().parse_args(rest)
     chip = find_chip(args.topology)
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
 
     flight = preflight(config, chip, args.topology, slices=args.slices, loads=args.loads, save=args.save)
     print(json.dumps(as_json(flight)) if args.json else table(flight))
-    return 0 if flight.fits else 1
+    return 0 if flight.sound else 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -37,10 +37,10 @@ def products(text: str, rows: float) -> list[Product]:
             yield from within(inner)
 
     found: dict[tuple[str, str], float] = {}
-    for op, times in executed(text):
+    for op, times, _ in executed(text):
         for inner in within(op):
             if flops := times * _flops(inner, types, rows):
-                key = _name(inner), inner.result.partition("{")[0]
+                key = _name(inner), "{}[{}]".format(*_main_array(inner.result))
                 found[key] = found.get(key, 0) + flops
     return sorted((Product(*key, flops) for key, flops in found.items()), key=lambda product: -product.flops)
 
@@ -51,9 +51,9 @@ def _flops(op: Operation, types: dict[str, str], rows: float) -> float:
     if op.opcode != "custom-call" or "tpu_custom_call" not in op.rest:
         return 0.0
     if splash := re.match(r"splash_mha_([a-z]+)", op.name):
-        *heads, length, size = _largest(op.result)
+        *heads, length, size = _dims(op.result)
         return SPLASH_PRODUCTS[splash[1]] * math.prod(heads) * length * length * size
-    if op.name.startswith(("gmm", "tgmm")):
+    if re.match(r"t?gmm|ragged-dot-(?!metadata)", op.name):
         shapes = [_as_dims(dims) for _, dims in ARRAY.findall(op.result + op.rest.partition("frontend")[0])]
         [*_, (_, rows_in, rows_out)] = [shape for shape in shapes if len(shape) == 3]
         return 2.0 * rows * rows_in * rows_out
@@ -62,7 +62,7 @@ def _flops(op: Operation, types: dict[str, str], rows: float) -> float:
 
 def _convolution(op: Operation, inputs: list[int], kernel: list[int]) -> float:
     """Multiplications and additions of values that are there: padding and what dilation puts between do not count."""
-    of_inputs, of_kernel, of_result = re.split(r"_|->", re.search(r"dim_labels=([\w>-]+)", op.rest)[1])
+    of_inputs, of_kernel, of_result = re.split(r"_|->", re.findall(r"dim_labels=([\w>-]+)", op.rest)[0])
     flops = 2.0 * inputs[of_inputs.index("b")] * kernel[of_kernel.index("i")] * kernel[of_kernel.index("o")]
     result, window = _dims(op.result), _window(op.rest)
     for place, label in enumerate(sorted(set(of_result) & set("0123456789"))):
@@ -90,12 +90,13 @@ def _name(op: Operation) -> str:
 
 
 def _dims(result: str) -> list[int]:
-    return _as_dims(ARRAY.findall(result)[0][1])
+    return _as_dims(_main_array(result)[1])
+
+
+def _main_array(result: str) -> tuple[str, str]:
+    """Type and dimensions of an array, or of that in a tuple which has most dimensions."""
+    return max(ARRAY.findall(result), key=lambda array: array[1].count(","))
 
 
 def _as_dims(text: str) -> list[int]:
     return [int(dim) for dim in filter(None, text.split(","))]
-
-
-def _largest(result: str) -> list[int]:
-    return max((_as_dims(dims) for _, dims in ARRAY.findall(result)), key=math.prod)

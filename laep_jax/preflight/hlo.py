@@ -45,9 +45,10 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind: how often it runs, bytes of its results on one chip, bytes a chip must receive for them."""
+    """One kind: how often it runs, and of these beside other operations; bytes of results, bytes a chip receives."""
 
     count: int
+    asynchronous: int
     num_bytes: int
     link_bytes: int
 
@@ -93,44 +94,47 @@ def trip_count(condition: list[Operation]) -> int:
     return max(constants.values(), default=1) or 1
 
 
-def executed(text: str) -> Iterator[tuple[Operation, int]]:
-    """Every operation with the number of times it runs in one execution, 0 in branches not taken."""
+def executed(text: str) -> Iterator[tuple[Operation, int, bool]]:
+    """Every operation, how often it runs in one execution (0 in branches not taken), whether beside the others."""
     entry, computations = parse(text)
 
-    def visit(name: str, times: int) -> Iterator[tuple[Operation, int]]:
+    def visit(name: str, times: int, beside: bool) -> Iterator[tuple[Operation, int, bool]]:
         for op in computations.get(name, ()):
-            yield op, times
+            starts = op.opcode.endswith("-start")
+            yield op, times, beside or starts
             if op.opcode == "while":
                 body, condition = op.attribute("body") or "", op.attribute("condition") or ""
-                yield from visit(body, times * trip_count(computations.get(condition, [])))
+                yield from visit(body, times * trip_count(computations.get(condition, [])), beside)
             elif op.opcode == "conditional":
                 *others, taken = op.branches()
-                yield from visit(taken, times)
+                yield from visit(taken, times, beside)
                 for other in others:
-                    yield from visit(other, 0)
+                    yield from visit(other, 0, beside)
             elif op.opcode in ("call", "call-start", "async-start"):
-                yield from visit(op.attribute("to_apply") or op.attribute("calls") or "", times)
+                yield from visit(op.attribute("to_apply") or op.attribute("calls") or "", times, beside or starts)
 
-    return visit(entry, 1)
+    return visit(entry, 1, False)
 
 
 def collectives(text: str) -> dict[str, Collective]:
     """Transfers between chips in one execution, by kind."""
     found: dict[str, Collective] = {}
-    for op, times in executed(text):
+    for op, times, beside in executed(text):
         kind = op.opcode.removesuffix("-start")
         if kind in (*COLLECTIVES, BETWEEN_SLICES) and times:
-            old = found.get(kind, Collective(0, 0, 0))
+            old = found.get(kind, Collective(0, 0, 0, 0))
             size = times * array_bytes(op.result)
             received = int(size * _received(kind, group_size(op.rest)))
-            found[kind] = Collective(old.count + times, old.num_bytes + size, old.link_bytes + received)
+            found[kind] = Collective(
+                old.count + times, old.asynchronous + times * beside, old.num_bytes + size, old.link_bytes + received
+            )
     return found
 
 
 def num_operations(text: str) -> int:
     """Operations that the device is given one by one in one execution: fusions, kernels, collectives and the like."""
     return sum(
-        times for op, times in executed(text) if op.opcode not in BOOKKEEPING and not op.opcode.endswith("-done")
+        times for op, times, _ in executed(text) if op.opcode not in BOOKKEEPING and not op.opcode.endswith("-done")
     )
 
 
@@ -161,7 +165,7 @@ def group_size(rest: str) -> int:
 def kernels(text: str) -> dict[str, int]:
     """How often each kernel stands in the program, branches not taken included."""
     found: dict[str, int] = {}
-    for op, _ in executed(text):
+    for op, _, _ in executed(text):
         name = None
         if op.opcode == "ragged-all-to-all":
             name = op.opcode

@@ -16,7 +16,7 @@ from laep_jax.laep.recorded_loads import read_counts_or_run, read_expert_paralle
 from laep_jax.laep.rule import PruneRule
 from laep_jax.model.attention import attention_kernel
 from laep_jax.preflight.compiling import Program, compile_prune, compile_step, topology_devices
-from laep_jax.preflight.estimate import Estimate, estimate, state_by_leaf
+from laep_jax.preflight.estimate import WASTEFUL, Estimate, estimate, state_by_leaf
 from laep_jax.preflight.hlo import BETWEEN_SLICES
 from laep_jax.sharding import make_mesh
 from laep_jax.state.surgery import Kept, pruned_config, with_receive_buffer
@@ -57,10 +57,19 @@ class Preflight:
     source: str
 
     @property
+    def steps(self) -> list[Estimate]:
+        """That of the config and, with loads, that after the prune."""
+        return [self.step, *([self.after] if self.after else [])]
+
+    @property
     def fits(self) -> bool:
         """Whether every program fits into a chip's memory."""
-        steps = [self.step, *([self.after] if self.after else [])]
-        return all(step.fits for step in steps) and self.prune_bytes <= self.chip.hbm_bytes
+        return all(step.fits for step in self.steps) and self.prune_bytes <= self.chip.hbm_bytes
+
+    @property
+    def sound(self) -> bool:
+        """Whether all fits, and no step multiplies much more than its model asks for."""
+        return self.fits and not any(step.wastes_flops for step in self.steps)
 
 
 def preflight(
@@ -124,7 +133,7 @@ def _with_loads(config: Config, counts: Sequence[np.ndarray]) -> tuple[Model, Ke
 def as_json(flight: Preflight) -> dict:
     """The step's estimate, and beside it `topology`, `fits`, `prune_bytes`, `after` and `state`."""
     return {
-        **dataclasses.asdict(flight.step),
+        **_step_json(flight.step),
         "topology": flight.topology,
         "attention": flight.attention,
         "fits": flight.fits,
@@ -132,9 +141,13 @@ def as_json(flight: Preflight) -> dict:
         "loads": flight.source,
         "prune_bytes": flight.prune_bytes,
         "prune_compile_seconds": flight.prune.compile_seconds,
-        "after": dataclasses.asdict(flight.after) if flight.after else None,
+        "after": _step_json(flight.after) if flight.after else None,
         "state": [{"name": name, "sharding": spec, "bytes": size} for name, spec, size in flight.state],
     }
+
+
+def _step_json(step: Estimate) -> dict:
+    return dataclasses.asdict(step) | {"bound": step.bound}
 
 
 def table(flight: Preflight) -> str:
@@ -178,14 +191,27 @@ def _step_lines(title: str, step: Estimate) -> list[str]:
         f"({step.hbm_bytes / GIB:.0f} GiB), {verdict}: "
         f"arguments {step.argument_bytes / 1e9:.2f}, temporaries {step.temporary_bytes / 1e9:.2f}",
         f"  FLOPs                {step.flops_per_chip * step.chips:.4g} a step, {step.flops_per_chip:.4g} a chip",
+        f"  FLOPs of the program {step.flops_ratio['model']:.2f} times the model's, "
+        f"{step.flops_ratio['with recomputation']:.2f} times these with recomputation",
+        *_wasteful_lines(step),
         f"  device load          largest {step.straggler:.3f} of the mean, mean over layers",
         f"  at least, seconds    {seconds}: bound by {bound}",
+        f"  a step, at least     {step.bound['links hidden']:.3f} s if the links' time hides behind the rest, "
+        f"{step.bound['links exposed']:.3f} s if not",
         *(
-            f"  {LABELS.get(kind, kind):<20} {one.count:>6,} a step, {one.num_bytes / 1e9:>8.2f} GB of results, "
-            f"{one.link_bytes / 1e9:>8.2f} GB received"
+            f"  {LABELS.get(kind, kind):<20} {one.count:>6,} a step, {one.asynchronous:>5,} of them asynchronous, "
+            f"{one.num_bytes / 1e9:>8.2f} GB of results, {one.link_bytes / 1e9:>8.2f} GB received"
             for kind, one in step.collectives.items()
         ),
         f"  kernels              {', '.join(f'{name} x {count}' for name, count in step.kernels.items())}",
         f"  operations           {step.operations:,} a step, one by one",
         f"  compiled in          {step.compile_seconds:.0f} s",
     ]
+
+
+def _wasteful_lines(step: Estimate) -> list[str]:
+    """The largest products of a program that has too many."""
+    if not step.wastes_flops:
+        return []
+    lines = [f"    {product.flops:.3g} in {product.name}, {product.result}" for product in step.largest_products]
+    return [f"  WASTEFUL: more than {WASTEFUL} times what the model needs; the largest products of a chip:", *lines]

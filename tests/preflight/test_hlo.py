@@ -39,12 +39,12 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
 
 def test_operations_in_a_loop_count_as_often_as_it_runs():
     found = hlo.collectives(PROGRAM)
-    assert found["all-gather"] == hlo.Collective(12, 12 * 256, 12 * 128)
-    assert found["all-reduce"] == hlo.Collective(1, 36, int(36 * 2 * 3 / 4))
+    assert found["all-gather"] == hlo.Collective(12, 0, 12 * 256, 12 * 128)
+    assert found["all-reduce"] == hlo.Collective(1, 0, 36, int(36 * 2 * 3 / 4))
 
 
 def test_of_a_conditional_the_true_branch_counts():
-    assert hlo.collectives(PROGRAM)["ragged-all-to-all"] == hlo.Collective(12, 12 * 64, 12 * 48)
+    assert hlo.collectives(PROGRAM)["ragged-all-to-all"] == hlo.Collective(12, 0, 12 * 64, 12 * 48)
 
 
 def test_kernels_are_those_of_every_branch():
@@ -74,9 +74,9 @@ ENTRY %main (a: bf16[16,256]) -> bf16[128,256] {
   ROOT %done = bf16[128,256]{1,0} call-done(%begun)
 }
 """
-    assert hlo.collectives(text)["all-gather"] == hlo.Collective(1, 65536, 57344)
+    assert hlo.collectives(text)["all-gather"] == hlo.Collective(1, 1, 65536, 57344)
 
 
 def test_a_reduce_scatter_receives_from_all_others():
     text = "ENTRY %main (a: f32[8]) -> f32[2] {\n  %s = f32[2]{0} reduce-scatter(%a), replica_groups={{0,1,2,3}}\n}\n"
-    assert hlo.collectives(text)["reduce-scatter"] == hlo.Collective(1, 8, 24)
+    assert hlo.collectives(text)["reduce-scatter"] == hlo.Collective(1, 0, 8, 24)
