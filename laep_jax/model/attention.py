@@ -157,10 +157,11 @@ class Attention(nnx.Module):
         hidden, heads, size = config.hidden_size, config.num_heads, config.head_dim
         init = nnx.initializers.normal(0.02)
         residual_init = nnx.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
-        self.query_DHK = nnx.Param(init(rngs.params(), (hidden, heads, size)))
-        self.key_DHK = nnx.Param(init(rngs.params(), (hidden, heads, size)))
-        self.value_DHK = nnx.Param(init(rngs.params(), (hidden, heads, size)))
-        self.output_HKD = nnx.Param(residual_init(rngs.params(), (heads, size, hidden)))
+        self.query_JD = nnx.Param(init(rngs.params(), (hidden, heads * size)).T)
+        self.key_JD = nnx.Param(init(rngs.params(), (hidden, heads * size)).T)
+        self.value_JD = nnx.Param(init(rngs.params(), (hidden, heads * size)).T)
+        self.output_JD = nnx.Param(residual_init(rngs.params(), (heads * size, hidden)))
+        self.heads_HK = heads, size
         self.rope_base = config.rope_base
         self.has_lfa = config.lfa
         if config.lfa:
@@ -168,9 +169,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, positions_BS: jax.Array, mesh: Mesh) -> jax.Array:
         filtered_BSD = self.lfa(x_BSD, segments_BS) if self.has_lfa else x_BSD
-        query_BSHK = jnp.einsum("bsd,dhk->bshk", filtered_BSD, self.query_DHK[...])
-        key_BSHK = jnp.einsum("bsd,dhk->bshk", filtered_BSD, self.key_DHK[...])
-        value_BSHK = jnp.einsum("bsd,dhk->bshk", x_BSD, self.value_DHK[...])
+        inputs = ((filtered_BSD, self.query_JD), (filtered_BSD, self.key_JD), (x_BSD, self.value_JD))
+        query_BSHK, key_BSHK, value_BSHK = (
+            jnp.einsum("bsd,jd->bsj", y_BSD, weight_JD[...]).reshape(*y_BSD.shape[:2], *self.heads_HK)
+            for y_BSD, weight_JD in inputs
+        )
         mixed_BSHK = attend(
             rotary(query_BSHK, positions_BS, self.rope_base),
             rotary(key_BSHK, positions_BS, self.rope_base),
@@ -178,4 +181,4 @@ class Attention(nnx.Module):
             segments_BS,
             mesh,
         )
-        return jnp.einsum("bshk,hkd->bsd", mixed_BSHK, self.output_HKD[...])
+        return mixed_BSHK.reshape(*x_BSD.shape[:2], -1) @ self.output_JD[...]

@@ -23,7 +23,7 @@ from laep_jax.model.flat import pick, read_rows, read_window
 from laep_jax.model.layers import RMSNorm, rms_norm
 from laep_jax.model.moe import MoE, MoEAux
 from laep_jax.model.slots import SLOTS_NAME
-from laep_jax.sharding import batch_sharding, leaf_spec, platform
+from laep_jax.sharding import batch_sharding, leaf_spec, platform, tree_shardings
 
 LOGITS_CHUNK = 2**27  # of one row: half a gigabyte in float32
 ROUTER = "router_ED"
@@ -86,10 +86,21 @@ def init_params(config: ModelConfig, aux_losses: AuxLossConfig, key: jax.Array) 
 
 
 def _gathered(tree, dtype, mesh: Mesh):
-    """Matrices in the compute dtype, replicated; vectors (norm scales) stay float32."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    cast = jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, tree)
-    return jax.lax.with_sharding_constraint(cast, whole)
+    """Parameters by name, replicated; matrices in the compute dtype, vectors (norm scales) in float32."""
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, tree)
+    return jax.tree.map(_replicate, cast, tree_shardings(cast, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _replicate(weight: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The weight on every device; its gradient stays in slices: `sharding`, as the weight's. JAX would replicate it."""
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+_replicate.defvjp(
+    lambda weight, sharding: (_replicate(weight, sharding), None),
+    lambda sharding, _, d_weight: (jax.lax.with_sharding_constraint(d_weight, sharding),),
+)
 
 
 def _remat(body, policy: str):
@@ -124,7 +135,7 @@ def _run_layers(x_BSD, params: dict, bias_N, layout: Layout, batch: dict, config
     def body(carry, layer):
         x_BSD, carriers = carry
         weights, layout = layer
-        dense = {name: _gathered(part, x_BSD.dtype, mesh) for name, part in weights.items()}
+        dense = _gathered(weights, x_BSD.dtype, mesh)
         moe, carriers = _read_experts(experts, carriers, layout, x_BSD.dtype, mesh)
         bias_W = jax.lax.dynamic_slice_in_dim(bias_N, layout.start, layout.is_own_W.size)
         x_BSD, aux = nnx.merge(graph, dense | {"moe": moe})(x_BSD, batch, bias_W, layout, mesh)
@@ -208,11 +219,11 @@ def token_losses(
       experts of each layer's window.
     """
     dtype = jnp.dtype(config.dtype)
-    table_VD = _gathered(params["embedding_VD"], dtype, mesh)
+    table_VD = _gathered({"embedding_VD": params["embedding_VD"]}, dtype, mesh)["embedding_VD"]
     x_BSD = jax.lax.with_sharding_constraint(table_VD[batch["tokens_BS"]], batch_sharding(mesh))
     with jax.named_scope("head"):
-        unembedding_DV = _gathered(params["unembedding_DV"], dtype, mesh)
-        scale_D = _gathered(params["final_norm"]["scale_D"], dtype, mesh)
+        head = _gathered({name: params[name] for name in ("unembedding_DV", "final_norm")}, dtype, mesh)
+        unembedding_DV, scale_D = head["unembedding_DV"], head["final_norm"]["scale_D"]
     if platform(mesh) == "cpu":
         x_BSD = _after(x_BSD, summed, unembedding_DV[0, 0], scale_D[0])
     layout = jax.tree.map(jnp.asarray, layout)

@@ -157,7 +157,7 @@ def test_experts_are_stored_one_a_chunk_and_uncompressed(states, checkpoints):
     keys = [
         "params.experts.gate_up_NDG",
         "opt_state.1.0.mu.experts.down_NFD",
-        "params.layers.attention.query_DHK",
+        "params.layers.attention.query_JD",
     ]
     stored = partial_read.open_leaves(checkpoints.directory / "1" / "state", keys)
     assert [stored[key].chunk_layout.read_chunk.shape for key in keys] == [

@@ -24,7 +24,7 @@ def test_one_for_every_leaf_layer_and_expert_and_the_same_on_every_mesh(states):
     want = fingerprints(states.random(COUNTS, states.mesh()))
     for name in ("params.experts.down_NFD", "params.experts.router_ND", "router_bias.bias_N"):
         assert want[name].shape == (48, 2)
-    assert want["params.layers.attention.query_DHK"].shape == (4, 2)
+    assert want["params.layers.attention.query_JD"].shape == (4, 2)
     assert want["params.embedding_VD"].shape == want["step"].shape == (2,)
     assert all(values.dtype == np.uint32 for values in want.values())
     for sizes in [(2, 2, 2), (1, 1, 1)]:
@@ -46,9 +46,9 @@ def test_a_prune_moves_them_as_it_moves_experts(states):
 
 
 def test_the_layer_is_named():
-    layers = {"query_DHK": jax.numpy.ones((3, 2, 2, 2))}
-    want, got = fingerprints(layers), fingerprints({"query_DHK": layers["query_DHK"].at[1].set(2)})
-    assert first_difference(got, want) == "query_DHK of layer 1"
+    layers = {"query_JD": jax.numpy.ones((3, 4, 2))}
+    want, got = fingerprints(layers), fingerprints({"query_JD": layers["query_JD"].at[1].set(2)})
+    assert first_difference(got, want) == "query_JD of layer 1"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16", "float8_e4m3fn", "bool"])

@@ -25,7 +25,7 @@ def model_config(num_experts: tuple[int, ...]) -> ModelConfig:
 
 
 def _shapes(model: ModelConfig) -> State:
-    D, H, K, F, V = model.hidden_size, model.num_heads, model.head_dim, model.ffn_size, model.vocab_size
+    D, J, F, V = model.hidden_size, model.num_heads * model.head_dim, model.ffn_size, model.vocab_size
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.float32)
@@ -33,7 +33,7 @@ def _shapes(model: ModelConfig) -> State:
     L, N = model.num_layers, sum(model.experts_per_layer)
     layers = {
         "attention_norm": {"scale_D": array(L, D)},
-        "attention": {"query_DHK": array(L, D, H, K), "output_HKD": array(L, H, K, D)},
+        "attention": {"query_JD": array(L, J, D), "output_JD": array(L, J, D)},
     }
     experts = {"router_ND": array(N, D), "gate_up_NDG": array(N, D, 2 * F), "down_NFD": array(N, F, D)}
     params = {
