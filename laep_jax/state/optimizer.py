@@ -59,16 +59,35 @@ def without_moments(opt_state: optax.OptState) -> optax.OptState:
     return jax.jit(reset, out_shardings=shardings, donate_argnums=0)(opt_state)
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+    """`optax.adamw` behind the clipping, with its state. `update` takes `finite`, without which no moment changes."""
     optimizer = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
-        optax.adamw(
-            make_schedule(config),
-            b1=optimizer.b1,
-            b2=optimizer.b2,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            mask=_decayed,
+        optax.chain(
+            _scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps),
+            optax.add_decayed_weights(optimizer.weight_decay, mask=_decayed),
+            optax.scale_by_learning_rate(make_schedule(config)),
         ),
     )
+
+
+def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, but updates are made from the new moments, and the old ones are not needed after these.
+
+    XLA:CPU makes an operation of each result. Were all made from the old moments, it would copy these first, since the
+    new ones take their place.
+    """
+    adam = optax.scale_by_adam(b1, b2, eps)
+
+    def update(updates, state, params=None, **extra_args):
+        del params
+        new = adam.update(updates, state)[1]
+        new = jax.tree.map(lambda new, old: jnp.where(extra_args["finite"], new, old), new, state)
+        new = jax.lax.optimization_barrier(new)
+        mean, square = (
+            optax.tree.bias_correction(moment, decay, new.count) for moment, decay in ((new.mu, b1), (new.nu, b2))
+        )
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), new
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)

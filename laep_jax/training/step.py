@@ -78,6 +78,12 @@ def _loss_and_gradients(state: TrainState, layout: Layout, batch: Batch, config:
     return total
 
 
+def _if_finite(finite: jax.Array, path: tuple, new: jax.Array, old: jax.Array) -> jax.Array:
+    """The new leaf of a state, or else the old. The optimizer has chosen its moments itself."""
+    is_moment = path[0] == jax.tree_util.GetAttrKey("opt_state") and new.ndim > 0
+    return new if is_moment else jnp.where(finite, new, old)
+
+
 def train_step(
     state: TrainState, layout: Layout, batch: Batch, *, config: Config, mesh: Mesh
 ) -> tuple[TrainState, Metrics]:
@@ -93,14 +99,14 @@ def train_step(
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(report["loss"]) & jnp.isfinite(grad_norm)
     with jax.named_scope("optimizer"):
-        updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
+        updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params, finite=finite)
         params = typing.cast(dict, optax.apply_updates(state.params, updates))
         router_bias = state.router_bias
         if step_size := config.aux_loss.loss_free_bias:
             counts_LW = report["tokens_per_expert"]
             router_bias = {"bias_N": update_bias(router_bias["bias_N"], counts_LW, layout.is_own_W, step_size)}
         updated = TrainState(state.step + 1, params, opt_state, router_bias)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        kept = jax.tree_util.tree_map_with_path(functools.partial(_if_finite, finite), updated, state)
     metrics = report | {
         "grad_norm": grad_norm,
         "learning_rate": jnp.asarray(make_schedule(config)(state.step), jnp.float32),
