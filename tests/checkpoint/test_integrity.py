@@ -17,7 +17,6 @@ from laep_jax.checkpoint.manifest import DamagedError, check_files, sealed
 from laep_jax.checkpoint.steps import StepDirectory
 from laep_jax.errors import UserError
 from laep_jax.state import fingerprint
-from laep_jax.training.prune import smaller_model
 from tests.fault_injection.damage import DAMAGES, change_stored, flip_bit
 from tests.fault_injection.power import mounted, not_on_disk, recorded_syncs
 
@@ -142,8 +141,10 @@ def test_the_damaged_expert_is_named_and_matters_only_where_it_stays(states, sav
     copied.verify(7, got, kept)
     with pytest.raises(DamagedError, match=r"of layer 3, expert 4 .*more places.* is not what was saved"):
         copied.verify(7, got, [*kept[:3], [4, 1, 2, 0]])
+    copied.save(8, whole, {}, {}, COUNTS)
+    copied.verify_pruned(got, kept)  # wherever the save is
     with pytest.raises(RuntimeError, match=r"the state was not pruned as planned: .* of layer 3, expert 4"):
-        smaller_model.verify_surgery(copied, 7, got, [*kept[:3], [4, 1, 2, 0]])
+        copied.verify_pruned(got, [*kept[:3], [4, 1, 2, 0]])
 
 
 def test_a_run_goes_on_from_the_newest_step_that_validates(tmp_path):

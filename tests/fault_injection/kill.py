@@ -1,8 +1,8 @@
 """`python -m tests.fault_injection kill`: a tiny run with prunes, killed at random, must end the same bit for bit.
 
 Half of the kills fall anywhere in the run, half at a random moment of a stage of a prune: its decision, its
-compilation, its two phases on disk, the restoring, the first evaluation. In every third trial the run is killed again
-while it recovers. With two processes one of them is killed, or stopped as a machine that hangs;
+compilation, its two phases, the restoring, the first evaluation. Every other pair of trials prunes in memory, which must not change the end. In every third trial the
+run is killed again while it recovers. With two processes one of them is killed, or stopped as a machine that hangs;
 then all must be gone within the heartbeat. At the end parameters, moments, layout, load history, recorded loads and
 losses are hashed. A save that was complete on disk must not be lost.
 """
@@ -108,6 +108,8 @@ def run(arguments: Sequence[str]) -> dict:
         longest = 0.0
         for index in range(options.trials):
             trial = Trial(Path(folder), f"trial {index}", Path(folder), options.processes)
+            in_memory = index // 2 % 2 == 1
+            trial.spec = dataclasses.replace(trial.spec, prune_via="memory" if in_memory else "checkpoint")
             in_prune = index % 2 == 0
             hits = [choose_hit(rng, whole, in_prune, options.processes)]
             if index % 3 == 2:

@@ -32,7 +32,7 @@ PRUNE = ("decide", "compile", "apply", "restore", "finish")  # stages of a run, 
 NUM_STEPS = 28
 
 
-def make_config(cache_dir: str) -> Config:
+def make_config(cache_dir: str, prune_via: str = "checkpoint") -> Config:
     """A prune after step 6, and a second one once enough steps of the pruned model are recorded."""
     return tiny_config(
         cache_dir,
@@ -45,6 +45,7 @@ def make_config(cache_dir: str) -> Config:
             "max_prunes": 2,
             "prune_at_step": 4,
             "prune_delay": 2,
+            "prune_via": prune_via,
         },
         train={"num_steps": NUM_STEPS, "eval_every": 9, "checkpoint_every": 5, "keep_checkpoints": 2},
     )
@@ -67,6 +68,7 @@ class Spec:
     delay: float = 0.0
     signal: int = 9
     victim: int = 0
+    prune_via: str = "checkpoint"
 
 
 class Events:
@@ -111,7 +113,7 @@ def main(spec: Spec) -> None:
         connect()
         events = Events(spec)
         with events.watch(RUN, 0):
-            train(make_config(spec.cache_dir), spec.run_dir, watch=events.watch)
+            train(make_config(spec.cache_dir, spec.prune_via), spec.run_dir, watch=events.watch)
         if processes == 1:
             Path(spec.hash_file).write_text(hash_of_run(Path(spec.run_dir)))
 

@@ -174,20 +174,45 @@ def test_pruning_in_memory_gives_the_same_run_and_releases_the_old_step(run, con
         gc.collect()
         alive.extend(step() is not None for step in steps)
 
-    def verify(self, step, state, kept=None, verify=Checkpoints.verify):
-        verified.append((step, [len(slots) for slots in kept]))
-        verify(self, step, state, kept)
+    def verify(self, state, kept, verify=Checkpoints.verify_pruned):
+        verified.append([len(slots) for slots in kept])
+        verify(self, state, kept)
 
     alive: list[bool] = []
-    verified: list[tuple] = []
-    monkeypatch.setattr(Checkpoints, "verify", verify)
+    verified: list[list[int]] = []
+    monkeypatch.setattr(Checkpoints, "verify_pruned", verify)
     monkeypatch.setattr("laep_jax.training.prune.compile_ahead.make_train_step", make)
     train(change(config, laep={"prune_via": "memory"}), tmp_path, watch=after("record", PRUNE_STEP + 1, look))
     [prune] = records(tmp_path, "prune")
     assert "bytes_read" not in prune
     assert alive == [False, False]  # the old model's, and the smaller one's, of which the compiled step is left
-    assert verified == [(PRUNE_STEP, prune["experts_after"])]
+    assert verified == [prune["experts_after"]]
     monkeypatch.undo()
+    assert not differences(tmp_path, run)
+
+
+@pytest.mark.parametrize("ends", ["reported", "killed"])
+def test_a_prune_in_memory_does_not_need_its_save(run, config, tmp_path, monkeypatch, capsys, ends):
+    """The disk is full until the smaller model trains. Killed there, the run comes to the same prune from before it."""
+    complete, begun = StepDirectory.complete, []
+
+    def full_at_the_prune(self, step):
+        begun.append(step)
+        if step == PRUNE_STEP:
+            raise OSError(28, "No space left on device")
+        complete(self, step)
+
+    monkeypatch.setattr(StepDirectory, "complete", full_at_the_prune)
+    in_memory = change(config, laep={"prune_via": "memory"})
+    if ends == "killed":
+        with pytest.raises(InterruptError):
+            train(in_memory, tmp_path, watch=after("record", PRUNE_STEP + 1, interrupt))
+        assert max(begun) == PRUNE_STEP
+        assert max(steps_on_disk(tmp_path)) < PRUNE_STEP
+        monkeypatch.undo()
+    train(in_memory, tmp_path)
+    failed = f"checkpoints/{PRUNE_STEP} could not be saved: OSError: [Errno 28]" in capsys.readouterr().out
+    assert failed == (ends == "reported")
     assert not differences(tmp_path, run)
 
 

@@ -3,7 +3,6 @@
 import jax
 
 from laep_jax.checkpoint.checkpointer import Checkpoints
-from laep_jax.checkpoint.manifest import DamagedError
 from laep_jax.checkpoint.partial_read import bytes_needed, bytes_read
 from laep_jax.config import Config
 from laep_jax.laep.layout import by_plan
@@ -13,7 +12,6 @@ from laep_jax.sharding import Mesh
 from laep_jax.state.fingerprint import compile_fingerprints
 from laep_jax.state.surgery import (
     Gathers,
-    Kept,
     compile_gathers,
     kept_rows,
     prune_state,
@@ -57,7 +55,7 @@ class SmallerModel:
                 steps, gathers = self._programs.result()
             with pause.part("restore"), self.watch("restore", self.due):
                 smaller = prune_state(state, gathers, self._rows_N)
-                verify_surgery(checkpoints, self.due, smaller, self.plan.kept)
+                checkpoints.verify_pruned(smaller, self.plan.kept)
                 return smaller, steps
         with pause.part("restore"), self.watch("restore", self.due):
             jax.tree.map(lambda leaf: leaf.delete(), state)
@@ -88,11 +86,3 @@ class SmallerModel:
             "parameters_after": model_size(self.config.model, sequence_length=1).total,
             **self._bytes,
         }
-
-
-def verify_surgery(checkpoints: Checkpoints, step: int, state: TrainState, kept: Kept) -> None:
-    """That device memory was pruned as the checkpoint would have been; where not, the checkpoint is not to blame."""
-    try:
-        checkpoints.verify(step, state, kept)
-    except DamagedError as error:
-        raise RuntimeError(f"the state was not pruned as planned: {error}") from error

@@ -4,6 +4,10 @@ A plan is applied `LaepConfig.prune_delay` steps after it was made, whether the 
 compiled meanwhile, are ready or waited for: so every process prunes after the same step, and a resumed run too. There
 are two phases: the old model is saved together with the plan; then the survivors are restored into the smaller model.
 Whatever stops the run between the two, starting again applies the plan.
+
+In memory the survivors are gathered while the old model is still being written. A run that stops before that is
+complete begins at the checkpoint before and comes to the same plan and prune, since both follow from counts, settings
+and the step. No checkpoint of the smaller model is begun until then.
 """
 
 import dataclasses
@@ -32,14 +36,14 @@ def schedule(trainer: Trainer, plan: Plan, made: int, due: int) -> None:
 
 
 def apply(trainer: Trainer, smaller: SmallerModel) -> None:
-    """Both phases: the old model and the plan on disk, then the survivors in their new places."""
+    """Both phases: the old model and the plan on disk or on the way there, then the survivors in their new places."""
     run_state, step = trainer.run_state, trainer.run_state.step
     with trainer.pause.part("evaluate"):
         run_state.summary.validation_loss_before_prune = trainer.evaluate(step, "before_prune")
     if not run_state.summary.prune_steps:
         trainer.measure("before")
     with trainer.pause.part("save"):
-        trainer.save(step, now=True)
+        trainer.save(step, now=trainer.config.laep.prune_via == "checkpoint")
     model = restore_survivors(smaller, trainer.model.state, trainer.checkpoints, run_state, trainer.pause)
     finish(trainer, smaller, model)
 
