@@ -28,13 +28,7 @@ from laep_jax.errors import require
 THREADS_PER_DEVICE = 4
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # environment in which a process on CPU spends less on memory
 SLICES = ("fsdp", "expert")  # fsdp first: the slices that one all-to-all over `expert` brings lie side by side
-RULES: dict[str, tuple[tuple[str, ...], ...]] = {  # mesh axes of a dimension, or the next choice where they are taken
-    "F": (SLICES,),
-    "G": (SLICES,),
-    "J": (("fsdp",),),
-    "V": (("expert",),),
-    "D": (("fsdp",), ("expert",)),
-}
+RULES: dict[str, tuple[str, ...]] = {"F": SLICES, "G": SLICES, "J": ("fsdp",), "V": ("expert",), "D": ("fsdp",)}
 
 
 def make_cpu_devices(number: int, *, processes: int = 1) -> None:
@@ -122,11 +116,10 @@ def leaf_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     spec: list[str | tuple[str, ...] | None] = [None] * len(shape)
     used: set[str] = set()
     for dim in sorted(range(len(shape)), key=lambda dim: axes[dim] == "D"):
-        for mesh_axes in RULES.get(axes[dim] or "", ()):
-            devices = math.prod(mesh.shape[axis] for axis in mesh_axes)
-            if spec[dim] is None and used.isdisjoint(mesh_axes) and shape[dim] % devices == 0:
-                spec[dim] = mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]
-                used.update(mesh_axes)
+        mesh_axes = RULES.get(axes[dim] or "", ())
+        if mesh_axes and used.isdisjoint(mesh_axes) and shape[dim] % math.prod(mesh.shape[a] for a in mesh_axes) == 0:
+            spec[dim] = mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]
+            used.update(mesh_axes)
     return PartitionSpec(*spec)
 
 

@@ -86,9 +86,19 @@ def init_params(config: ModelConfig, aux_losses: AuxLossConfig, key: jax.Array) 
 
 
 def _gathered(tree, dtype, mesh: Mesh):
-    """Parameters by name, replicated; matrices in the compute dtype, vectors (norm scales) in float32."""
-    cast = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, tree)
+    """Matrices in the compute dtype, replicated; vectors (norm scales) stay float32."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.lax.with_sharding_constraint(_cast(tree, dtype), whole)
+
+
+def _gathered_layer(weights: dict, dtype, mesh: Mesh) -> dict:
+    """The same of a layer's parameters, by name, but their gradients come in the slices of the parameters."""
+    cast = _cast(weights, dtype)
     return jax.tree.map(_replicate, cast, tree_shardings(cast, mesh))
+
+
+def _cast(tree, dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -135,7 +145,7 @@ def _run_layers(x_BSD, params: dict, bias_N, layout: Layout, batch: dict, config
     def body(carry, layer):
         x_BSD, carriers = carry
         weights, layout = layer
-        dense = _gathered(weights, x_BSD.dtype, mesh)
+        dense = _gathered_layer(weights, x_BSD.dtype, mesh)
         moe, carriers = _read_experts(experts, carriers, layout, x_BSD.dtype, mesh)
         bias_W = jax.lax.dynamic_slice_in_dim(bias_N, layout.start, layout.is_own_W.size)
         x_BSD, aux = nnx.merge(graph, dense | {"moe": moe})(x_BSD, batch, bias_W, layout, mesh)
@@ -219,11 +229,11 @@ def token_losses(
       experts of each layer's window.
     """
     dtype = jnp.dtype(config.dtype)
-    table_VD = _gathered({"embedding_VD": params["embedding_VD"]}, dtype, mesh)["embedding_VD"]
+    table_VD = _gathered(params["embedding_VD"], dtype, mesh)
     x_BSD = jax.lax.with_sharding_constraint(table_VD[batch["tokens_BS"]], batch_sharding(mesh))
     with jax.named_scope("head"):
-        head = _gathered({name: params[name] for name in ("unembedding_DV", "final_norm")}, dtype, mesh)
-        unembedding_DV, scale_D = head["unembedding_DV"], head["final_norm"]["scale_D"]
+        unembedding_DV = _gathered(params["unembedding_DV"], dtype, mesh)
+        scale_D = _gathered(params["final_norm"]["scale_D"], dtype, mesh)
     if platform(mesh) == "cpu":
         x_BSD = _after(x_BSD, summed, unembedding_DV[0, 0], scale_D[0])
     layout = jax.tree.map(jnp.asarray, layout)

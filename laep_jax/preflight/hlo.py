@@ -117,14 +117,23 @@ def executed(text: str) -> Iterator[tuple[Operation, int, bool]]:
 
 
 def collectives(text: str) -> dict[str, Collective]:
-    """Transfers between chips in one execution, by kind."""
+    """Transfers between chips in one execution, by kind.
+
+    XLA:TPU's form of a reduce-scatter is a fusion of an all-reduce with the choice of a part.
+    """
     found: dict[str, Collective] = {}
+    _, computations = parse(text)
     for op, times, beside in executed(text):
-        kind = op.opcode.removesuffix("-start")
+        kind, groups = op.opcode.removesuffix("-start"), op.rest
+        if op.opcode == "fusion" and (called := op.attribute("calls") or "").startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"
+            groups = next(inner.rest for inner in computations[called] if inner.opcode == "all-reduce")
         if kind in (*COLLECTIVES, BETWEEN_SLICES) and times:
             old = found.get(kind, Collective(0, 0, 0, 0))
             size = times * array_bytes(op.result)
-            received = int(size * _received(kind, group_size(op.rest)))
+            if op.opcode in ("all-gather-start", "collective-permute-start"):  # which repeat their operands
+                size = times * max(array_bytes(f"{dtype}[{dims}]") for dtype, dims in ARRAY.findall(op.result))
+            received = int(size * _received(kind, group_size(groups)))
             found[kind] = Collective(
                 old.count + times, old.asynchronous + times * beside, old.num_bytes + size, old.link_bytes + received
             )
@@ -141,6 +150,8 @@ def num_operations(text: str) -> int:
 def _received(kind: str, chips: int) -> float:
     """Bytes that a chip of a group must receive at least, in units of its result."""
     others = (chips - 1) / chips
+    if kind == "collective-permute":
+        return 1.0
     return {"all-gather": others, "all-reduce": 2 * others, "reduce-scatter": chips - 1.0}.get(kind, others)
 
 

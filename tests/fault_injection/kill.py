@@ -1,10 +1,10 @@
 """`python -m tests.fault_injection kill`: a tiny run with prunes, killed at random, must end the same bit for bit.
 
 Half of the kills fall anywhere in the run, half at a random moment of a stage of a prune: its decision, its
-compilation, its two phases, the restoring, the first evaluation. Every other pair of trials prunes in memory, which must not change the end. In every third trial the
-run is killed again while it recovers. With two processes one of them is killed, or stopped as a machine that hangs;
-then all must be gone within the heartbeat. At the end parameters, moments, layout, load history, recorded loads and
-losses are hashed. A save that was complete on disk must not be lost.
+compilation, its two phases, the restoring, the first evaluation. Every other pair of trials prunes in memory, which
+must not change the end. In every third trial the run is killed again while it recovers. With two processes one of them
+is killed, or stopped as a machine that hangs; then all must be gone within the heartbeat. At the end parameters,
+moments, layout, load history, recorded loads and losses are hashed. A save that was complete on disk must not be lost.
 """
 
 import argparse

@@ -80,3 +80,26 @@ ENTRY %main (a: bf16[16,256]) -> bf16[128,256] {
 def test_a_reduce_scatter_receives_from_all_others():
     text = "ENTRY %main (a: f32[8]) -> f32[2] {\n  %s = f32[2]{0} reduce-scatter(%a), replica_groups={{0,1,2,3}}\n}\n"
     assert hlo.collectives(text)["reduce-scatter"] == hlo.Collective(1, 0, 8, 24)
+
+
+def test_a_reduce_scatter_as_tpu_has_it_counts_as_one():
+    text = """%all-reduce-scatter.1 (p: bf16[16,8]) -> bf16[2,8] {
+  %p = bf16[16,8]{1,0} parameter(0)
+  %all = bf16[16,8]{1,0} all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %part = bf16[2,8]{1,0} dynamic-slice(%all, %i), dynamic_slice_sizes={2,8}
+}
+
+ENTRY %main (a: bf16[16,8]) -> bf16[2,8] {
+  ROOT %s = bf16[2,8]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    assert hlo.collectives(text) == {"reduce-scatter": hlo.Collective(1, 0, 32, 7 * 32)}
+
+
+def test_what_is_permuted_arrives_and_its_operand_does_not_count():
+    text = """ENTRY %main (a: bf16[16,8]) -> bf16[16,8] {
+  %begun = (bf16[16,8]{1,0}, bf16[16,8]{1,0}, u32[]{:S(2)}) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
+  ROOT %done = bf16[16,8]{1,0} collective-permute-done(%begun)
+}
+"""  # noqa: E501
+    assert hlo.collectives(text) == {"collective-permute": hlo.Collective(1, 1, 256, 256)}
