@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,21 +52,6 @@ class SaveError(UserError):
     """A checkpoint could not be saved: on every process, whichever it went wrong on."""
 
 
-class Fingerprinted(NamedTuple):
-    """A state that was saved. num_experts: of each layer."""
-
-    sums: fingerprint.Fingerprints
-    num_experts: Sequence[int]
-
-    def first_difference(self, state, kept: Kept | None) -> str | None:
-        """Where `state` is not this one, pruned by a plan that keeps `kept`: leaf, layer and expert."""
-        want, experts = self.sums, [(layer, i) for layer, count in enumerate(self.num_experts) for i in range(count)]
-        if kept is not None:
-            rows_N = kept_rows(self.num_experts, kept)
-            want, experts = fingerprint.pruned_fingerprints(want, rows_N), [experts[row] for row in rows_N]
-        return fingerprint.first_difference(fingerprint.fingerprints(state), want, experts)
-
-
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the save in progress on any exit.
 
@@ -89,7 +74,7 @@ class Checkpoints:
         )
         self._thread = ThreadPoolExecutor(1, "completing a checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
-        self._saved = Fingerprinted({}, ())
+        self._saved = fingerprint.Fingerprinted({}, ())
         self._failures = 0
         self._require_shared()
         self._settle()
@@ -137,7 +122,7 @@ class Checkpoints:
             "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         }
         files[META_FILE] = manifest.sealed(header).encode()
-        self._saved = Fingerprinted(of_state, num_experts)
+        self._saved = fingerprint.Fingerprinted(of_state, num_experts)
         items = ocp.args.PyTreeSave(
             {leaf_key(path): leaf for path, leaf in leaves},
             save_args={leaf_key(path): ocp.SaveArgs(shard_axes=_chunked_axes(path, leaf)) for path, leaf in leaves},
@@ -224,7 +209,7 @@ class Checkpoints:
     def verify(self, step: int, state, kept: Kept | None = None) -> None:
         """`DamagedError`, naming leaf, layer and expert, unless `state` is what was saved. kept: what a plan keeps."""
         want = fingerprint.from_arrays(self._read_arrays(step, FINGERPRINTS_FILE))
-        place = Fingerprinted(want, self._num_experts(step)).first_difference(state, kept)
+        place = fingerprint.Fingerprinted(want, self._num_experts(step)).first_difference(state, kept)
         if place:
             with self._validating(step):
                 raise DamagedError(f"checkpoint {self._steps.step(step)} is damaged: {place} is not what was saved")

@@ -10,6 +10,7 @@ Axes: N experts of all layers, S the two sums.
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.tree_util import tree_flatten_with_path
 
 from laep_jax.sharding import Mesh, is_of_experts, is_stacked, leaf_name, replicated
-from laep_jax.state.surgery import leaf_key
+from laep_jax.state.surgery import Kept, kept_rows, leaf_key
 
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of a dtype
 Fingerprints = dict[str, np.ndarray]  # uint32 by leaf: [layers, S], [N, S], or [S] of one that has neither
@@ -29,6 +30,21 @@ def fingerprints(state) -> Fingerprints:
     paths, leaves = zip(*tree_flatten_with_path(state)[0], strict=True)
     sums = jax.device_get(compile_fingerprints(state)(leaves))
     return {leaf_key(path): values for path, values in zip(paths, sums, strict=True)}
+
+
+class Fingerprinted(NamedTuple):
+    """A state by its fingerprints. num_experts: of each layer."""
+
+    sums: Fingerprints
+    num_experts: Sequence[int]
+
+    def first_difference(self, state, kept: Kept | None) -> str | None:
+        """Where `state` is not this one, pruned by a plan that keeps `kept`: leaf, layer and expert."""
+        want, experts = self.sums, [(layer, i) for layer, count in enumerate(self.num_experts) for i in range(count)]
+        if kept is not None:
+            rows_N = kept_rows(self.num_experts, kept)
+            want, experts = pruned_fingerprints(want, rows_N), [experts[row] for row in rows_N]
+        return first_difference(fingerprints(state), want, experts)
 
 
 def compile_fingerprints(state) -> jax.stages.Compiled:

@@ -163,7 +163,7 @@ def test_experts_are_stored_one_a_chunk_and_uncompressed(states, checkpoints):
     assert [stored[key].chunk_layout.read_chunk.shape for key in keys] == [
         (1, 32, 4),  # fsdp=2 and expert=4 split 2 F=32
         (1, 2, 32),
-        (1, 16, 1, 8),  # expert=4 splits the heads
+        (1, 16, 32),  # fsdp=2 splits the rows, which are those of the heads
     ]
     [codec] = stored[keys[0]].spec().to_json()["metadata"]["codecs"]
     assert [inner["name"] for inner in codec["configuration"]["codecs"]] == ["bytes"]
