@@ -286,7 +286,10 @@ def test_a_loss_of_power_after_wait_loses_nothing(tmp_path, monkeypatch, synced)
     found = []
     for step in (1, 2, 3):
         with mounted(tmp_path / f"at {step}", place), Checkpoints(place / "checkpoints", keep=2) as after:
-            latest = after.newest_valid()
+            try:
+                latest = after.newest_valid()
+            except UserError:  # all that there are were damaged
+                latest = None
             found.append(latest)
             if latest:
                 assert value_at(after, latest) == latest
