@@ -68,7 +68,8 @@ class SmallerModel:
 
     def _compile(self) -> tuple[CompiledSteps, Gathers]:
         with self.watch("compile", self.due):
-            compile_fingerprints(self._target)
+            for state in (abstract_state(self.old, self.mesh), self._target):  # the old one's are made by the save
+                compile_fingerprints(state)
             return compile_steps(self.config, self.mesh, self._target, self.num_domains), self._gathers()
 
     def _gathers(self) -> Gathers:
