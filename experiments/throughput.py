@@ -27,7 +27,7 @@ def measure(results: dict[str, Result], num_devices: int) -> dict[str, dict[str,
     """Throughput over that of `base`, and imbalance of the devices, of each row, and of what is not run but placed.
 
     results: by row, of one seed, `base` and LAEP among them. Not run: LAEP without Algorithm 2, and with replica slots,
-    which are planned by a window after the prune and judged, as all of it, by the last one, 190 steps later.
+    which are planned by a window after the prune and judged, as all of it, by the last one, about 190 steps later.
     """
     maps = {name: _in_order(result["order"], num_devices) for name, result in results.items()}
     maps[NOT_REARRANGED] = _in_order([sorted(ids) for ids in results[LAEP]["order"]], num_devices)

@@ -57,11 +57,6 @@ def require(condition: bool, field: str, value: object, rule: str) -> None:
         raise UserError(f"{field}={short(value)} {rule}")
 
 
-def require_divisible(field: str, value: int, name: str, divisor: int) -> None:
-    """Raises `UserError("{field}={value} is not divisible by {name}={divisor}")` unless it is."""
-    require(value % divisor == 0, field, value, f"is not divisible by {name}={divisor}")
-
-
 def require_type(field: str, value: object, hint: object) -> None:
     """Raises `UserError` unless `value` is what an annotation says: plain types, unions, collections of one type."""
     require(_has_type(value, hint), field, value, f"must be of type {type_name(hint)}{_remedy(value, hint)}")

@@ -7,9 +7,9 @@ all layers, F ffn, G twice that (gate and up side by side). A stack of layers ha
 Every device holds a slice of every expert: ffn is split over `fsdp` and `expert` together, and no expert has a home. So
 placing experts, or pruning them, moves nothing between devices.
 
-XLA:TPU reduce-scatters a gradient only if each device's part fills whole tiles, 8 rows or 128 columns; otherwise it
-all-reduces it, twice the bytes. So attention's matrices have J in front: of 9,216 rows on 128 devices each has 72, of
-4,608 columns 36.
+XLA:TPU reduce-scatters a gradient well only if each device's part fills whole tiles, 8 rows or 128 columns; otherwise
+it all-reduces it, twice the bytes, or pads it and moves the parts afterwards. So attention's matrices have J in front:
+of 9,216 rows on 128 devices each has 72, of 4,608 columns 36.
 """
 
 import math

@@ -83,10 +83,9 @@ class PruneRule:
         """Experts that stay at least: max(top_k, expert_parallel), rounded."""
         return self.round_up(max(self.top_k, self.expert_parallel))
 
-    @property
-    def max_replica_slots(self) -> int:
-        """Of a device, such that any plan has enough experts for them; 0 of one device."""
-        return max_replica_slots(self.min_kept, self.expert_parallel)
+    def max_replica_slots(self, num_experts: Sequence[int]) -> int:
+        """Of a device, such that any plan for these layers has enough experts for them; 0 of one device."""
+        return max_replica_slots(min(self.min_kept, *num_experts), self.expert_parallel)
 
     def round_up(self, num_experts: int) -> int:
         """The next multiple of `expert_parallel`; the number itself where nothing is rounded."""

@@ -6,12 +6,14 @@ which share of an expert's tokens goes to each of its slots.
 
 One replica slot a device is enough for exact balance, whatever the loads (`exact_slots`). A map that is to last while
 the loads drift is better built around Algorithm 2's places, with replicas of the hottest experts in the slots that the
-balance of today does not need (`home_and_fill`), and its shares made anew from the loads of the step (`levelled`).
+balance of today does not need (`home_and_fill`), and its shares made anew from the loads of the step (`levelled`; the
+step itself runs the same `level_in_rounds` in JAX).
 
 Axes: E experts, P devices, S slots of a device.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -21,7 +23,9 @@ from laep_jax.laep.placement import EMPTY, integers, place
 
 WORTH_A_SLOT = 0.1  # of the mean device load: smaller differences are levelled by the replicas that there are
 UNEVEN = 1.05  # max / mean above which a map gives way to the exact one
-SWEEPS = 8  # over all replicated experts, when shares are levelled
+SWEEPS = 8  # over all replicated experts, when shares are planned
+ROUNDS = 8  # of levelling in a step
+MOMENTUM = 0.5  # of these rounds; it halves the imbalance that they leave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +173,13 @@ def _next_replica(
     return expert, int(np.where(places_EP[expert], load_EP.sum(axis=0), np.inf).argmin())
 
 
+def _repeated(first: int, last: int, body: Callable, value):
+    """What `jax.lax.fori_loop` is defined to do."""
+    for index in range(first, last):
+        value = body(index, value)
+    return value
+
+
 def level(load_EP: np.ndarray, here_EP: np.ndarray) -> np.ndarray:
     """The loads [E, P] split anew: one replicated expert after another fills its devices to equal height.
 
@@ -181,6 +192,37 @@ def level(load_EP: np.ndarray, here_EP: np.ndarray) -> np.ndarray:
         others = load_EP[:, devices].sum(axis=0) - load_EP[expert, devices]
         load_EP[expert, devices] = np.maximum(_water_level(others, load_EP[expert].sum()) - others, 0)
     return load_EP
+
+
+def level_in_rounds(load_EP, here_EP, xp=np, repeat: Callable = _repeated):
+    """The same with all replicated experts at once, each in part, so that few operations do: what a step has time for.
+
+    Of m replicated experts on a device each moves 1/m of its way in a round, since together they would fill it m times;
+    at most half, as two may share two devices. A round goes on with part of the move before. No device ends above the
+    most loaded one before: where rounds lead there, the loads stay. xp, repeat: NumPy and a loop, or those of JAX.
+    """
+    replicated_EP = here_EP & (xp.sum(here_EP, axis=1, keepdims=True) > 1)
+    step = 1 / xp.maximum(xp.max(xp.sum(replicated_EP, axis=0)), 2)
+    total_E1 = xp.sum(load_EP, axis=1, keepdims=True)
+    vessels_1P = xp.arange(1, here_EP.shape[1] + 1)[None]
+
+    def once(_, both):
+        load_EP, move_EP = both
+        others_EP = xp.where(here_EP, xp.sum(load_EP, axis=0, keepdims=True) - load_EP, xp.inf)
+        ascending_EP = xp.sort(others_EP, axis=1)
+        finite_EP = xp.isfinite(ascending_EP)
+        levels_EP = (total_E1 + xp.cumsum(xp.where(finite_EP, ascending_EP, 0), axis=1)) / vessels_1P
+        last_E1 = xp.maximum(xp.sum(finite_EP & (levels_EP >= ascending_EP), axis=1, keepdims=True) - 1, 0)
+        filled_EP = xp.take_along_axis(levels_EP, last_E1, axis=1) - others_EP
+        filled_EP = xp.where(here_EP, xp.maximum(filled_EP, 0), 0)
+        move_EP = MOMENTUM * move_EP + step * (filled_EP - load_EP)
+        return load_EP + move_EP, move_EP
+
+    new_EP = xp.maximum(repeat(0, ROUNDS, once, (load_EP, xp.zeros_like(load_EP)))[0], 0)
+    new_E1 = xp.sum(new_EP, axis=1, keepdims=True)
+    new_EP = xp.where(new_E1 > 0, new_EP * (total_E1 / xp.where(new_E1 > 0, new_E1, 1)), load_EP)
+    no_worse = xp.max(xp.sum(new_EP, axis=0)) <= xp.max(xp.sum(load_EP, axis=0))
+    return xp.where(no_worse, new_EP, load_EP)
 
 
 def _water_level(heights: np.ndarray, volume: float) -> float:
@@ -196,7 +238,7 @@ def levelled(slot_map: SlotMap, loads_E: np.ndarray) -> SlotMap:
     require(len(loads_E) == num_experts, "loads", len(loads_E), f"must be of the map's {num_experts} experts")
     loads_E = np.asarray(loads_E, float)
     load_EP, here_EP = _by_device(slot_map, loads_E)
-    return _slot_map(level(load_EP, here_EP), here_EP, slot_map.slots_PS.shape[1])
+    return _slot_map(level_in_rounds(load_EP, here_EP), here_EP, slot_map.slots_PS.shape[1])
 
 
 def _by_device(slot_map: SlotMap, loads_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,14 +11,13 @@ of a device.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from laep_jax.laep.layout import Layout
+from laep_jax.laep.slots import level_in_rounds
 
 AXIS = "expert"
 SLOTS_NAME = "moe_slots"  # of slot ids, for checkpoint policies: small, and many small operations to make again
-ROUNDS = 8  # of levelling
 
 
 def to_slots(ids_TK: jax.Array, counts_W: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
@@ -77,33 +76,8 @@ def _rank_within_expert(ids_M: jax.Array, counts_W: jax.Array) -> jax.Array:
 def _quotas(total_W: jax.Array, layout: Layout) -> jax.Array:
     """How many of an expert's choices each device takes, int32 [W, P]; they add up to `total_W`."""
     total_W1 = total_W[:, None].astype(jnp.float32)
-    load_WP = level(jnp.asarray(layout.share_WP) * total_W1, layout.position_WP >= 0)
+    planned_WP = jnp.asarray(layout.share_WP) * total_W1
+    load_WP = level_in_rounds(planned_WP, layout.position_WP >= 0, jnp, jax.lax.fori_loop)
     up_to_WP = jnp.cumsum(load_WP, axis=1)
     share_WP = up_to_WP / jnp.maximum(up_to_WP[:, -1:], jnp.finfo(jnp.float32).tiny)  # ends with 1, or is 0 everywhere
     return jnp.diff(jnp.rint(share_WP * total_W1).astype(jnp.int32), axis=1, prepend=0)
-
-
-def level(load_WP: jax.Array, here_WP: jax.Array | np.ndarray) -> jax.Array:
-    """The loads [W, P] split anew: each replicated expert fills its devices to equal height, all at once and in part.
-
-    load_WP: float32, as planned. here_WP: where each expert has a slot. Of m replicated experts on a device each moves
-    1/m of its way in a round, since together they would fill it m times; at most half, as two may share two devices.
-    """
-    replicated_WP = here_WP & (jnp.sum(here_WP, axis=1, keepdims=True) > 1)
-    step = 1 / jnp.maximum(jnp.max(jnp.sum(replicated_WP, axis=0)), 2)
-    total_W1 = jnp.sum(load_WP, axis=1, keepdims=True)
-    vessels_1P = jnp.arange(1, load_WP.shape[1] + 1)[None]
-
-    def once(_, load_WP: jax.Array) -> jax.Array:
-        others_WP = jnp.where(here_WP, jnp.sum(load_WP, axis=0, keepdims=True) - load_WP, jnp.inf)
-        ascending_WP = jnp.sort(others_WP, axis=1)
-        finite_WP = jnp.isfinite(ascending_WP)
-        below_WP = jnp.cumsum(jnp.where(finite_WP, ascending_WP, 0), axis=1)
-        levels_WP = (total_W1 + below_WP) / vessels_1P
-        reached_WP = finite_WP & (levels_WP >= ascending_WP)
-        last_W1 = jnp.maximum(jnp.sum(reached_WP, axis=1, keepdims=True) - 1, 0)
-        level_W1 = jnp.take_along_axis(levels_WP, last_W1, axis=1)
-        filled_WP = jnp.where(here_WP, jnp.maximum(level_W1 - others_WP, 0), 0)
-        return load_WP + step * (filled_WP - load_WP)
-
-    return jax.lax.fori_loop(0, ROUNDS, once, load_WP)

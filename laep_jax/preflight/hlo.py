@@ -12,6 +12,7 @@ from collections.abc import Iterator
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BETWEEN_SLICES = "send"  # what goes over the data-center network, once reduced within the slice
 BOOKKEEPING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
+BOOKKEEPING |= {"call-start", "async-start"}  # of which the operation that they start counts
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 TUPLE = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"  # of tuples of arrays, whose layouts have parentheses
 OPERATION = re.compile(rf"^\s*(?:ROOT )?%?([\w.-]+) = ({TUPLE}|\S+) ([\w-]+)\((.*)$")
@@ -38,7 +39,7 @@ class Operation:
         names = (
             found[1].split(",")
             if found
-            else [self.attribute(f"{side}_computation") or "" for side in ("true", "false")]
+            else [self.attribute(f"{side}_computation") or "" for side in ("false", "true")]
         )
         return [name.strip().lstrip("%") for name in names]
 
@@ -131,8 +132,9 @@ def collectives(text: str) -> dict[str, Collective]:
         if kind in (*COLLECTIVES, BETWEEN_SLICES) and times:
             old = found.get(kind, Collective(0, 0, 0, 0))
             size = times * array_bytes(op.result)
-            if op.opcode in ("all-gather-start", "collective-permute-start"):  # which repeat their operands
-                size = times * max(array_bytes(f"{dtype}[{dims}]") for dtype, dims in ARRAY.findall(op.result))
+            if op.opcode in ("all-gather-start", "collective-permute-start"):  # operands, results, and counters
+                arrays = [f"{dtype}[{dims}]" for dtype, dims in ARRAY.findall(op.result) if dims]
+                size = times * sum(map(array_bytes, arrays[len(arrays) // 2 :]))
             received = int(size * _received(kind, group_size(groups)))
             found[kind] = Collective(
                 old.count + times, old.asynchronous + times * beside, old.num_bytes + size, old.link_bytes + received

@@ -123,7 +123,8 @@ def _with_loads(config: Config, counts: Sequence[np.ndarray]) -> tuple[Model, Ke
     """The model, the prune that these loads ask for, and the model after it."""
     expert_parallel = config.mesh.expert or 1
     rule = PruneRule.from_settings(config.laep, len(counts), top_k=config.model.top_k, expert_parallel=expert_parallel)
-    plan = make_plan(counts, rule, replica_slots=min(config.laep.replica_slots, rule.max_replica_slots))
+    most = rule.max_replica_slots(config.model.experts_per_layer)
+    plan = make_plan(counts, rule, replica_slots=min(config.laep.replica_slots, most))
     old = tuple(imbalance(device_loads(tokens_NE.mean(axis=0), expert_parallel)) for tokens_NE in counts)
     new = plan.imbalances
     pruned = pruned_config(config, plan.kept)

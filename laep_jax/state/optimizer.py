@@ -60,7 +60,10 @@ def without_moments(opt_state: optax.OptState) -> optax.OptState:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-    """`optax.adamw` behind the clipping, with its state. `update` takes `finite`, without which no moment changes."""
+    """`optax.adamw` behind the clipping, with its state.
+
+    `update` also takes `finite`: where that is False no moment changes; and `on_cpu`: for which it is compiled.
+    """
     optimizer = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
@@ -73,10 +76,10 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
 
 
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam`, but updates are made from the new moments, and the old ones are not needed after these.
+    """`optax.scale_by_adam`, but on CPU updates are made from the new moments once these are written.
 
     XLA:CPU makes an operation of each result. Were all made from the old moments, it would copy these first, since the
-    new ones take their place.
+    new ones take their place. XLA:TPU makes one operation of all three, and need not read the new ones again.
     """
     adam = optax.scale_by_adam(b1, b2, eps)
 
@@ -84,7 +87,8 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
         del params
         new = adam.update(updates, state)[1]
         new = jax.tree.map(lambda new, old: jnp.where(extra_args["finite"], new, old), new, state)
-        new = jax.lax.optimization_barrier(new)
+        if extra_args["on_cpu"]:
+            new = jax.lax.optimization_barrier(new)
         mean, square = (
             optax.tree.bias_correction(moment, decay, new.count) for moment, decay in ((new.mu, b1), (new.nu, b2))
         )

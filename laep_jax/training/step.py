@@ -17,7 +17,7 @@ from laep_jax.config import Config
 from laep_jax.laep.layout import Layout
 from laep_jax.model.router import update_bias
 from laep_jax.model.transformer import token_losses
-from laep_jax.sharding import Mesh, batch_sharding, replicated
+from laep_jax.sharding import Mesh, batch_sharding, platform, replicated
 from laep_jax.state.optimizer import make_optimizer, make_schedule
 from laep_jax.state.tree import TrainState, abstract_state
 
@@ -79,7 +79,7 @@ def _loss_and_gradients(state: TrainState, layout: Layout, batch: Batch, config:
 
 
 def _if_finite(finite: jax.Array, path: tuple, new: jax.Array, old: jax.Array) -> jax.Array:
-    """The new leaf of a state, or else the old. The optimizer has chosen its moments itself."""
+    """The new leaf of a state where the step was finite, else the old. The optimizer has chosen its moments itself."""
     is_moment = path[0] == jax.tree_util.GetAttrKey("opt_state") and new.ndim > 0
     return new if is_moment else jnp.where(finite, new, old)
 
@@ -99,7 +99,8 @@ def train_step(
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(report["loss"]) & jnp.isfinite(grad_norm)
     with jax.named_scope("optimizer"):
-        updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params, finite=finite)
+        extra = {"finite": finite, "on_cpu": platform(mesh) == "cpu"}
+        updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params, **extra)
         params = typing.cast(dict, optax.apply_updates(state.params, updates))
         router_bias = state.router_bias
         if step_size := config.aux_loss.loss_free_bias:

@@ -108,7 +108,7 @@ def run(arguments: Sequence[str]) -> dict:
         longest = 0.0
         for index in range(options.trials):
             trial = Trial(Path(folder), f"trial {index}", Path(folder), options.processes)
-            in_memory = index // 2 % 2 == 1
+            in_memory = index // 2 % 2 == 0
             trial.spec = dataclasses.replace(trial.spec, prune_via="memory" if in_memory else "checkpoint")
             in_prune = index % 2 == 0
             hits = [choose_hit(rng, whole, in_prune, options.processes)]

@@ -85,7 +85,13 @@ def test_other_models_are_refused(num_experts, message):
 @pytest.mark.parametrize(("expert_parallel", "top_k", "most"), [(1, 2, 0), (2, 2, 1), (4, 2, 3), (4, 6, 6)])
 def test_replica_slots_that_the_smallest_plan_can_fill(expert_parallel, top_k, most):
     rule = PruneRule.from_settings(LaepConfig(), 1, top_k=top_k, expert_parallel=expert_parallel)
-    assert rule.max_replica_slots == most
+    assert rule.max_replica_slots([32, rule.min_kept]) == most
     place_in_slots(np.ones(rule.min_kept), expert_parallel, most)
     with pytest.raises(UserError):
         place_in_slots(np.ones(rule.min_kept), expert_parallel, most + 1)
+
+
+def test_replica_slots_of_a_model_with_fewer_experts_than_rounding_would_keep():
+    rule = PruneRule.from_settings(LaepConfig(), 1, top_k=6, expert_parallel=4)
+    assert rule.max_replica_slots([7]) == 5
+    place_in_slots(np.ones(7), 4, 5)

@@ -97,7 +97,7 @@ def test_a_map_lasts_while_loads_drift():
     mean = {name: np.mean(values) for name, values in found.items()}
     assert mean["placed"] > mean["planned"] > mean["one"] > mean["two"]
     assert mean["one"] < 1.05
-    assert mean["two"] < 1.005
+    assert mean["two"] < 1.01
 
 
 @pytest.mark.parametrize("replica_slots", [-1, 3, 10**9])

@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec
 from laep_jax.config import MeshConfig
 from laep_jax.laep.balance import imbalance
 from laep_jax.laep.layout import make_layout
-from laep_jax.laep.slots import place_in_slots
-from laep_jax.model.slots import level, to_slots
+from laep_jax.laep.slots import level_in_rounds, place_in_slots
+from laep_jax.laep.slots import levelled as planned_levelled
+from laep_jax.model.slots import to_slots
 from laep_jax.sharding import make_mesh
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "results.jsonl"
@@ -36,8 +37,10 @@ def recorded(row: str) -> list[tuple[np.ndarray, np.ndarray]]:
 def levelled(slot_map, loads_E) -> float:
     layout = make_layout([slot_map], [len(loads_E)], slot_map.slots_PS.shape[1])
     share_WP, position_WP = layout.share_WP[0], layout.position_WP[0]
-    load_WP = level(jnp.float32(share_WP * loads_E[:, None]), position_WP >= 0)
+    load_WP = level_in_rounds(jnp.float32(share_WP * loads_E[:, None]), position_WP >= 0, jnp, jax.lax.fori_loop)
     np.testing.assert_allclose(load_WP.sum(1), loads_E, rtol=1e-5)
+    in_numpy = planned_levelled(slot_map, loads_E).imbalance(loads_E)  # what records and experiments have
+    assert imbalance(np.asarray(load_WP.sum(0))) == pytest.approx(in_numpy, abs=1e-4)
     assert (np.asarray(load_WP)[position_WP < 0] == 0).all()
     return imbalance(np.asarray(load_WP.sum(0)))
 

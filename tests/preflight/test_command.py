@@ -56,11 +56,23 @@ def test_a_small_model_compiles_and_fits_before_and_after_a_prune(tmp_path):
     assert step["kernels"]["gmm"] == 3 * step["kernels"]["tgmm"]  # each product forward, again, and for dx; dw
     assert not any(name.startswith("ragged-dot") for name in step["kernels"])  # whose dw is a dense product
     assert step["collectives"]["ragged-all-to-all"]["count"] == 6 * 2  # in each layer, the usual way only
+    assert 4 / 3 < step["flops_ratio"]["model"] < 2  # recomputation, and attention's heads of 64 padded to 128
+    assert step["flops_ratio"]["with recomputation"] == pytest.approx(0.75 * step["flops_ratio"]["model"])
+    assert step["bound"]["links exposed"] > step["bound"]["links hidden"]
     assert after["parameters"] < step["parameters"]
     assert after["argument_bytes"] < step["argument_bytes"]
     assert after["temporary_bytes"] < step["temporary_bytes"]  # less skew, smaller buffer
     assert 1 <= after["straggler"] < step["straggler"] == pytest.approx(1910 * 2 / 2310)
     assert step["prune_bytes"] > step["argument_bytes"]
+
+
+def test_dense_products_for_sparse_ones_are_exit_code_1_and_named():
+    """The weight gradient of `ragged_dot` has no kernel: every row is multiplied for every expert of a device."""
+    result = run(**{"ModelConfig.grouped_matmul": "ragged_dot"})
+    assert result.returncode == 1, result.stderr
+    assert "DOES NOT FIT" not in result.stdout
+    wasteful = result.stdout.partition("WASTEFUL")[2].splitlines()
+    assert "bf16[4,256,512]" in wasteful[1]
 
 
 def test_two_slices_and_the_executable_of_unequal_layers(tmp_path):
