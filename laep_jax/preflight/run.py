@@ -10,10 +10,11 @@ import numpy as np
 from laep_jax.chips import GIB, Chip
 from laep_jax.config import Config
 from laep_jax.errors import require
-from laep_jax.laep.balance import device_loads, imbalance
+from laep_jax.laep.layout import by_loads
 from laep_jax.laep.plan import make_plan
 from laep_jax.laep.recorded_loads import read_counts_or_run, read_expert_parallel
 from laep_jax.laep.rule import PruneRule
+from laep_jax.laep.slots import in_order
 from laep_jax.model.attention import attention_kernel
 from laep_jax.preflight.compiling import Program, compile_prune, compile_step, topology_devices
 from laep_jax.preflight.estimate import WASTEFUL, Estimate, estimate, state_by_leaf
@@ -120,12 +121,17 @@ def _read_counts(config: Config, loads: Path) -> tuple[Config, list[np.ndarray],
 
 
 def _with_loads(config: Config, counts: Sequence[np.ndarray]) -> tuple[Model, Kept, Model]:
-    """The model, the prune that these loads ask for, and the model after it."""
+    """The model, the prune that these loads ask for, and the model after it; replicas, if any, are in both."""
     expert_parallel = config.mesh.expert or 1
     rule = PruneRule.from_settings(config.laep, len(counts), top_k=config.model.top_k, expert_parallel=expert_parallel)
     most = rule.max_replica_slots(config.model.experts_per_layer)
     plan = make_plan(counts, rule, replica_slots=min(config.laep.replica_slots, most))
-    old = tuple(imbalance(device_loads(tokens_NE.mean(axis=0), expert_parallel)) for tokens_NE in counts)
+    loads = [tokens_NE.mean(axis=0) for tokens_NE in counts]
+    if config.laep.replica_slots:
+        maps = by_loads(loads, expert_parallel, config.laep.replica_slots)
+    else:
+        maps = [in_order(len(loads_E), expert_parallel) for loads_E in loads]
+    old = tuple(slot_map.imbalance(loads_E) for slot_map, loads_E in zip(maps, loads, strict=True))
     new = plan.imbalances
     pruned = pruned_config(config, plan.kept)
     return Model(with_receive_buffer(config, old), old), plan.kept, Model(with_receive_buffer(pruned, new), new)

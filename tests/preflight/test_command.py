@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,9 @@ def test_a_small_model_compiles_and_fits_before_and_after_a_prune(tmp_path):
     counts_NLE = np.ones((4, 2, 8), np.int64) * 100
     counts_NLE[:, :, :4] = [1000, 900, 5, 5]
     np.savez(tmp_path / "counts.npz", tokens_per_expert=counts_NLE)
-    result = run(f"--loads={tmp_path / 'counts.npz'}", "--json", **{"LaepConfig.alpha": 0.4})
+    result = run(
+        f"--loads={tmp_path / 'counts.npz'}", "--json", **{"LaepConfig.alpha": 0.4, "LaepConfig.replica_slots": 0}
+    )
     assert result.returncode == 0, result.stderr
     step = json.loads(result.stdout)
     after = step["after"]
@@ -72,7 +75,7 @@ def test_dense_products_for_sparse_ones_are_exit_code_1_and_named():
     assert result.returncode == 1, result.stderr
     assert "DOES NOT FIT" not in result.stdout
     wasteful = result.stdout.partition("WASTEFUL")[2].splitlines()
-    assert "bf16[4,256,512]" in wasteful[1]
+    assert re.search(r"bf16\[\d,256,512\]", wasteful[1]), wasteful
 
 
 def test_two_slices_and_the_executable_of_unequal_layers(tmp_path):
