@@ -57,7 +57,7 @@ class Scale:
     repetitions: int
 
 
-CONNECTED = Scale(hidden=128, ffn=2048, rows_per_expert=1024, num_layers=6, repetitions=3)
+CONNECTED = Scale(hidden=128, ffn=2048, rows_per_expert=1024, num_layers=6, repetitions=5)
 ALONE = Scale(hidden=64, ffn=256, rows_per_expert=1024, num_layers=12, repetitions=3)
 SHORT_CONNECTED = Scale(hidden=128, ffn=2048, rows_per_expert=256, num_layers=4, repetitions=3)
 SHORT_ALONE = Scale(hidden=64, ffn=256, rows_per_expert=256, num_layers=6, repetitions=2)
