@@ -179,7 +179,7 @@ def draw_load_heatmap(run: RunData) -> Figure:
         axes = figure.add_subplot(1, len(shares), i + 1)
         gone = np.isnan(share_LE)
         shown = np.ma.masked_array(np.maximum(np.nan_to_num(share_LE), bottom), gone)
-        image = axes.imshow(shown, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
+        axes.imshow(shown, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
         axes.set_facecolor("#eeeeee")
         cells = [Rectangle((expert - 0.5, layer - 0.5), 1, 1) for layer, expert in np.argwhere(gone)]
         axes.add_collection(PatchCollection(cells, facecolor="none", edgecolor="#aaaaaa", hatch="////", linewidth=0))
@@ -187,7 +187,11 @@ def draw_load_heatmap(run: RunData) -> Figure:
         axes.yaxis.set_major_locator(MaxNLocator(13, integer=True))
         axes.set(title=title, xlabel="expert (original id)", ylabel="layer")
     bar = figure.colorbar(
-        image, ax=figure.axes, label="share of the layer's tokens", extend="min", aspect=3.5 * size[1]
+        figure.axes[-1].images[-1],
+        ax=figure.axes,
+        label="share of the layer's tokens",
+        extend="min",
+        aspect=3.5 * size[1],
     )
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
     handles = [Patch(facecolor="#eeeeee", edgecolor="#aaaaaa", hatch="////", label="not there")]
