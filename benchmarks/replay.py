@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from laep_jax.config import LaepConfig
+from laep_jax.laep.layout import by_loads
 from laep_jax.laep.plan import Plan, make_plan
 from laep_jax.laep.rule import PruneRule, alpha_per_layer
-from laep_jax.laep.slots import EMPTY, SlotMap, in_order, levelled, max_replica_slots, place_in_slots
+from laep_jax.laep.slots import EMPTY, SlotMap, in_order, levelled
 
 TOP_K = 2
 NUM_LAYERS = 103  # of the 1515B model (paper Table 5)
@@ -137,8 +138,8 @@ def _maps(
     return {
         "base": in_order(num_experts, num_devices),
         **with_slots("base", np.arange(num_experts), before_E, now_E, num_devices, (1,)),
-        "pruned": renamed(in_order(len(kept), num_devices), in_old_order),
-        "rearranged": renamed(in_order(len(kept), num_devices), kept),
+        "pruned": in_order(len(kept), num_devices).renamed(in_old_order),
+        "rearranged": in_order(len(kept), num_devices).renamed(kept),
         **with_slots("rearranged", in_old_order, masked_E, masked_now_E, num_devices, (1, 2)),
         "uniform": in_order(num_uniform, num_devices),
     }
@@ -150,16 +151,10 @@ def with_slots(
     """Maps of the experts `ids` with so many replica slots: planned by the loads before, and levelled by those now."""
     maps = {}
     for replica_slots in slots:
-        most = max_replica_slots(len(ids), num_devices)
-        planned = place_in_slots(before_E[ids], num_devices, min(replica_slots, most))
-        maps[f"{name} + {replica_slots} planned"] = renamed(planned, ids)
-        maps[f"{name} + {replica_slots} levelled"] = renamed(levelled(planned, now_E[ids]), ids)
+        [planned] = by_loads([before_E[ids]], num_devices, replica_slots)
+        maps[f"{name} + {replica_slots} planned"] = planned.renamed(ids)
+        maps[f"{name} + {replica_slots} levelled"] = levelled(planned, now_E[ids]).renamed(ids)
     return maps
-
-
-def renamed(slot_map: SlotMap, ids: np.ndarray) -> SlotMap:
-    """The map of the experts 0, 1, ... as one of the experts `ids`."""
-    return SlotMap(np.append(ids, EMPTY)[slot_map.slots_PS], slot_map.shares_PS)
 
 
 def alpha_of_layers(num_layers: int, layers: np.ndarray) -> tuple[float, ...]:

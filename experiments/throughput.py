@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.replay import renamed, rows_of_slots, with_slots
+from benchmarks.replay import rows_of_slots, with_slots
 from benchmarks.straggler import ALONE, rank_seconds
 from experiments.phases import windows
 from experiments.results import Result
@@ -48,7 +48,7 @@ def measure(results: dict[str, Result], num_devices: int) -> dict[str, dict[str,
 
 
 def _in_order(order: Sequence[Sequence[int]], num_devices: int) -> list[SlotMap]:
-    return [renamed(in_order(len(ids), num_devices), np.array(ids)) for ids in order]
+    return [in_order(len(ids), num_devices).renamed(np.array(ids)) for ids in order]
 
 
 def _with_slots(result: Result, name: str, num_devices: int, slots: Sequence[int]) -> dict[str, list[SlotMap]]:

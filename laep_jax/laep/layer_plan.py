@@ -131,10 +131,9 @@ def make_layer_plan(
     if not replica_slots:
         return layer
     slot_map = place_in_slots(loads_E, rule.expert_parallel, replica_slots)
-    slots_PS = np.where(slot_map.slots_PS == EMPTY, EMPTY, survivors[slot_map.slots_PS])
     return dataclasses.replace(
         layer,
-        slots=tuple(map(tuple, slots_PS.tolist())),
+        slots=tuple(map(tuple, slot_map.renamed(survivors).slots_PS.tolist())),
         shares=tuple(map(tuple, slot_map.shares_PS.tolist())),
         slot_load=tuple((slot_map.device_loads(loads_E) / iterations).tolist()),
     )

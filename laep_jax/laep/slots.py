@@ -47,6 +47,14 @@ class SlotMap:
         """Max / mean of the device loads."""
         return imbalance(self.device_loads(loads_E))
 
+    def renamed(self, ids: np.ndarray) -> "SlotMap":
+        """The same slots of the experts `ids` instead of 0, 1 and so on.
+
+        >>> in_order(3, 2).renamed(np.array([5, 7, 9])).slots_PS.tolist()
+        [[5, 7], [9, -1]]
+        """
+        return SlotMap(np.append(ids, EMPTY)[self.slots_PS], self.shares_PS)
+
 
 def in_order(num_experts: int, num_devices: int) -> SlotMap:
     """The map in which device p has the p-th group of the experts, as in `balance`; no loads are known.
@@ -267,6 +275,4 @@ def _slot_map(load_EP: np.ndarray, here_EP: np.ndarray, num_slots: int) -> SlotM
 
 def _homes(loads_E: np.ndarray, num_devices: int) -> SlotMap:
     """Algorithm 2, refined."""
-    in_place = in_order(len(loads_E), num_devices)
-    expert_of_place = np.append(place(loads_E, num_devices, "refined"), EMPTY)
-    return SlotMap(expert_of_place[in_place.slots_PS], in_place.shares_PS)
+    return in_order(len(loads_E), num_devices).renamed(place(loads_E, num_devices, "refined"))

@@ -5,14 +5,17 @@ conditional the branch for "true" counts: `dispatch.bounded_dispatch` puts the u
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BETWEEN_SLICES = "send"  # what goes over the data-center network, once reduced within the slice
-BOOKKEEPING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
-BOOKKEEPING |= {"call-start", "async-start"}  # of which the operation that they start counts
+BOOKKEEPING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"} | {
+    f"{kind}-start"
+    for kind in ("call", "async")  # of which the operation that they start counts
+}
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 TUPLE = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"  # of tuples of arrays, whose layouts have parentheses
 OPERATION = re.compile(rf"^\s*(?:ROOT )?%?([\w.-]+) = ({TUPLE}|\S+) ([\w-]+)\((.*)$")
@@ -54,8 +57,9 @@ class Collective:
     link_bytes: int
 
 
+@functools.lru_cache(maxsize=1)
 def parse(text: str) -> tuple[str, dict[str, list[Operation]]]:
-    """The name of the entry computation, and every computation's operations."""
+    """The name of the entry computation, and every computation's operations: not to be changed, the last is kept."""
     computations: dict[str, list[Operation]] = {}
     entry, current = "", None
     for line in text.splitlines():
