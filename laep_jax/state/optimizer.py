@@ -60,10 +60,7 @@ def without_moments(opt_state: optax.OptState) -> optax.OptState:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-    """`optax.adamw` behind the clipping, with its state.
-
-    `update` also takes `finite`: where that is False no moment changes; and `on_cpu`: for which it is compiled.
-    """
+    """`optax.adamw` behind the clipping, with its state. `update` also takes `finite`: if False, no moment changes."""
     optimizer = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
@@ -76,10 +73,10 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
 
 
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam`, but on CPU updates are made from the new moments once these are written.
+    """`optax.scale_by_adam`, but updates are made from the moments that are kept, new or old.
 
-    XLA:CPU makes an operation of each result. Were all made from the old moments, it would copy these first, since the
-    new ones take their place. XLA:TPU makes one operation of all three, and need not read the new ones again.
+    XLA:CPU makes an operation of each result. Were updates made from the new ones before that choice, it would copy the
+    old ones, since both need them and the kept ones take their place.
     """
     adam = optax.scale_by_adam(b1, b2, eps)
 
@@ -87,8 +84,6 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
         del params
         new = adam.update(updates, state)[1]
         new = jax.tree.map(lambda new, old: jnp.where(extra_args["finite"], new, old), new, state)
-        if extra_args["on_cpu"]:
-            new = jax.lax.optimization_barrier(new)
         mean, square = (
             optax.tree.bias_correction(moment, decay, new.count) for moment, decay in ((new.mu, b1), (new.nu, b2))
         )

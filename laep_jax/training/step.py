@@ -17,7 +17,7 @@ from laep_jax.config import Config
 from laep_jax.laep.layout import Layout
 from laep_jax.model.router import update_bias
 from laep_jax.model.transformer import token_losses
-from laep_jax.sharding import Mesh, batch_sharding, platform, replicated
+from laep_jax.sharding import Mesh, batch_sharding, replicated
 from laep_jax.state.optimizer import make_optimizer, make_schedule
 from laep_jax.state.tree import TrainState, abstract_state
 
@@ -99,8 +99,7 @@ def train_step(
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(report["loss"]) & jnp.isfinite(grad_norm)
     with jax.named_scope("optimizer"):
-        extra = {"finite": finite, "on_cpu": platform(mesh) == "cpu"}
-        updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params, **extra)
+        updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params, finite=finite)
         params = typing.cast(dict, optax.apply_updates(state.params, updates))
         router_bias = state.router_bias
         if step_size := config.aux_loss.loss_free_bias:

@@ -176,6 +176,7 @@ def test_without_rounding_all_go_that_the_rule_chose():
     assert prune(COUNTS_E, beta=0.03, expert_parallel=2, rounding="none").pruned == (2, 3, 7)
     assert prune(COUNTS_E[:7], beta=0.03, expert_parallel=2, rounding="none").pruned == (2, 3)
     assert prune(COUNTS_E[:7], beta=0.03, expert_parallel=2).pruned == (3,)  # six of seven stay, not five
+    assert prune(COUNTS_E[:7], beta=0.03, expert_parallel=4).pruned == ()  # eight would stay
 
 
 def test_enough_experts_stay_for_top_k_and_devices():
