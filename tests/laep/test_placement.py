@@ -139,5 +139,5 @@ def test_experts_that_do_not_divide_leave_the_last_devices_one_less():
     assert place(loads_E, 2, "greedy").tolist() == [0, 3, 4, 1, 2]
     assert device_loads(loads_E[[0, 3, 4, 1, 2]], 2).tolist() == [11, 15]
     assert lower_bound(loads_E, 2) == largest(loads_E, 2, "refined") == 15
-    # 10 1, 6, 5: to move the 1 beside the 5 would leave the last device two
-    assert largest(np.array([10, 6, 5, 1]), 3, "refined") == 11
+    # 11, 5 and 1 beside 7 and 6: one more for the second device would even them out, but it has room for two
+    assert largest(np.array([11, 1, 7, 6, 5]), 2, "refined") == 17
