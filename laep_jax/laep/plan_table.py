@@ -8,7 +8,7 @@ from laep_jax.laep.rule import PruneRule
 
 def table(rule: PruneRule, layers: Sequence[LayerPlan]) -> str:
     """The settings, what the columns mean, a line a layer and a total, which adds up the layers' loads."""
-    rounded = "" if rule.rounding == "none" else f"where any go a multiple of {rule.expert_parallel}, "
+    rounded = "" if rule.rounding == "none" else f"if any are pruned a multiple of {rule.expert_parallel}, "
     lines = [
         f"beta {rule.beta:g}, estimator {rule.estimator}, inequality {rule.inequality}, rounding {rule.rounding}; "
         f"placement {rule.placement} on {rule.expert_parallel} devices, top {rule.top_k}",

@@ -20,7 +20,7 @@ def test_table_is_a_line_a_layer_in_columns():
     plan = make_plan(tokens, PruneRule.from_settings(laep, 2, top_k=2, expert_parallel=2))
     about, counts, imbalance, bound, header, first, second, total = plan.table().splitlines()
     assert about.startswith("beta 0.1, ")
-    assert "kept: where any go a multiple of 2, at least 2; " in counts
+    assert "kept: if any are pruned a multiple of 2, at least 2; " in counts
     assert imbalance.startswith("imbalance: max / mean load of the devices, ")
     assert bound.startswith("bound: no placement ")
     ends = [[match.end() for match in re.finditer(r"\S+", line)] for line in (first, second)]
