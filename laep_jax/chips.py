@@ -26,7 +26,7 @@ class Chip:
 
     A device is a chip, but half of one on tpu7x, whose two chiplets JAX sees apart. small: shapes of slices that are
     not made of cubes. max_chips: of one that is, 0 where none are. counted: what the number in a name such as "v5p-8"
-    counts for each chip, TensorCores or the chip itself.
+    counts for each chip, TensorCores or the chip itself. compiler_options: of the train step.
     """
 
     kind: str  # jax.Device.device_kind
@@ -37,13 +37,22 @@ class Chip:
     small: tuple[str, ...] = FLAT
     max_chips: int = 0
     counted: int = 1
+    compiler_options: dict[str, bool] = dataclasses.field(default_factory=dict)
 
 
+# All-gathers run in pieces inside the products beside them. It is what v5e does by default.
+FUSE_COLLECTIVES = {
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    "xla_enable_async_all_gather": True,
+}
 CHIPS = {
     "v4": Chip("TPU v4", 275e12, 32 * GIB, 1200e9, 300e9, BELOW_A_CUBE, 4096, counted=2),
     "v5e": Chip("TPU v5 lite", 197e12, 16 * GIB, 819e9, 200e9),
-    "v5p": Chip("TPU v5", 459e12, 95 * GIB, 2765e9, 600e9, ("1x1x1", *BELOW_A_CUBE), 6144, counted=2),
-    "v6e": Chip("TPU v6 lite", 918e12, 32 * GIB, 1640e9, 448e9),
+    "v5p": Chip("TPU v5", 459e12, 95 * GIB, 2765e9, 600e9, ("1x1x1", *BELOW_A_CUBE), 6144, 2, FUSE_COLLECTIVES),
+    "v6e": Chip("TPU v6 lite", 918e12, 32 * GIB, 1640e9, 448e9, compiler_options=FUSE_COLLECTIVES),
     "tpu7x": Chip("TPU7x", 2307e12 / 2, 96 * GIB, 7380e9 / 2, 300e9, ("1x1x1", *BELOW_A_CUBE), 9216, counted=2),
 }
 
@@ -104,10 +113,10 @@ def _known(name: str, shape: tuple[int, ...] | None) -> str:
     return ", ".join(f"{name}:{known}" for known in chip.small) + (cubes if chip.max_chips else "")
 
 
-def peak_flops(kind: str) -> float | None:
-    """Of one device by its `jax.Device.device_kind`; None where it is not known.
+def chip_of(kind: str) -> Chip | None:
+    """By the `jax.Device.device_kind` of its devices; None where it is not known.
 
-    >>> peak_flops("TPU v5 lite"), peak_flops("cpu")
+    >>> chip_of("TPU v5 lite").flops, chip_of("cpu")
     (197000000000000.0, None)
     """
-    return next((chip.flops for chip in CHIPS.values() if chip.kind == kind), None)
+    return next((chip for chip in CHIPS.values() if chip.kind == kind), None)

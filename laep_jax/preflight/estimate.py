@@ -52,9 +52,14 @@ class Estimate:
 
     @property
     def bound(self) -> dict[str, float]:
-        """Seconds that a step takes at least, if links are used beside the rest, and if one waits for the other."""
+        """Seconds that a step takes at least: if all links are used beside the rest, those that can be, or none."""
         on_chip, links = max(self.seconds["FLOPs"], self.seconds["HBM"]), self.seconds["links"]
-        return {"links hidden": max(on_chip, links), "links exposed": on_chip + links}
+        beside = self.seconds["asynchronous links"]
+        return {
+            "links hidden": max(on_chip, links),
+            "as compiled": max(on_chip, beside) + links - beside,
+            "links exposed": on_chip + links,
+        }
 
     @property
     def wastes_flops(self) -> bool:
@@ -93,7 +98,8 @@ def estimate(config: Config, program: Program, chip: Chip, straggler: float = 1.
             "FLOPs": (flops + (straggler - 1) * experts) / chip.flops,
             # the state read and written once, every result of a collective written and read once
             "HBM": (2 * program.argument_bytes + 2 * moved) / chip.hbm_bandwidth,
-            "links": sum(collective.link_bytes for collective in between.values()) / chip.link_bandwidth,
+            "links": sum(one.link_bytes for one in between.values()) / chip.link_bandwidth,
+            "asynchronous links": sum(one.asynchronous_link_bytes for one in between.values()) / chip.link_bandwidth,
         },
         collectives=between,
         kernels=kernels(program.text) if program.text else {},

@@ -7,6 +7,7 @@ conditional the branch for "true" counts: `dispatch.bounded_dispatch` puts the u
 import dataclasses
 import functools
 import math
+import operator
 import re
 from collections.abc import Iterator
 
@@ -49,12 +50,13 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind: how often it runs, and of these beside other operations; bytes of results, bytes a chip receives."""
+    """One kind: how often it runs; bytes of results; bytes a chip receives. Of these, what runs beside the rest."""
 
-    count: int
-    asynchronous: int
-    num_bytes: int
-    link_bytes: int
+    count: int = 0
+    num_bytes: int = 0
+    link_bytes: int = 0
+    asynchronous: int = 0
+    asynchronous_link_bytes: int = 0
 
 
 @functools.lru_cache(maxsize=1)
@@ -124,25 +126,29 @@ def executed(text: str) -> Iterator[tuple[Operation, int, bool]]:
 def collectives(text: str) -> dict[str, Collective]:
     """Transfers between chips in one execution, by kind.
 
-    XLA:TPU's form of a reduce-scatter is a fusion of an all-reduce with the choice of a part.
+    Two of XLA:TPU's forms are fusions: a reduce-scatter is an all-reduce with the choice of a part, and what runs in
+    pieces beside products is whole in each of the fusions that it passes, the first of which counts.
     """
     found: dict[str, Collective] = {}
     _, computations = parse(text)
     for op, times, beside in executed(text):
-        kind, groups = op.opcode.removesuffix("-start"), op.rest
-        if op.opcode == "fusion" and (called := op.attribute("calls") or "").startswith("all-reduce-scatter"):
+        kind, result, groups = op.opcode.removesuffix("-start"), op.result, op.rest
+        called = (op.attribute("calls") or "") if op.opcode == "fusion" else ""
+        if called.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
             groups = next(inner.rest for inner in computations[called] if inner.opcode == "all-reduce")
+        elif called and op.name.startswith("async-collective-start"):
+            inner = next(inner for inner in computations[called] if inner.opcode in COLLECTIVES)
+            kind, result, groups, beside = inner.opcode, inner.result, inner.rest, True
         if kind in (*COLLECTIVES, BETWEEN_SLICES) and times:
-            old = found.get(kind, Collective(0, 0, 0, 0))
-            size = times * array_bytes(op.result)
+            size = times * array_bytes(result)
             if op.opcode in ("all-gather-start", "collective-permute-start"):  # operands, results, and counters
-                arrays = [f"{dtype}[{dims}]" for dtype, dims in ARRAY.findall(op.result) if dims]
+                arrays = [f"{dtype}[{dims}]" for dtype, dims in ARRAY.findall(result) if dims]
                 size = times * sum(map(array_bytes, arrays[len(arrays) // 2 :]))
             received = int(size * _received(kind, group_size(groups)))
-            found[kind] = Collective(
-                old.count + times, old.asynchronous + times * beside, old.num_bytes + size, old.link_bytes + received
-            )
+            new = times, size, received, times * beside, received * beside
+            old = dataclasses.astuple(found.get(kind, Collective()))
+            found[kind] = Collective(*map(operator.add, old, new))
     return found
 
 

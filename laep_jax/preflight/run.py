@@ -189,7 +189,7 @@ def table(flight: Preflight) -> str:
 
 
 def _step_lines(title: str, step: Estimate) -> list[str]:
-    bound = max(step.seconds, key=lambda name: step.seconds[name])
+    bound = max(("FLOPs", "HBM", "links"), key=lambda name: step.seconds[name])
     seconds = ", ".join(f"{name} {value:.3f}" for name, value in step.seconds.items())
     verdict = "fits" if step.fits else "DOES NOT FIT"
     return [
@@ -204,10 +204,12 @@ def _step_lines(title: str, step: Estimate) -> list[str]:
         f"  device load          largest {step.straggler:.3f} of the mean, mean over layers",
         f"  at least, seconds    {seconds}: bound by {bound}",
         f"  a step, at least     {step.bound['links hidden']:.3f} s if the links' time hides behind the rest, "
-        f"{step.bound['links exposed']:.3f} s if not",
+        f"{step.bound['as compiled']:.3f} s if that of asynchronous transfers does, "
+        f"{step.bound['links exposed']:.3f} s if none does",
         *(
             f"  {LABELS.get(kind, kind):<20} {one.count:>6,} a step, {one.asynchronous:>5,} of them asynchronous, "
-            f"{one.num_bytes / 1e9:>8.2f} GB of results, {one.link_bytes / 1e9:>8.2f} GB received"
+            f"{one.num_bytes / 1e9:>8.2f} GB of results, {one.link_bytes / 1e9:>8.2f} GB received, "
+            f"{one.asynchronous_link_bytes / 1e9:.2f} asynchronously"
             for kind, one in step.collectives.items()
         ),
         f"  kernels              {', '.join(f'{name} x {count}' for name, count in step.kernels.items())}",

@@ -221,7 +221,7 @@ def draw_loss(run: RunData) -> Figure:
             "markersize": 10,
             "markeredgewidth": 1.8,
         }
-        axes.plot(*zip(*after, strict=True), "D", **style, label="validation, right after a prune")
+        axes.plot(*zip(*after, strict=True), "D", **style, label="validation, the plan's experts masked")
     for i, transition in enumerate(run.prunes):
         axes.axvline(transition.step, **PRUNE_LINE)
         text: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "center"}

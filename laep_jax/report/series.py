@@ -64,7 +64,7 @@ class DeviceLoads:
 class DomainLosses:
     """Validation loss by domain, in nats per token; the largest of the first row comes first.
 
-    targets_M: how many are behind each loss. rows: each [M] with a label, right after the last prune and in the newest
+    targets_M: how many are behind each loss. rows: each [M] with a label, by the last prune alone and in the newest
     evaluation, less the loss before the prune; where there was none the newest alone, as it is.
     """
 
@@ -211,7 +211,7 @@ def shares(run: RunData, last: int) -> np.ndarray:
 def domain_losses(run: RunData) -> DomainLosses:
     """What the last prune did to each domain; nothing before the first evaluation."""
     evals = [record for record in run.evals if "validation_loss_by_domain" in record]
-    at_prune = {record["when"]: record for record in evals if run.prunes and record["step"] == run.prunes[-1].step}
+    at_prune = {record["when"]: record for record in evals if run.prunes and record["step"] == run.prunes[-1].plan_step}
     around = [at_prune[when] for when in ("before_prune", "after_prune") if when in at_prune]
     chosen = [*around, *evals[-1:]]
     names = [name for name in run.targets if all(name in record["validation_loss_by_domain"] for record in chosen)]
@@ -221,7 +221,7 @@ def domain_losses(run: RunData) -> DomainLosses:
     if around:
         chosen, loss_NM = chosen[1:], loss_NM[1:] - loss_NM[0]
     order = np.argsort(-loss_NM[0], kind="stable")
-    labels = ["right after the prune" if record in around else f"step {record['step']}" for record in chosen]
+    labels = ["by the prune alone" if record in around else f"step {record['step']}" for record in chosen]
     return DomainLosses(
         names=tuple(names[i] for i in order),
         targets_M=np.array([run.targets[names[i]] for i in order]),

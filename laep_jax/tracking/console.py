@@ -198,7 +198,7 @@ def closing_table(summary: Summary) -> Group:
     """The table at the end of a run, as a `rich` renderable.
 
     `_before` is before the first change of the experts, `_after` at the end of the run, `validation_loss_*_prune` of
-    the last prune; a dash is what was not measured.
+    the last plan; a dash is what was not measured.
     """
     changed = bool(summary.prune_steps)
     table = Table("", "before", "after", "change") if changed else Table("", "model")

@@ -139,7 +139,7 @@ def _close(trainer: Trainer) -> dict:
     """The end of the run: last evaluation and checkpoint, summary.json, the closing table."""
     step, summary = trainer.run_state.step, trainer.run_state.summary
     if summary.steps != step:
-        summary.validation_loss_end = trainer.evaluate(step, "end")
+        trainer.evaluate(step, "end")
         trainer.measure("after" if summary.prune_steps else "before")
         summary.steps = step
         window = trainer.config.laep.window

@@ -20,7 +20,7 @@ from laep_jax.checkpoint.lock import (
 )
 from laep_jax.checkpoint.manifest import DamagedError
 from laep_jax.checkpoint.steps import require_checkpoints
-from laep_jax.chips import peak_flops
+from laep_jax.chips import chip_of
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
 from laep_jax.distributed import raise_on_all_processes
@@ -137,8 +137,8 @@ def _show_again(run_dir: Path, run_state: RunState, console: RunConsole) -> dict
 
 
 def _console(config: Config, *, show: bool) -> RunConsole:
-    peak = peak_flops(jax.devices()[0].device_kind)
-    gflops = peak and peak * jax.device_count() / 1e9
+    chip = chip_of(jax.devices()[0].device_kind)
+    gflops = chip.flops * jax.device_count() / 1e9 if chip else None
     return RunConsole(config.train.num_steps, log_every=config.train.log_every, peak_gflops=gflops, show=show)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from laep_jax.chips import chip_of
 from laep_jax.config import Config
 from laep_jax.laep.layout import Layout
 from laep_jax.model.router import update_bias
@@ -118,11 +119,14 @@ def train_step(
 def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     """`train_step`, jitted: (state, layout, batch) -> (state, metrics).
 
-    Donates its state and keeps its shardings; metrics are whole everywhere.
+    Donates its state and keeps its shardings; metrics are whole everywhere. Compiled with the options of its chip.
     """
+    chip = chip_of(mesh.devices.flat[0].device_kind)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     step = functools.partial(train_step, config=config, mesh=mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    options = chip.compiler_options if chip else {}
+    out_shardings = (shardings, replicated(mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings, compiler_options=options)
 
 
 def make_eval_step(config: Config, mesh: Mesh, num_domains: int):

@@ -21,7 +21,7 @@ from laep_jax.state.tree import TrainState, layout_of
 from laep_jax.tracking.console import RunConsole
 from laep_jax.tracking.pause import Pause
 from laep_jax.tracking.run_log import NoLog, RunLog
-from laep_jax.training.evaluate import validation_loss
+from laep_jax.training.evaluate import ValidationLoss, validation_loss
 from laep_jax.training.prune.compile_ahead import CompiledSteps
 from laep_jax.training.prune.controller import Controller
 from laep_jax.training.prune.guard import softened
@@ -142,10 +142,15 @@ class Trainer:
         self.run_state.retries += 1
         self.controller = make_controller(self.config, self.run_state, self.controller.history)
 
-    def evaluate(self, step: int, when: str) -> float:
+    def evaluate(self, step: int, when: str) -> None:
         """The validation loss; shown, and logged by domain."""
         with self.watch("evaluate", step):
             validation = validation_loss(self.model.evaluate, self.model.state, *self.measured_on)
+        self.log_validation(step, when, validation)
+        self.console.event(f"step {step}: validation loss {validation.loss:.4f} ({when})")
+
+    def log_validation(self, step: int, when: str, validation: ValidationLoss) -> None:
+        """Writes a measurement to the log and the summary."""
         loss, losses, targets = validation.loss, validation.loss_by_domain, validation.targets_by_domain
         summary = self.run_state.summary
         if summary.validation_targets_by_domain != targets:  # once, as long as the batches stay the same
@@ -153,8 +158,8 @@ class Trainer:
             self.log.write("validation", step, targets_by_domain=targets)
         self.log.write("eval", step, validation_loss=loss, validation_loss_by_domain=losses, when=when)
         summary.validation_loss_by_domain[when] = dict(losses)
-        self.console.event(f"step {step}: validation loss {loss:.4f} ({when.replace('_', ' ')})")
-        return loss
+        if when != "periodic":
+            setattr(summary, f"validation_loss_{when}", loss)
 
     @property
     def measured_on(self) -> tuple[list[dict[str, np.ndarray]], Mesh, tuple[str, ...]]:

@@ -39,12 +39,12 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
 
 def test_operations_in_a_loop_count_as_often_as_it_runs():
     found = hlo.collectives(PROGRAM)
-    assert found["all-gather"] == hlo.Collective(12, 0, 12 * 256, 12 * 128)
-    assert found["all-reduce"] == hlo.Collective(1, 0, 36, int(36 * 2 * 3 / 4))
+    assert found["all-gather"] == hlo.Collective(12, 12 * 256, 12 * 128)
+    assert found["all-reduce"] == hlo.Collective(1, 36, int(36 * 2 * 3 / 4))
 
 
 def test_of_a_conditional_the_true_branch_counts():
-    assert hlo.collectives(PROGRAM)["ragged-all-to-all"] == hlo.Collective(12, 0, 12 * 64, 12 * 48)
+    assert hlo.collectives(PROGRAM)["ragged-all-to-all"] == hlo.Collective(12, 12 * 64, 12 * 48)
 
 
 def test_kernels_are_those_of_every_branch():
@@ -74,12 +74,12 @@ ENTRY %main (a: bf16[16,256]) -> bf16[128,256] {
   ROOT %done = bf16[128,256]{1,0} call-done(%begun)
 }
 """
-    assert hlo.collectives(text)["all-gather"] == hlo.Collective(1, 1, 65536, 57344)
+    assert hlo.collectives(text)["all-gather"] == hlo.Collective(1, 65536, 57344, 1, 57344)
 
 
 def test_a_reduce_scatter_receives_from_all_others():
     text = "ENTRY %main (a: f32[8]) -> f32[2] {\n  %s = f32[2]{0} reduce-scatter(%a), replica_groups={{0,1,2,3}}\n}\n"
-    assert hlo.collectives(text)["reduce-scatter"] == hlo.Collective(1, 0, 8, 24)
+    assert hlo.collectives(text)["reduce-scatter"] == hlo.Collective(1, 8, 24)
 
 
 def test_a_reduce_scatter_as_tpu_has_it_counts_as_one():
@@ -93,7 +93,7 @@ ENTRY %main (a: bf16[16,8]) -> bf16[2,8] {
   ROOT %s = bf16[2,8]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
-    assert hlo.collectives(text) == {"reduce-scatter": hlo.Collective(1, 0, 32, 7 * 32)}
+    assert hlo.collectives(text) == {"reduce-scatter": hlo.Collective(1, 32, 7 * 32)}
 
 
 def test_what_is_permuted_arrives_and_its_operand_does_not_count():
@@ -102,4 +102,21 @@ def test_what_is_permuted_arrives_and_its_operand_does_not_count():
   ROOT %done = bf16[16,8]{1,0} collective-permute-done(%begun)
 }
 """  # noqa: E501
-    assert hlo.collectives(text) == {"collective-permute": hlo.Collective(1, 1, 256, 256)}
+    assert hlo.collectives(text) == {"collective-permute": hlo.Collective(1, 256, 256, 1, 256)}
+
+
+def test_what_runs_in_pieces_beside_products_counts_once_and_is_asynchronous():
+    """As XLA:TPU has an all-gather that products hide: whole in each fusion that it passes."""
+    fused = """%fused.N (p: bf16[8,16]) -> bf16[8,64] {
+  %gathered.N = bf16[8,64]{1,0} all-gather(%p), replica_groups=[2,4]<=[8], dimensions={1}
+}
+
+"""
+    text = "".join(fused.replace("N", str(i)) for i in range(3))
+    text += """ENTRY %main (a: bf16[8,16]) -> bf16[8,64] {
+  %async-collective-start.1 = (bf16[8,16]{1,0}, bf16[8,64]{1,0}, u32[]{:S(2)}) fusion(%a), calls=%fused.0
+  %fusion.5 = (bf16[32,32]{1,0}, bf16[8,64]{1,0}) fusion(%async-collective-start.1), calls=%fused.1
+  ROOT %async-collective-done.1 = bf16[8,64]{1,0} fusion(%fusion.5), calls=%fused.2
+}
+"""
+    assert hlo.collectives(text) == {"all-gather": hlo.Collective(1, 1024, 768, 1, 768)}

@@ -81,7 +81,7 @@ def test_loss_shows_every_record_and_marks_the_prune(run):
     by_label = {line.get_label(): line for line in axes.lines}
     assert len(by_label["training"].get_xdata()) == 300
     assert by_label["validation"].get_xdata().tolist() == [50, 100, 150, 180, 200, 250, 300, 300]
-    assert by_label["validation, right after a prune"].get_xdata().tolist() == [180]
+    assert by_label["validation, the plan's experts masked"].get_xdata().tolist() == [180]
     kept = sum(len(ids) for ids in run.prunes[0].after)
     assert [text.get_text() for text in axes.texts] == [f"pruned after step 180: 64 to {kept} experts"]
     assert [line.get_xdata() for line in axes.lines if line.get_linestyle() == ":"] == [[180, 180]]
@@ -89,7 +89,7 @@ def test_loss_shows_every_record_and_marks_the_prune(run):
 
 def test_domains_are_lines_with_the_worst_on_top_and_marks_as_large_as_their_targets(run):
     panels = figures.draw_domains(run).axes
-    assert [axes.get_title() for axes in panels] == ["right after the prune", "step 300"]
+    assert [axes.get_title() for axes in panels] == ["by the prune alone", "step 300"]
     labels = [label.get_text() for label in panels[0].get_yticklabels()]
     assert labels == ["forms (40)", "books (9,000)", "web (2,960)"]
     assert panels[0].get_ylim()[0] > panels[0].get_ylim()[1] == panels[1].get_ylim()[1]

@@ -159,11 +159,11 @@ def test_domains_are_measured_from_before_the_prune_and_the_worst_comes_first():
     assert losses.names == ("b", "a", "c")
     assert losses.targets_M.tolist() == [10, 30, 5]
     assert {label: loss_M.tolist() for label, loss_M in losses.rows.items()} == {
-        "right after the prune": [1.0, 0.25, -0.5],
+        "by the prune alone": [1.0, 0.25, -0.5],
         "step 5": [0.25, -0.5, 0.0],
     }
     at_the_cut = series.domain_losses(small_run(evals=evals[:4]))
-    assert list(at_the_cut.rows) == ["right after the prune"]
+    assert list(at_the_cut.rows) == ["by the prune alone"]
 
 
 def test_domains_without_a_prune_are_as_they_are_and_those_no_longer_measured_are_left_out():

@@ -28,9 +28,10 @@ from laep_jax.laep.plan import Plan
 from laep_jax.laep.recorded_loads import read_current_counts, read_loads
 from laep_jax.preflight import run as preflight_run
 from laep_jax.sharding import make_mesh
+from laep_jax.state.surgery import pruned_config
 from laep_jax.state.tree import abstract_state, initial_layout
 from laep_jax.training import loop
-from laep_jax.training.evaluate import masked_loss
+from laep_jax.training.evaluate import masked_loss, validation_loss
 from laep_jax.training.prune.controller import Controller
 from laep_jax.training.start import train
 from laep_jax.training.step import make_eval_step, make_train_step
@@ -82,8 +83,8 @@ def test_a_run_goes_through_the_whole_cycle(run, config):
     assert [record["step"] for record in records(run, "train")] == list(range(1, NUM_STEPS + 1))
     assert [(record["step"], record["when"]) for record in records(run, "eval")] == [
         (8, "periodic"),
-        (PRUNE_STEP, "before_prune"),
-        (PRUNE_STEP, "after_prune"),
+        (PLAN_STEP, "before_prune"),
+        (PLAN_STEP, "after_prune"),
         (16, "periodic"),
         (NUM_STEPS, "end"),
     ]
@@ -291,15 +292,19 @@ def test_the_pruned_model_has_the_loss_that_masking_predicts(run, config):
         process_index=0,
         process_count=1,
     )
+    smaller = pruned_config(config, plan.kept)
     with Checkpoints(run / "checkpoints", keep=9) as checkpoints:
         state = checkpoints.restore(PRUNE_STEP, abstract_state(config, mesh))
-    batches = [data.validation_batch(i) for i in range(config.train.eval_batches)]
-    step = functools.partial(make_eval_step(config, mesh, len(data.domains)), initial_layout(config))
-    predicted = masked_loss(step, state, plan, batches, mesh, data.domains)
-    before, after = (record for record in records(run, "eval") if record["step"] == PRUNE_STEP)
-    assert after["validation_loss"] == pytest.approx(predicted.loss, rel=1e-6)  # float32 sums over experts, other order
-    assert after["validation_loss_by_domain"] == pytest.approx(predicted.loss_by_domain, rel=1e-6)
-    assert abs(after["validation_loss"] - before["validation_loss"]) > 1e-5
+        pruned = checkpoints.restore_pruned(PRUNE_STEP, abstract_state(smaller, mesh), plan.kept)
+    measured_on = [data.validation_batch(i) for i in range(config.train.eval_batches)], mesh, data.domains
+    step, smaller_step = (
+        functools.partial(make_eval_step(of, mesh, len(data.domains)), initial_layout(of)) for of in (config, smaller)
+    )
+    before, after = validation_loss(step, state, *measured_on), validation_loss(smaller_step, pruned, *measured_on)
+    predicted = masked_loss(step, state, plan, *measured_on)
+    assert after.loss == pytest.approx(predicted.loss, rel=1e-6)  # float32 sums over experts, other order
+    assert after.loss_by_domain == pytest.approx(predicted.loss_by_domain, rel=1e-6)
+    assert abs(after.loss - before.loss) > 1e-5
 
 
 def test_the_validation_loss_is_logged_by_domain(run):

@@ -23,17 +23,16 @@ def decide(trainer: Trainer, step: int) -> None:
     trainer.console.state(stability_text(dataclasses.asdict(report), trainer.config.laep))
     prunes = trainer.controller.wants_prune(step, report)
     trainer.pause = Pause()
-    with trainer.pause.part("plan"):
-        plan = _checked_plan(trainer, step) if prunes else None
-        _require_same_plan(step, plan)
-        if plan is None or not plan.prunes:
-            trainer.run_state.summary.not_pruned = _why_not(trainer, report, plan)
-            return
-        due = step + trainer.config.laep.prune_delay
-        trainer.console.event(f"step {step}: a plan for step {due}" + (f", {report.reason}" if report.stable else ""))
-        trainer.console.event(plan.table())
-        trainer.log.write_file(f"plans/{step}.json", plan.to_json())
-        schedule(trainer, plan, step, due)
+    plan = _checked_plan(trainer, step) if prunes else None
+    _require_same_plan(step, plan)
+    if plan is None or not plan.prunes:
+        trainer.run_state.summary.not_pruned = _why_not(trainer, report, plan)
+        return
+    due = step + trainer.config.laep.prune_delay
+    trainer.console.event(f"step {step}: a plan for step {due}" + (f", {report.reason}" if report.stable else ""))
+    trainer.console.event(plan.table())
+    trainer.log.write_file(f"plans/{step}.json", plan.to_json())
+    schedule(trainer, plan, step, due)
 
 
 def _why_not(trainer: Trainer, report: StabilityReport, plan: Plan | None) -> str:
@@ -61,19 +60,29 @@ def _why_not(trainer: Trainer, report: StabilityReport, plan: Plan | None) -> st
 
 
 def _checked_plan(trainer: Trainer, step: int) -> Plan | None:
-    """A plan to prune that does no harm; None where none is left to try, see `laep_jax.training.prune.guard`."""
-    plan, tolerance = _make_plan(trainer, step), trainer.config.laep.guard_tolerance
-    if tolerance is None or not plan.prunes:
+    """A plan to prune that does no harm; None where none is left to try, see `laep_jax.training.prune.guard`.
+
+    What the prune costs is measured here, with its experts masked, and not when the plan is applied: that takes no time
+    of the pause, and both losses are of the same parameters.
+    """
+    model, tolerance = trainer.model, trainer.config.laep.guard_tolerance
+    plan = _make_plan(trainer, step)
+    if not plan.prunes:
         return plan
-    model = trainer.model
-    before = validation_loss(model.evaluate, model.state, *trainer.measured_on).loss
+    with trainer.pause.part("evaluate"):
+        before = validation_loss(model.evaluate, model.state, *trainer.measured_on)
     while True:
-        loss = masked_loss(model.evaluate, model.state, plan, *trainer.measured_on).loss
-        harm = rise(before, loss)
-        stands = not harm > tolerance
-        trainer.log.write("dry_run", step, stands=stands, validation_loss_before=before, validation_loss=loss)
-        trainer.console.event(f"step {step}: {_verdict(harm, tolerance, stands)}")
+        with trainer.pause.part("evaluate"):
+            after = masked_loss(model.evaluate, model.state, plan, *trainer.measured_on)
+        harm = rise(before.loss, after.loss)
+        stands = tolerance is None or not harm > tolerance
+        trainer.log.write(
+            "dry_run", step, stands=stands, validation_loss_before=before.loss, validation_loss=after.loss
+        )
+        trainer.console.event(f"step {step}: {_verdict(before.loss, after.loss, tolerance, stands)}")
         if stands:
+            trainer.log_validation(step, "before_prune", before)
+            trainer.log_validation(step, "after_prune", after)
             return plan
         trainer.soften_rule()
         if not trainer.controller.laep.max_prunes:
@@ -81,24 +90,25 @@ def _checked_plan(trainer: Trainer, step: int) -> Plan | None:
         plan = _make_plan(trainer, step)
 
 
-def _verdict(harm: float, tolerance: float, stands: bool) -> str:
-    """The guard's measurement for people."""
-    if math.isnan(harm):
-        return "the validation loss is not a number, so that the plan is not checked"
+def _verdict(before: float, after: float, tolerance: float | None, stands: bool) -> str:
+    """The measurement for people."""
+    measured = f"validation loss {before:.4f}, without the experts to prune {after:.4f}"
+    if tolerance is None or math.isnan(before):
+        return measured
     bound = f"LaepConfig.guard_tolerance={tolerance:g}"
-    cost = f"without the experts to prune the validation loss is {harm:+.4f} nats"
-    return f"{cost}, within {bound}" if stands else f"{cost}, above {bound}: the plan is refused"
+    return f"{measured}, within {bound}" if stands else f"{measured}, above {bound}: the plan is refused"
 
 
 def _make_plan(trainer: Trainer, step: int) -> Plan:
-    plan = trainer.controller.prune_plan()
-    _require_same_plan(step, plan)  # all must measure the same model
-    if trainer.config.laep.placement_loads == "recorded":
-        return plan
-    first = max(0, step - trainer.config.train.eval_batches)
-    batches = [trainer.dataset.train_batch(i) for i in range(first, step)]
-    loads = masked_loads(trainer.model.evaluate, trainer.model.state, plan, batches, trainer.model.mesh)
-    return trainer.controller.prune_plan([loads_E / len(batches) for loads_E in loads])
+    with trainer.pause.part("plan"):
+        plan = trainer.controller.prune_plan()
+        _require_same_plan(step, plan)  # all must measure the same model
+        if trainer.config.laep.placement_loads == "recorded":
+            return plan
+        first = max(0, step - trainer.config.train.eval_batches)
+        batches = [trainer.dataset.train_batch(i) for i in range(first, step)]
+        loads = masked_loads(trainer.model.evaluate, trainer.model.state, plan, batches, trainer.model.mesh)
+        return trainer.controller.prune_plan([loads_E / len(batches) for loads_E in loads])
 
 
 def _require_same_plan(step: int, plan: Plan | None) -> None:

@@ -38,8 +38,6 @@ def schedule(trainer: Trainer, plan: Plan, made: int, due: int) -> None:
 def apply(trainer: Trainer, smaller: SmallerModel) -> None:
     """Both phases: the old model and the plan on disk or on the way there, then the survivors in their new places."""
     run_state, step = trainer.run_state, trainer.run_state.step
-    with trainer.pause.part("evaluate"):
-        run_state.summary.validation_loss_before_prune = trainer.evaluate(step, "before_prune")
     if not run_state.summary.prune_steps:
         trainer.measure("before")
     with trainer.pause.part("save"):
@@ -67,7 +65,7 @@ def restore_survivors(
 
 
 def finish(trainer: Trainer, smaller: SmallerModel, model: Model) -> None:
-    """Installs the smaller model, evaluates and records it."""
+    """Installs the smaller model and records it."""
     run_state = trainer.run_state
     step, summary, pending = run_state.step, run_state.summary, run_state.pending
     assert pending
@@ -77,8 +75,6 @@ def finish(trainer: Trainer, smaller: SmallerModel, model: Model) -> None:
         summary.prune_steps.append(step)
         summary.parameters_after = model.size.total
         summary.experts_after = list(run_state.num_experts)
-        with trainer.pause.part("evaluate"):
-            summary.validation_loss_after_prune = trainer.evaluate(step, "after_prune")
         trainer.log.write(
             "prune",
             step,

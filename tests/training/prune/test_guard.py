@@ -47,6 +47,12 @@ def test_a_harmful_plan_is_refused_and_a_softer_one_applied(config, tmp_path, mo
     first, second = records(tmp_path, "dry_run")
     assert (first["step"], first["stands"], second["stands"]) == (PLAN_STEP, False, True)
     assert first["validation_loss"] > first["validation_loss_before"] + TOLERANCE >= second["validation_loss"]
+    losses = [(eval["step"], eval["when"], eval["validation_loss"]) for eval in records(tmp_path, "eval")[:2]]
+    assert losses == [
+        (PLAN_STEP, "before_prune", second["validation_loss_before"]),
+        (PLAN_STEP, "after_prune", second["validation_loss"]),
+    ]
+    assert summary["validation_loss_after_prune"] == second["validation_loss"]
     [cut] = records(tmp_path, "prune")
     assert Plan.from_json((tmp_path / cut["plan"]).read_text()).rule.beta == BETA / 2
     assert summary["prune_steps"] == [PRUNE_STEP]
