@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from experiments.catalogue import Experiment
-from experiments.phases import correlations, overlaps_with_last, windows
+from experiments.phases import LAEP, correlations, largest_change, stable_step, windows
 from experiments.tables import BySeed, Table, changes
 from laep_jax.report.figures import BLUE, GREY, ORANGE, VERMILLION
 
@@ -71,7 +72,7 @@ def draw_throughput(measured: BySeed, labels: Mapping[str, str], paper: Mapping[
 
 
 def draw_phases(experiment: Experiment, table: Table) -> Figure:
-    """Figure 1: loads over time of three layers, and how much windows agree with the one before and the last."""
+    """Figure 1: loads over time of three layers, and how much windows agree with the one before."""
     rows = [entry for entry in experiment.entries if table.get(entry.row)]
     figure = Figure(figsize=(13, 1.5 + 3 * len(rows)), layout="constrained")
     grid = figure.subplots(max(len(rows), 1), 4, squeeze=False)
@@ -85,20 +86,23 @@ def draw_phases(experiment: Experiment, table: Table) -> Figure:
             axes.set(yscale="log", title=f"{entry.label}, layer {layer}", xlabel="step", ylabel="tokens a step")
         _draw_agreement(line[-1], by_seed)
     figure.suptitle(f"{experiment.title}: one line an expert, dashed their mean")
+    handles = [
+        Line2D([], [], color=BLUE, label="rank correlation, mean over the layers"),
+        Line2D([], [], color=VERMILLION, label="tokens that moved, most in a layer (dashed: threshold)"),
+        Line2D([], [], color=GREY, linestyle=":", label="the stability test fires"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
 
 def _draw_agreement(axes, by_seed: BySeed) -> None:
     for result in by_seed.values():
         axes.plot(*zip(*correlations(result).items(), strict=True), color=BLUE)
-        axes.plot(*zip(*overlaps_with_last(result).items(), strict=True), color=VERMILLION, linestyle="--")
-        for step in result["stable"][:1]:
+        axes.plot(*zip(*largest_change(result, "moved").items(), strict=True), color=VERMILLION)
+        if step := stable_step(result):
             axes.axvline(step, color=GREY, linestyle=":")
-    axes.plot([], [], color=BLUE, label="rank correlation with the window before")
-    axes.plot([], [], color=VERMILLION, linestyle="--", label="overlap of the chosen set with the last one")
-    axes.plot([], [], color=GREY, linestyle=":", label="the stability test fires")
-    axes.set(ylim=(0, 1.02), xlabel="step", title="all seeds, mean over the layers")
-    axes.legend(fontsize=7)
+    axes.axhline(LAEP.max_moved, color=VERMILLION, linestyle="--", linewidth=1)
+    axes.set(ylim=(0, 1.02), xlabel="step", title="all seeds: agreement with the window before")
 
 
 def draw_distributions(rows: Sequence[tuple[str, str]], table: Table) -> Figure:

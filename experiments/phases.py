@@ -3,9 +3,9 @@
 Axes: L layers, E experts.
 """
 
-import dataclasses
 import itertools
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,9 +14,9 @@ from laep_jax.config import LaepConfig
 from laep_jax.laep.balance import imbalance
 from laep_jax.laep.pruning import prune_layer
 from laep_jax.laep.rule import PruneRule
-from laep_jax.laep.stability import overlap, rank_correlation
+from laep_jax.laep.stability import Change, change, failure, rank_correlation
 
-LAEP = LaepConfig()  # the paper's: alpha hybrid, beta 0.1
+LAEP = LaepConfig(estimator="mean")  # the paper's alpha hybrid, beta 0.1, on the windows' means
 
 
 def windows(result: Result) -> dict[int, np.ndarray]:
@@ -30,21 +30,31 @@ def correlations(result: Result) -> dict[int, float]:
     return {step: statistics.fmean(map(rank_correlation, new_LE, old_LE)) for (_, old_LE), (step, new_LE) in pairs}
 
 
-def stable_ranks(result: Result) -> int | None:
-    """The step after which every layer's correlation has reached the test's threshold in two windows; None: never."""
+def _changes(result: Result) -> dict[int, Change]:
+    """What changed in each window since the one before. Its loads are means, of which noise is not known."""
+    rule = PruneRule.from_settings(LAEP, len(next(iter(windows(result).values()))), top_k=1, expert_parallel=1)
+    counts = {step: list(loads_LE[:, None]) for step, loads_LE in windows(result).items()}
+    return {step: change(new, old, rule) for (_, old), (step, new) in itertools.pairwise(counts.items())}
+
+
+def stable_step(result: Result) -> int | None:
+    """The step after which the test finds the loads stable, by its defaults; None: never."""
     in_a_row = 0
-    for (_, old_LE), (step, new_LE) in itertools.pairwise(windows(result).items()):
-        reached = min(map(rank_correlation, new_LE, old_LE)) >= LAEP.rank_correlation
-        in_a_row = in_a_row + 1 if reached else 0
-        if in_a_row == LAEP.stable_windows:
+    for step, since in _changes(result).items():
+        in_a_row = 0 if failure(since, LAEP) else in_a_row + 1
+        if in_a_row == LAEP.stable_windows and step >= LAEP.min_step:
             return step
     return None
 
 
+def largest_change(result: Result, quantity: str) -> dict[int, float]:
+    """A field of `Change` by window, the largest over the layers."""
+    return {step: max(getattr(since, quantity)) for step, since in _changes(result).items()}
+
+
 def chosen(loads_LE: np.ndarray) -> list[tuple[int, ...]]:
     """The experts of each layer that the rule would prune, not rounded to devices."""
-    laep = dataclasses.replace(LAEP, estimator="mean")
-    rule = PruneRule.from_settings(laep, len(loads_LE), top_k=1, expert_parallel=1)
+    rule = PruneRule.from_settings(LAEP, len(loads_LE), top_k=1, expert_parallel=1)
     return [prune_layer(loads_E[None], rule, layer).eligible for layer, loads_E in enumerate(loads_LE)]
 
 
@@ -53,6 +63,16 @@ def overlaps_with_last(result: Result) -> dict[int, float]:
     by_step = {step: chosen(loads_LE) for step, loads_LE in windows(result).items()}
     last = by_step[max(by_step)]
     return {step: statistics.fmean(map(overlap, sets, last)) for step, sets in by_step.items()}
+
+
+def overlap(a: Sequence[int], b: Sequence[int]) -> float:
+    """Jaccard index of two sets of ids; 1.0 if both are empty.
+
+    >>> overlap([1, 2, 3], [2, 3, 4])
+    0.5
+    """
+    union = {*a} | {*b}
+    return len({*a} & {*b}) / len(union) if union else 1.0
 
 
 def largest_load(result: Result) -> dict[int, float]:

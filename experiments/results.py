@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.rows import Row
 from laep_jax.errors import UserError
-from laep_jax.files import MAX_JSON, parse_json, read_bytes, read_json, read_records
+from laep_jax.files import MAX_JSON, parse_json, read_bytes, read_json
 from laep_jax.report.run_data import RunData, read_run
 
 FOLDER = Path(__file__).parent / "results"
@@ -56,8 +56,6 @@ def append(folder: Path, result: Result) -> None:
 def result_of(row: Row, run_dir: Path) -> Result:
     """What is kept of a run directory whose run is complete."""
     run, summary = read_run(run_dir), read_json(run_dir / "summary.json", str(run_dir / "summary.json"))
-    records = read_records(run_dir / "metrics.jsonl")
-    stable = [record["step"] for record in records if record["kind"] == "stability" and record["stable"]]
     last_prune = run.prunes[-1].step if run.prunes else 0
     speeds = [r for r in run.train if r["step"] > last_prune and r["tokens_per_second"] is not None]
     end = int(run.steps[-1])
@@ -76,7 +74,6 @@ def result_of(row: Row, run_dir: Path) -> Result:
         "validation_loss_before_prune": summary["validation_loss_before_prune"],
         "validation_loss_after_prune": summary["validation_loss_after_prune"],
         "cuts": [transition.step for transition in run.prunes],
-        "stable": stable,
         "order": run.order(end + 1),
         "tokens_per_second": float(np.median([r["tokens_per_second"] for r in speeds])),
         "gflops_per_second": float(np.median([r["gflops_per_second"] for r in speeds])),

@@ -53,7 +53,8 @@ def _cells(entry: Entry, experiment: Experiment, table: Table) -> list[str]:
 
 def phases_table(experiment: Experiment, table: Table) -> str:
     """When the stability test fires, and how much the loads, and the set to prune, still change before and after."""
-    head = ("", "test fires at step", "by ranks alone", "rank correlation at 100", "at 250", "at the end")
+    head = ("", "test fires at step", "tokens moved at 100", "at 250", "at the end")
+    head = (*head, "regret at 250", "rank correlation at 100", "at 250", "at the end")
     head = (*head, "overlap with the last set at 100", "at 250", "when the test fires")
     head = (*head, "largest load at 100", "at the end", "seeds")
     return markdown(head, [_phases_cells(entry, table.get(entry.row, {})) for entry in experiment.entries])
@@ -61,14 +62,18 @@ def phases_table(experiment: Experiment, table: Table) -> str:
 
 def _phases_cells(entry: Entry, by_seed: BySeed) -> list[str]:
     results = list(by_seed.values())
-    fires = [result["stable"][0] if result["stable"] else None for result in results]
+    fires = [phases.stable_step(result) for result in results]
+    moved = [phases.largest_change(result, "moved") for result in results]
+    regret = [phases.largest_change(result, "regret")[250] for result in results]
     correlations = [phases.correlations(result) for result in results]
     overlaps = [phases.overlaps_with_last(result) for result in results]
     largest = [phases.largest_load(result) for result in results]
     return [
         entry.label,
         _steps(fires),
-        _steps([phases.stable_ranks(result) for result in results]),
+        *(spread([by_step[step] for by_step in moved], ".2f") for step in (100, 250)),
+        spread([by_step[max(by_step)] for by_step in moved], ".2f"),
+        spread(regret, ".2f"),
         *(spread([by_step[step] for by_step in correlations], ".2f") for step in (100, 250)),
         spread([by_step[max(by_step)] for by_step in correlations], ".2f"),
         *(spread([by_step[step] for by_step in overlaps], ".2f") for step in (100, 250)),

@@ -64,11 +64,20 @@ class LaepConfig:
         choices=("masked", "recorded"),
     )
     window: int = free(25, "steps of a window of loads", low=1)
-    rank_correlation: float = free(
-        0.9, "stable: every layer's rank correlation of loads with the window before is at least this", low=-1, high=1
+    max_moved: float = free(
+        0.1,
+        "stable: at most this fraction of any layer's tokens changed expert since the window before",
+        above=0,
+        high=1,
     )
-    overlap: float = free(
-        0.8, "stable: the sets of experts to prune of neighbouring windows overlap at least this much", low=0, high=1
+    max_regret: float = free(
+        0.05,
+        "stable: the experts chosen a window ago have at most this fraction of the tokens more than those chosen now",
+        above=0,
+        high=1,
+    )
+    max_excess: float = free(
+        3.0, "stable: the load of an expert chosen a window ago is at most so many times its bound alpha", low=1
     )
     stable_windows: int = free(2, "stable: windows in a row that are", low=1)
     min_step: int = free(100, "the first step after which loads may count as stable", low=0)

@@ -97,6 +97,7 @@ def test_the_tiny_run_from_a_shell_and_a_second_start_on_fewer_devices(tmp_path)
         "device_loads.png",
         "load_heatmap.png",
         "loss.png",
+        "stability.png",
     }
 
 

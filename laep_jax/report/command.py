@@ -15,6 +15,7 @@ FIGURES = {
     "cumulative_load.png": figures.draw_cumulative_load,
     "device_loads.png": figures.draw_device_loads,
     "load_heatmap.png": figures.draw_load_heatmap,
+    "stability.png": figures.draw_stability,
     "loss.png": figures.draw_loss,
     "domains.png": figures.draw_domains,
 }

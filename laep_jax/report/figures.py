@@ -232,6 +232,34 @@ def draw_loss(run: RunData) -> Figure:
     return figure
 
 
+def draw_stability(run: RunData) -> Figure:
+    """The two phases: how much the loads of each layer change from window to window."""
+    changes = series.stability(run)
+    layers = series.chosen_layers(run.num_layers, MAX_LAYERS)
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True)
+    for axes, of_layer_NL in zip(panels, (changes.moved_NL, changes.rank_correlation_NL), strict=True):
+        for layer in layers:
+            axes.plot(changes.steps, of_layer_NL[:, layer], "o-", markersize=3, linewidth=1, color=f"C{layer % 10}")
+        for transition in run.prunes:
+            axes.axvline(transition.plan_step, color=GREY, linestyle="--", linewidth=1.2)
+            axes.axvline(transition.step, **PRUNE_LINE)
+        axes.set(xlabel="step", xlim=(0, run.steps[-1]))
+        axes.grid(alpha=0.3)
+    panels[0].axhline(run.max_moved, color=VERMILLION, linestyle="--")
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    panels[0].set(ylabel="tokens that moved since the window before", ylim=(0, None))
+    panels[1].set(ylabel="rank correlation with the window before", ylim=(None, 1.02))
+    handles = [
+        *(Line2D([], [], color=f"C{layer % 10}", marker="o", markersize=3, label=f"layer {layer}") for layer in layers),
+        Line2D([], [], color=VERMILLION, linestyle="--", label=f"stable: at most {run.max_moved:g} (max_moved)"),
+        *_if_pruned(run, Line2D([], [], color=GREY, linestyle="--", label="plan made")),
+        *_transition_handles(run),
+    ]
+    _title(figure, f"Change of the loads between windows of {run.window} steps", run, layers, handles)
+    return figure
+
+
 def draw_domains(run: RunData) -> Figure:
     """Validation loss by domain: its change at the last prune and at the end; the worst on top."""
     losses = series.domain_losses(run)

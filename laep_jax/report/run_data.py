@@ -42,8 +42,9 @@ class RunData:
     """A run as its figures need it.
 
     steps: [N], ascending. tokens_NLE: by original id, 0 where an expert is not there. num_experts: of each layer before
-    any prune. window: steps that a mean load is taken over. alpha, beta: of the config. train, evals: records in the
-    order they were written. targets: how many validation targets each domain has, empty before the first evaluation.
+    any prune. window: steps that a mean load is taken over. alpha, beta, max_moved: of the config. train, evals:
+    records in the order they were written. targets: how many validation targets each domain has, empty before the first
+    evaluation.
     """
 
     steps: np.ndarray
@@ -53,6 +54,7 @@ class RunData:
     window: int
     alpha: tuple[float, ...]
     beta: float
+    max_moved: float
     prunes: tuple[Transition, ...]
     train: tuple[dict, ...]
     evals: tuple[dict, ...]
@@ -111,7 +113,8 @@ def read_run(run_dir: Path) -> RunData:
             expert_parallel=loads.expert_parallel,
             window=_step(laep["window"], f"{run_dir} window"),
             alpha=_alphas(laep["alpha"], num_layers),
-            beta=_beta(laep["beta"]),
+            beta=_share(laep["beta"], "beta"),
+            max_moved=_share(laep["max_moved"], "max_moved"),
             prunes=_read_prunes(run_dir, prunes, loads),
             train=_losses(records, "train", "loss"),
             evals=_losses(records, "eval", "validation_loss"),
@@ -157,7 +160,7 @@ def _read_prunes(run_dir: Path, records: list[dict], loads: RecordedLoads) -> tu
         plan = read_json(run_dir / file, str(run_dir / file))
         after = check_lineage(record["lineage"], order, f"{name}: lineage")
         alphas = _alphas(plan["alpha"], len(order))
-        prunes.append(Transition(step, plan_step, order, after, alphas, _beta(plan["beta"])))
+        prunes.append(Transition(step, plan_step, order, after, alphas, _share(plan["beta"], "beta")))
         order = after
     return tuple(prunes)
 
@@ -172,6 +175,6 @@ def _alphas(value: Any, num_layers: int) -> tuple[float, ...]:
     return alpha_per_layer([float(item) for item in value] if isinstance(value, list) else value, num_layers)
 
 
-def _beta(value: Any) -> float:
-    require(type(value) in (int, float) and 0 <= value <= 1, "beta", value, "must lie between 0 and 1")
+def _share(value: Any, name: str) -> float:
+    require(type(value) in (int, float) and 0 <= value <= 1, name, value, "must lie between 0 and 1")
     return float(value)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from laep_jax.laep import balance
+from laep_jax.laep.stability import moved, rank_correlation
 from laep_jax.report.run_data import RunData, Transition
 
 
@@ -58,6 +59,18 @@ class DeviceLoads:
     before: np.ndarray
     in_order: np.ndarray | None
     placed: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stability:
+    """Change of the loads from window to window, by layer, as the stability test measures it.
+
+    steps: [N], the last of each window.
+    """
+
+    steps: np.ndarray
+    moved_NL: np.ndarray
+    rank_correlation_NL: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +219,22 @@ def shares(run: RunData, last: int) -> np.ndarray:
         gone = np.setdiff1d(np.arange(len(shares_E)), run.present(layer, last))
         shares_E[gone] = np.nan
     return shares_LE
+
+
+def stability(run: RunData) -> Stability:
+    """Of every two neighbouring windows of steps between which nothing was pruned."""
+    window = run.window
+    ends = [step for step in run.steps.tolist() if step % window == 0 and step > window]
+    ends = [step for step in ends if not any(step - 2 * window < cut.step < step for cut in run.prunes)]
+    moved_NL, ranks_NL = np.zeros((2, len(ends), run.num_layers))
+    for row, end in enumerate(ends):
+        first, middle, stop = np.searchsorted(run.steps, (end - 2 * window + 1, end - window + 1, end + 1))
+        for layer in range(run.num_layers):
+            tokens_NE = run.tokens_NLE[:, layer, run.present(layer, end)]
+            old_NE, new_NE = tokens_NE[first:middle], tokens_NE[middle:stop]
+            moved_NL[row, layer] = moved(new_NE, old_NE)
+            ranks_NL[row, layer] = rank_correlation(new_NE.sum(0), old_NE.sum(0))
+    return Stability(np.array(ends), moved_NL, ranks_NL)
 
 
 def domain_losses(run: RunData) -> DomainLosses:

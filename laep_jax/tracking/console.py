@@ -9,7 +9,6 @@ Axes: L layers.
 
 import contextlib
 import itertools
-import math
 import sys
 import textwrap
 import typing
@@ -20,7 +19,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from laep_jax.config import LaepConfig
 from laep_jax.tracking.summary import Summary
 
 COUNTS_WIDTH = 26  # of the expert counts in the closing table
@@ -147,31 +145,6 @@ def progress_parts(step: int, num_steps: int, record: dict, peak_gflops: float |
         imbalance = [value for value in record[f"{name}_imbalance"] if value is not None]
         parts.append(f"{name} load {_number(max(imbalance, default=None), '.2f')}x")
     return parts
-
-
-def stability_text(record: dict, laep: LaepConfig) -> str:
-    """The state of the stability test: windows in a row, and what is furthest from its threshold.
-
-    record: the fields of a `stability` record of metrics.jsonl.
-
-    >>> record = {"rank_correlation": [0.95, 0.81], "overlap": [None, 0.9], "consecutive": 1}
-    >>> stability_text(record, LaepConfig(stable_windows=3, rank_correlation=0.9, overlap=0.8))
-    'loads: 1/3 windows stable (layer 1 rank 0.81)'
-    """
-    margins = [
-        (value - threshold, layer, name, value)
-        for name, values, threshold in (
-            ("rank", record["rank_correlation"], laep.rank_correlation),
-            ("overlap", record["overlap"], laep.overlap),
-        )
-        for layer, value in enumerate(values)
-        if value is not None and not math.isnan(value)
-    ]
-    text = f"loads: {record['consecutive']}/{laep.stable_windows} windows stable"
-    if not margins:
-        return text
-    _, layer, name, value = min(margins)
-    return f"{text} (layer {layer} {name} {value:.2f})"
 
 
 def duration(seconds: float) -> str:

@@ -38,8 +38,9 @@ def make_config(cache_dir: str, prune_via: str = "checkpoint") -> Config:
         cache_dir,
         model={"num_experts": 16},
         laep={
-            "rank_correlation": -1.0,
-            "overlap": 0.0,
+            "max_moved": 1.0,
+            "max_regret": 1.0,
+            "max_excess": 1e9,
             "stable_windows": 1,
             "min_step": 0,
             "max_prunes": 2,

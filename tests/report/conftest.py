@@ -86,7 +86,7 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
             (run_dir / "plans" / f"{step}.json").write_text(json.dumps(plan))
     records.append(evaluation(num_steps, "end", loss + 0.1))
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    laep = {"window": WINDOW, "alpha": ALPHA, "beta": BETA}
+    laep = {"window": WINDOW, "alpha": ALPHA, "beta": BETA, "max_moved": 0.1}
     (run_dir / "config.json").write_text(json.dumps({"laep": laep, "model": {"top_k": TOP_K}}))
     (run_dir / "loads").mkdir()
     for first in range(0, num_steps, 256):

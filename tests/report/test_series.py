@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+from laep_jax.laep.stability import moved
 from laep_jax.report import series
 from laep_jax.report.run_data import RunData, Transition, read_run
 
@@ -21,6 +22,7 @@ def small_run(**changes):
         window=2,
         alpha=(0.5,),
         beta=0.2,
+        max_moved=0.1,
         prunes=(CUT,),
         train=(),
         evals=(),
@@ -139,6 +141,18 @@ def test_shares_add_up_and_are_undefined_where_no_expert_is(run_dir):
     assert not np.isnan(before).any()
     np.testing.assert_array_equal(np.isnan(after), run.pruned_at_LE == 180)
     np.testing.assert_allclose(np.nansum(after, 1), 1)
+
+
+def test_change_of_the_loads_is_measured_between_windows_without_a_prune_in_them(run_dir):
+    run = read_run(run_dir)
+    changes = series.stability(run)
+    assert changes.steps.tolist() == [50, 75, 100, 125, 150, 175, 250, 275, 300]  # pruned after step 180
+    assert changes.moved_NL.shape == changes.rank_correlation_NL.shape == (9, 4)
+    assert (changes.moved_NL[0] > 4 * changes.moved_NL[5]).all()
+    assert (changes.rank_correlation_NL[5] > 0.9).all()
+    old, new = run.tokens_NLE[25:50, 0], run.tokens_NLE[50:75, 0]
+    assert changes.moved_NL[1, 0] == moved(new, old)
+    assert series.stability(small_run()).steps.tolist() == []
 
 
 def evaluated(step, when, *losses):

@@ -4,8 +4,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from laep_jax.config import LaepConfig
-from laep_jax.tracking.console import RunConsole, closing_table, progress_parts, stability_text
+from laep_jax.tracking.console import RunConsole, closing_table, progress_parts
 from laep_jax.tracking.summary import Summary
 
 TRAIN = {
@@ -123,21 +122,6 @@ def test_numbers_not_measured_yet_are_dashes():
     record = TRAIN | {"tokens_per_second": None, "gflops_per_second": None, "expert_imbalance": [None, None]}
     parts = progress_parts(1, 10, record)
     assert {"- tokens/s", "- GFLOP/s", "expert load -x", "device load 1.25x"} <= set(parts)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "overlaps", "names"),
-    [
-        ([0.95, 0.81], [1.0, 0.9], "(layer 1 rank 0.81)"),
-        ([0.95, 0.93], [0.7, 0.9], "(layer 0 overlap 0.70)"),
-        ([0.95, 0.93], [None, 0.9], "(layer 1 rank 0.93)"),
-        ([float("nan"), None], [None, None], ""),
-    ],
-)
-def test_stability_text_names_what_is_furthest_from_its_threshold(ranks, overlaps, names):
-    laep = LaepConfig(stable_windows=3, rank_correlation=0.9, overlap=0.8)
-    text = stability_text({"rank_correlation": ranks, "overlap": overlaps, "consecutive": 2}, laep)
-    assert text == f"loads: 2/3 windows stable {names}".rstrip()
 
 
 def test_closing_table_of_a_pruned_run():

@@ -161,7 +161,7 @@ def test_any_meta_is_a_progress_or_refused(fuzz):
 @pytest.mark.parametrize("stable_windows", [1, 2, 4])
 def test_other_windows_judge_by_what_is_recorded_and_by_all_once_it_is(window, stable_windows):
     """The history of a checkpoint is as long as the old windows needed; new ones wait for what they lack."""
-    old = LaepConfig(window=4, stable_windows=2, min_step=1, overlap=0.0)
+    old = LaepConfig(window=4, stable_windows=2, min_step=1, max_regret=1.0)
     new = dataclasses.replace(old, window=window, stable_windows=stable_windows)
     shares_LE = np.arange(1, 5) * np.ones((2, 1))
     tokens_NLE = np.random.default_rng(0).poisson(100 * shares_LE, (60, 2, 4))

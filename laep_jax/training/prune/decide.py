@@ -1,12 +1,10 @@
 """Whether a run prunes now, and by which plan (paper sections 3.2, 3.3)."""
 
-import dataclasses
 import math
 
 from laep_jax.distributed import require_same
 from laep_jax.laep.plan import Plan
-from laep_jax.laep.stability import StabilityReport
-from laep_jax.tracking.console import stability_text
+from laep_jax.laep.stability import StabilityReport, status
 from laep_jax.tracking.pause import Pause
 from laep_jax.training.evaluate import masked_loads, masked_loss, validation_loss
 from laep_jax.training.prune.guard import rise
@@ -19,8 +17,8 @@ def decide(trainer: Trainer, step: int) -> None:
     report = trainer.controller.assess()
     if warning := trainer.controller.collapse():
         trainer.console.event(f"step {step}: {warning}")
-    trainer.log.write("stability", step, **dataclasses.asdict(report))
-    trainer.console.state(stability_text(dataclasses.asdict(report), trainer.config.laep))
+    trainer.log.write("stability", step, **report.to_record())
+    trainer.console.state(status(report, trainer.config.laep))
     prunes = trainer.controller.wants_prune(step, report)
     trainer.pause = Pause()
     plan = _checked_plan(trainer, step) if prunes else None
@@ -54,8 +52,8 @@ def _why_not(trainer: Trainer, report: StabilityReport, plan: Plan | None) -> st
     if laep.prune_at_step is not None:
         return f"LaepConfig.prune_at_step={laep.prune_at_step} was not reached"
     return (
-        f"the loads are not stable, {report.reason}: train longer, lower LaepConfig.rank_correlation, overlap, "
-        "stable_windows or min_step, or name a step by LaepConfig.prune_at_step"
+        f"the loads are not stable, {report.reason}: train longer, raise LaepConfig.max_moved, max_regret or "
+        "max_excess, lower stable_windows or min_step, or name a step by LaepConfig.prune_at_step"
     )
 
 

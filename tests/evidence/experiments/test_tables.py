@@ -9,7 +9,7 @@ from experiments import measured, placements, throughput
 from experiments.__main__ import main
 from experiments.catalogue import EXPERIMENTS
 from experiments.drawing import figures_of, filled, text
-from experiments.phases import correlations, overlaps_with_last, stable_ranks
+from experiments.phases import correlations, largest_change, overlap, overlaps_with_last, stable_step
 from experiments.results import FOLDER, append, read_results
 from experiments.tables import by_row
 from laep_jax.errors import UserError
@@ -31,7 +31,6 @@ def result(row: str, seed: int, loss: float, **fields) -> dict:
         "validation_loss": loss,
         "validation_loss_by_domain": {"xml": loss, "rare": 2 * loss},
         "validation_targets_by_domain": {"xml": 5000, "rare": 10},
-        "stable": [],
         "order": order,
         "tokens_per_second": 100.0 + seed,
         "gflops_per_second": 1.0,
@@ -92,25 +91,42 @@ def test_figures_are_drawn_of_whatever_is_there(name, rows, tmp_path):
         assert (tmp_path / file).stat().st_size > 5_000
 
 
-def test_stable_ranks_and_overlaps():
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [((), (), 1.0), ((1,), (), 0.0), ((1, 2), (3,), 0.0), ((1, 2, 3, 4), (4, 3, 5), 0.4), ((2, 1), (1, 2), 1.0)],
+)
+def test_overlap_is_intersection_over_union(a, b, expected):
+    assert overlap(a, b) == overlap(b, a) == expected
+
+
+def test_the_stability_test_fires_in_every_recorded_run_without_a_prune_and_in_none_before_step_200():
+    unpruned = [result for result in read_results(FOLDER) if "cuts" in result and not result["cuts"]]
+    assert len(unpruned) == 54
+    assert all(200 <= (stable_step(result) or 0) < 500 for result in unpruned)
+
+
+def test_stable_steps_and_overlaps():
     loads = np.arange(1, 21)
     shuffled = np.random.default_rng(0).permutation(loads)
     steps = {50: loads, 100: shuffled, 150: loads, 200: loads, 250: loads}
     run = {"loads": {str(step): [loads_E.tolist()] for step, loads_E in steps.items()}}
     assert correlations(run)[200] == 1.0
     assert correlations(run)[100] < 0.9
-    assert stable_ranks(run) == 250
+    assert largest_change(run, "moved")[100] > 0.1
+    assert largest_change(run, "moved")[200] == 0
+    assert stable_step(run) == 250
     assert overlaps_with_last(run)[200] == 1.0
     assert overlaps_with_last(run)[100] < 1.0
 
 
 def test_the_set_chosen_when_the_test_fires_is_compared_with_the_last():
     early, late = [[*range(20, 0, -1)]], [[*range(1, 21)]]
-    run = result("base", 0, 4.0, stable=[250, 500], loads={"50": early, "100": early, "250": late, "500": late})
+    loads = {"50": early, "100": late, "150": early, "200": late, "250": late, "300": late, "500": late}
+    run = result("base", 0, 4.0, loads=loads)
     [line] = [line for line in text("phases", by_row([run])).splitlines() if line.startswith("| 64 experts, BPE |")]
     cells = line.strip("| ").split(" | ")
-    assert cells[1] == "250"
-    assert cells[6:9] == ["0.00", "1.00", "1.00"]
+    assert cells[1] == "300"
+    assert cells[9:12] == ["1.00", "1.00", "1.00"]
 
 
 def test_the_optimal_placement_is_no_worse_than_any():

@@ -133,8 +133,9 @@ def test_a_second_prune_measures_loads_with_the_step_compiled_ahead(config, tmp_
     laep = {
         "max_prunes": 2,
         "prune_delay": 1,
-        "rank_correlation": -1.0,
-        "overlap": 0.0,
+        "max_moved": 1.0,
+        "max_regret": 1.0,
+        "max_excess": 1e9,
         "stable_windows": 1,
         "guard_tolerance": None,
         "min_step": 1,
