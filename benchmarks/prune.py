@@ -32,13 +32,16 @@ from laep_jax.training.start import train
 DEVICES = 8
 MODEL = ModelConfig(num_layers=3, hidden_size=256, head_dim=64, ffn_size=512, num_experts=64, router_init=0.3)
 PLAN_STEP, PRUNE_DELAY, AFTER = 4, 12, 4  # steps until the plan, until the prune, and after it
+CHECKPOINT = 10  # a run has saved before it prunes: the first save in a process takes seconds longer
 REPETITIONS = 3  # of a read
 VARIANTS = {
     "checkpoint": {"prune_via": "checkpoint", "prune_delay": PRUNE_DELAY},
     "checkpoint, compiled in the pause": {"prune_via": "checkpoint", "prune_delay": 0},
     "memory": {"prune_via": "memory", "prune_delay": PRUNE_DELAY},
 }
-PARTS = ("plan", "evaluate", "save", "restore", "compile", "first step")
+# What each moment of the pause has; of the first step, what it takes longer than the next ones.
+MOMENTS = {"at the plan": ("plan", "evaluate"), "at the prune": ("save", "restore", "compile", "first step")}
+COLUMNS = [column for moment, parts in MOMENTS.items() for column in (*parts, moment)]
 
 
 def run(arguments: Sequence[str]) -> dict:
@@ -63,7 +66,7 @@ def _config(variant: str, cache_dir: Path) -> Config:
             num_steps=num_steps,
             eval_every=PLAN_STEP - 1,
             eval_batches=1,
-            checkpoint_every=num_steps,
+            checkpoint_every=CHECKPOINT,
             log_every=num_steps,
         ),
     )
@@ -89,14 +92,15 @@ def _figures(records: list[dict], laep: LaepConfig) -> dict:
     [prune] = [record for record in records if record["kind"] == "prune"]
     seconds = {record["step"]: record["step_seconds"] for record in records if record["kind"] == "train"}
     first = prune["step"] + 1
-    pause = prune["seconds"] | {"first step": seconds[first]}
+    after = float(np.median([seconds[step] for step in range(first + 1, max(seconds) + 1)]))
+    pause = prune["seconds"] | {"first step": max(seconds[first] - after, 0.0)}
     beside = [seconds[step] for step in range(prune["plan_step"] + 1, first)]
     return {
-        "pause_seconds": pause | {"sum": sum(pause.values())},
+        "pause_seconds": pause | {name: sum(pause[part] for part in parts) for name, parts in MOMENTS.items()},
         "step_seconds": {
             "before": float(np.median([seconds[step] for step in range(2, prune["plan_step"] + 1)])),
             "beside the compilation": float(np.mean(beside)) if beside else None,
-            "after": float(np.median([seconds[step] for step in range(first + 1, max(seconds) + 1)])),
+            "after": after,
         },
         "bytes_read": prune.get("bytes_read"),
         "bytes_needed": prune.get("bytes_needed"),
@@ -129,13 +133,11 @@ def table(result: dict) -> str:
     before, after = result["parameters"]
     lines = [
         f"{before / 1e6:.0f} M parameters, {after / 1e6:.0f} M after the prune; seconds",
-        f"{'':<36}" + "".join(f"{part:>11}" for part in (*PARTS, "sum", "a step")),
+        f"{'':<36}" + "".join(f"{part:>13}" for part in (*COLUMNS, "a step")),
     ]
     for name, figures in variants.items():
-        pause = [figures["pause_seconds"][part] for part in (*PARTS, "sum")]
-        lines.append(
-            f"{name:<36}" + "".join(f"{value:>11.3f}" for value in (*pause, figures["step_seconds"]["before"]))
-        )
+        values = [*(figures["pause_seconds"][column] for column in COLUMNS), figures["step_seconds"]["before"]]
+        lines.append(f"{name:<36}" + "".join(f"{value:>13.3f}" for value in values))
     steps = result["step_seconds"]
     read, needed = result["bytes_read"], result["bytes_needed"]
     lines += [

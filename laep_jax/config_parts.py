@@ -44,6 +44,21 @@ class LaepConfig:
         low=0,
         high=1,
     )
+    domain_beta: float | None = free(
+        None,
+        "the same bound in every domain: the pruned experts have at most this fraction of each domain's tokens",
+        low=0,
+        high=1,
+    )
+    target_experts: float | None = free(
+        None,
+        "experts to keep, of all layers: below 1 a fraction of them, else a number; beta becomes what it takes",
+        above=0,
+    )
+    min_experts: int | None = free(None, "experts that every layer keeps at least", low=1)
+    max_experts: int | None = free(
+        None, "experts that every layer keeps at most, whatever alpha and beta say: programs pad to the widest", low=1
+    )
     estimator: str = free(
         "vote",
         "decide in each iteration of the window and count votes, or decide on the mean loads",

@@ -31,6 +31,10 @@ class UserError(ValueError):
         super().__init__(printable(text))
 
 
+class NoPlanError(UserError):
+    """The settings of a plan ask for what these loads do not allow."""
+
+
 def printable(text: str) -> str:
     r"""The text with everything escaped that does not print, as halves of surrogate pairs and line ends.
 

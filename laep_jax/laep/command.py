@@ -4,26 +4,32 @@ python -m laep_jax plan --counts counts.npz --expert-parallel 8 --top-k 2 --alph
 """
 
 import argparse
+import os.path
 import typing
 from pathlib import Path
 
+import numpy as np
+
 from laep_jax.config import LaepConfig
-from laep_jax.errors import UserError
+from laep_jax.errors import UserError, require
 from laep_jax.fields import settings_of
-from laep_jax.laep.counts import FORMS, describe
+from laep_jax.laep.counts import FORMS, describe, read_domains
 from laep_jax.laep.plan import make_plan
 from laep_jax.laep.recorded_loads import read_counts_or_run
 from laep_jax.laep.rule import SETTINGS, PruneRule
+
+TYPES = {float: float, float | None: float, int | None: int}
 
 
 def main(argv: list[str]) -> int:
     """Reads counts, prints what they are and the plan as a table, writes it as JSON. `UserError` on bad input."""
     args = _parser().parse_args(argv)
-    counts, source = read_counts_or_run(args.counts)
-    print("\n".join([*([source] if source else []), *describe(counts, args.top_k)]))
+    counts, domains, told = _read(args.counts)
+    print("\n".join([*told, *describe(counts, args.top_k)]))
     args.alpha = _alpha(args.alpha)
     rule = PruneRule.from_settings(args, len(counts), top_k=args.top_k, expert_parallel=args.expert_parallel)
-    plan = make_plan(counts, rule, replica_slots=args.replica_slots)
+    require(rule.domain_beta is None or domains, "--domain-beta", rule.domain_beta, "needs counts of several domains")
+    plan = make_plan(counts, rule, replica_slots=args.replica_slots, domains=domains, target=args.target_experts)
     print(plan.table())
     if args.out:
         try:
@@ -32,6 +38,32 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--out={args.out} cannot be written: {error.strerror}") from error
         print(f"wrote {args.out}")
     return 0
+
+
+def _read(files: list[str]) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]], list[str]]:
+    """Counts [N, E] of each layer, their sums [E] by domain, and words on where they are from."""
+    named = dict(_named(text) for text in files)
+    require(len(named) == len(files), "--counts", files, "names a domain twice")
+    if len(named) == 1 and "" in named:
+        path = named[""]
+        by_domain = {} if os.path.isdir(path) else read_domains(path)  # a name may be too long
+        if not by_domain:
+            counts, source = read_counts_or_run(path)
+            return counts, {}, [source] if source else []
+    else:
+        require("" not in named, "--counts", files, "must be NAME=FILE where there are several")
+        by_domain = {name: read_counts_or_run(path)[0] for name, path in named.items()}
+    widths = {name: tuple(tokens_NE.shape[1] for tokens_NE in counts) for name, counts in by_domain.items()}
+    require(len({*widths.values()}) == 1, "experts by layer of the domains", widths, "are not the same")
+    told = [f"{len(by_domain)} domains: {', '.join(by_domain)}"]
+    domains = {name: [tokens_NE.sum(axis=0) for tokens_NE in counts] for name, counts in by_domain.items()}
+    return [np.concatenate(layer) for layer in zip(*by_domain.values(), strict=True)], domains, told
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """("law", law.npz) of "law=law.npz"; without a name where the text is a file, or has no "="."""
+    name, separator, file = text.partition("=")
+    return ("", Path(text)) if not separator or os.path.exists(text) else (name, Path(file))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,10 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     required = parser.add_argument_group("required")
     required.add_argument(
         "--counts",
-        type=Path,
+        action="append",
         required=True,
-        metavar="FILE",
-        help=f"{FORMS}; or the directory of a run, for a plan that fits its model as it now is",
+        metavar="[NAME=]FILE",
+        help=f"{FORMS}; or the directory of a run, for a plan that fits its model as it now is. "
+        "NAME=FILE, repeated: of several domains",
     )
     required.add_argument("--expert-parallel", type=int, required=True, metavar="G", help="devices to spread over")
     required.add_argument("--top-k", type=int, required=True, metavar="K", help="experts chosen for each token")
@@ -59,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help="slots of each device for replicas of hot experts; 0 is the paper (%(default)s)",
     )
+    add("--target-experts", type=float, metavar="N", help=settings_of(LaepConfig)["target_experts"].meaning)
     add(
         "--out", type=Path, metavar="FILE", help="where to write the plan as JSON; without it only the table is printed"
     )
@@ -70,8 +104,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     hints, stated = typing.get_type_hints(LaepConfig), settings_of(LaepConfig)
     for name in SETTINGS:
         parser.add_argument(
-            f"--{name}",
-            type=float if hints[name] is float else str,
+            f"--{name.replace('_', '-')}",
+            type=TYPES.get(hints[name], str),
             choices=stated[name].choices if hints[name] is str else None,  # alpha may be a number as well
             default=getattr(LaepConfig, name),
             help=f"{stated[name].meaning} (%(default)s)",

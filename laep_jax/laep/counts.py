@@ -15,7 +15,8 @@ from laep_jax.laep.load import FIELD, as_counts
 
 FORMS = (
     f".npy, or .npz with the array {FIELD}: integers [iterations, layers, experts] or [layers, experts]; "
-    "or .npz with one array a layer, layer_0, layer_1, ...: [iterations, experts] or [experts]"
+    "or .npz with one array a layer, layer_0, layer_1, ...: [iterations, experts] or [experts]; "
+    "or .npz with one array a domain: [iterations, layers, experts]"
 )
 MAX_IDLE_LINES = 4
 
@@ -34,13 +35,30 @@ def read_counts(path: Path) -> list[np.ndarray]:
     return as_counts(tokens if tokens.ndim == 3 else tokens[None])
 
 
+def read_domains(path: Path) -> dict[str, list[np.ndarray]]:
+    """Checked counts [N, E] of each layer by domain, from an .npz with one array a domain; empty of another file."""
+    name = f"counts {str(path)!r}"
+    names = array_names(path, name)
+    if not names or FIELD in names:
+        return {}
+    arrays = read_arrays(path, name, names)
+    if any(tokens.ndim != 3 for tokens in arrays.values()):
+        return {}
+    return {domain: as_counts(tokens_NLE) for domain, tokens_NLE in arrays.items()}
+
+
 def _by_layer(names: list[str], name: str) -> list[str]:
     """The names in the order of their layers: the same but for one number, 0 to L - 1."""
     matches = [re.fullmatch(r"(\D*)(\d{1,6})(\D*)", key, re.ASCII) for key in names]
     by_layer = {int(match[2]): match[0] for match in matches if match}
     others = {(match[1], match[3]) if match else None for match in matches}
     fits = None not in others and len(others) == 1 and sorted(by_layer) == list(range(len(names)))
-    require(fits, f"arrays in {name}", names, f"must include {FIELD}, or be layer_0, layer_1, ..., one a layer")
+    require(
+        fits,
+        f"arrays in {name}",
+        names,
+        f"must include {FIELD}, or be layer_0, layer_1, ..., or a [iterations, layers, experts] for each domain",
+    )
     return [by_layer[layer] for layer in range(len(names))]
 
 

@@ -26,7 +26,7 @@ class LayerPlan:
     devices, `before` with the survivors in their old order. lower_bound: of the largest
     device load, in tokens an iteration; see `balance.lower_bound`. With replica slots: slots, for each device the old
     slots of the experts in its own, -1 for an empty one; shares, of their tokens, of the same shape; slot_load, as
-    device_load with these.
+    device_load with these. domain_shares: share of each domain's tokens that the pruned experts have, where known.
     """
 
     kept: tuple[int, ...]
@@ -39,6 +39,7 @@ class LayerPlan:
     slots: tuple[tuple[int, ...], ...] = ()
     shares: tuple[tuple[float, ...], ...] = ()
     slot_load: tuple[float, ...] = ()
+    domain_shares: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def mean_load(self) -> float:
@@ -80,6 +81,10 @@ class LayerPlan:
         )
         finite = all(math.isfinite(number) and number >= 0 for number in numbers)
         require(finite, f"{field} loads", numbers, "must be finite and not negative")
+        shares = self.domain_shares.values()
+        require(
+            all(0 <= share <= 1 for share in shares), f"{field}.domain_shares", [*shares], "must lie between 0 and 1"
+        )
         if self.slots or self.shares or self.slot_load:
             self._check_slots(field)
 

@@ -17,9 +17,10 @@ from laep_jax.config import LaepConfig
 from laep_jax.errors import require
 from laep_jax.laep import plan_json, plan_table
 from laep_jax.laep.balance import imbalance
+from laep_jax.laep.budget import Domains, choose, reach_target
 from laep_jax.laep.layer_plan import LayerPlan, make_layer_plan
 from laep_jax.laep.load import as_counts, num_with_tokens
-from laep_jax.laep.pruning import Pruning, prune_layer
+from laep_jax.laep.pruning import Pruning
 from laep_jax.laep.rule import PruneRule
 from laep_jax.laep.slots import EMPTY
 
@@ -67,6 +68,16 @@ class Plan:
         """Max / mean load of the devices by layer, with the replicas that the plan has."""
         return tuple(imbalance(np.array(layer.slot_load or layer.device_load)) for layer in self.layers)
 
+    def pruned_shares(self, domains: Domains) -> dict[str, list[float]]:
+        """By domain and layer, the share of the domain's tokens that goes to the experts to prune."""
+        return {
+            name: [
+                float(tokens_E[list(layer.pruned)].sum() / max(tokens_E.sum(), 1))
+                for tokens_E, layer in zip(tokens, self.layers, strict=True)
+            ]
+            for name, tokens in domains.items()
+        }
+
     def to_json(self) -> str:
         """The plan as JSON text, a line a layer; `from_json` gives an equal plan back."""
         return plan_json.dump(dataclasses.asdict(self))
@@ -93,10 +104,13 @@ def make_plan(
     *,
     placement_loads: Sequence[np.ndarray] | None = None,
     replica_slots: int = 0,
+    domains: Domains | None = None,
+    target: float | None = None,
 ) -> Plan:
     """Both algorithms: prune by the recorded counts, then place the survivors.
 
-    replica_slots: of each device, for replicas of hot experts; see `laep.slots`.
+    replica_slots: of each device, for replicas of hot experts; see `laep.slots`. domains: tokens by domain, for
+    `rule.domain_beta`. target: experts to keep of all layers, see `budget.reach_target`; then beta is not used.
     tokens: counts [N, L, E], or [N, E] of each layer. placement_loads: mean tokens an iteration, [E]
     of each layer, measured with the pruned experts masked; by default the recorded means, which leave
     out that the tokens of pruned experts go elsewhere. Iterations in which a layer got no tokens are left out
@@ -108,7 +122,13 @@ def make_plan(
     require(not idle, "layers without tokens", idle, hint)
     num_experts = tuple(tokens_NE.shape[1] for tokens_NE in counts)
     rule.check_model(num_experts)
-    choices = [prune_layer(tokens_NE, rule, layer) for layer, tokens_NE in enumerate(counts)]
+    domains = domains or {}
+    for name, tokens in domains.items():
+        found = tuple(map(len, tokens))
+        require(found == num_experts, f"experts of domain {name}", found, f"are not those of the counts, {num_experts}")
+    if target is not None:
+        rule = reach_target(counts, rule, target, domains)
+    choices = choose(counts, rule, domains)
     totals = [tokens_NE.sum(axis=0) for tokens_NE in counts]
     if placement_loads is None:  # whole sums instead of means: ties and order are then exact
         loads, iterations = totals, [*map(num_with_tokens, counts)]
@@ -117,7 +137,11 @@ def make_plan(
     shapes = tuple(loads_E.shape for loads_E in loads)
     assert shapes == tuple((count,) for count in num_experts), (shapes, num_experts)
     parts = zip(loads, iterations, choices, strict=True)
-    return Plan(num_experts, rule, tuple(make_layer_plan(*part, rule, replica_slots) for part in parts))
+    plan = Plan(num_experts, rule, tuple(make_layer_plan(*part, rule, replica_slots) for part in parts))
+    shares = plan.pruned_shares(domains)
+    by_layer = [{name: of_domain[i] for name, of_domain in shares.items()} for i in range(len(counts))]
+    layers = [dataclasses.replace(layer, domain_shares=of) for layer, of in zip(plan.layers, by_layer, strict=True)]
+    return dataclasses.replace(plan, layers=tuple(layers))
 
 
 def chosen_plan(loads: Sequence[np.ndarray], pruned: Sequence[Sequence[int]], rule: PruneRule) -> Plan:

@@ -14,12 +14,14 @@ from laep_jax.errors import require
 from laep_jax.files import MAX_JSON, parse_json
 from laep_jax.laep.rule import PruneRule
 
-FORMAT, VERSIONS = "laep-plan", (1, 2, 3)  # 1 called the rounding keep_more "restore"; 3 may have slots
+FORMAT, VERSIONS = "laep-plan", (1, 2, 3, 4)  # 1 called the rounding keep_more "restore"; 3 may have slots, 4 domains
 RULE = tuple(field.name for field in dataclasses.fields(PruneRule))
+BOUNDS = ("domain_beta", "min_experts", "max_experts")  # of the rule, since version 4
 IDS = ("kept", "pruned", "eligible")
 LOADS = ("imbalance_before", "imbalance_after", "lower_bound")
 LAYER = {*IDS, "device_load", *LOADS}
 SLOTS = {"slots", "shares", "slot_load"}  # in all layers or in none
+DOMAINS = "domain_shares"  # likewise
 PLAN = {"format", "version", "num_layers", "num_experts", *RULE, "layers"}
 
 
@@ -33,7 +35,10 @@ def dump(plan: dict[str, Any]) -> str:
         "num_experts": counts[0] if len(set(counts)) == 1 else counts,
         **rule | {"alpha": ["inf" if math.isinf(alpha) else alpha for alpha in rule["alpha"]]},
     }
-    given = [{name: value for name, value in layer.items() if name not in SLOTS or value} for layer in plan["layers"]]
+    given = [
+        {name: value for name, value in layer.items() if name not in {*SLOTS, DOMAINS} or value}
+        for layer in plan["layers"]
+    ]
     layers = ",\n".join(json.dumps(layer, allow_nan=False) for layer in given)
     return f'{json.dumps(head, allow_nan=False)[:-1]}, "layers": [\n{layers}\n]}}\n'
 
@@ -46,6 +51,7 @@ def parse(text: str) -> dict[str, Any]:
     require(plan.get("format") == FORMAT, "plan format", plan.get("format"), f"must be {FORMAT!r}")
     version = plan.get("version")
     require(type(version) is int and version in VERSIONS, "plan version", version, f"must be one of {VERSIONS}")
+    plan = dict.fromkeys(BOUNDS) | plan
     _check_keys(plan, PLAN, "plan")
     if version == 1 and plan["rounding"] == "restore":
         plan["rounding"] = "keep_more"
@@ -67,13 +73,16 @@ def _rule(plan: dict[str, Any]) -> dict[str, Any]:
         **{name: _integer(plan[name], name) for name in ("expert_parallel", "top_k")},
         "alpha": tuple(math.inf if alpha == "inf" else _number(alpha, "alpha") for alpha in alphas),
         "beta": _number(plan["beta"], "beta"),
+        "domain_beta": None if plan["domain_beta"] is None else _number(plan["domain_beta"], "domain_beta"),
     }
 
 
 def _layer(layer: Any, field: str) -> dict[str, Any]:
     require(isinstance(layer, dict), field, layer, "must be a JSON object")
-    _check_keys(layer, LAYER | SLOTS if SLOTS & set(layer) else LAYER, field)
-    given = {"slots": [], "shares": [], "slot_load": []} | layer
+    optional = {DOMAINS} & set(layer) | (SLOTS if SLOTS & set(layer) else set())
+    _check_keys(layer, LAYER | optional, field)
+    given = {"slots": [], "shares": [], "slot_load": [], DOMAINS: {}} | layer
+    require(isinstance(given[DOMAINS], dict), f"{field}.{DOMAINS}", given[DOMAINS], "must be a JSON object")
     rows = {name: _list(given[name], f"{field}.{name}") for name in ("slots", "shares")}
     return {
         **{name: _integers(layer[name], f"{field}.{name}") for name in IDS},
@@ -81,6 +90,7 @@ def _layer(layer: Any, field: str) -> dict[str, Any]:
         **{name: _number(layer[name], f"{field}.{name}") for name in LOADS},
         "slots": tuple(_integers(row, f"{field}.slots") for row in rows["slots"]),
         "shares": tuple(_numbers(row, f"{field}.shares") for row in rows["shares"]),
+        DOMAINS: {name: _number(share, f"{field}.{DOMAINS}") for name, share in given[DOMAINS].items()},
     }
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from laep_jax.laep.layer_plan import LayerPlan
 from laep_jax.laep.rule import PruneRule
 
+MAX_DOMAINS = 8  # that get a column
+
 
 def table(rule: PruneRule, layers: Sequence[LayerPlan]) -> str:
     """The settings, what the columns mean, a line a layer and a total, which adds up the layers' loads."""
@@ -22,7 +24,25 @@ def table(rule: PruneRule, layers: Sequence[LayerPlan]) -> str:
         lines[4] += "    slots"
     for index, (alpha, layer) in enumerate(zip(rule.alpha, layers, strict=True)):
         lines.append(_line(str(index), f"{alpha:g}", [layer]))
-    return "\n".join([*lines, _line("total", "", layers)])
+    return "\n".join([*lines, _line("total", "", layers), *_domain_lines(rule, layers)])
+
+
+def _domain_lines(rule: PruneRule, layers: Sequence[LayerPlan]) -> list[str]:
+    """For each layer, the share of each domain's tokens that the pruned experts have; of the domains that lose most."""
+    names = sorted(layers[0].domain_shares, key=lambda name: -max(layer.domain_shares[name] for layer in layers))
+    shown, bound = names[:MAX_DOMAINS], "" if rule.domain_beta is None else f", domain_beta {rule.domain_beta:g}"
+    if not shown:
+        return []
+    some = f" ({len(shown)} of {len(names)} domains)" if len(shown) < len(names) else ""
+    widths = [max(len(name), 6) for name in shown]
+    lines = [
+        f"share of a domain's tokens on the pruned experts{some}{bound}",
+        "layer" + "".join(f"  {name:>{width}}" for name, width in zip(shown, widths, strict=True)),
+    ]
+    for index, layer in enumerate(layers):
+        shares = (f"  {layer.domain_shares[name]:>{width}.2%}" for name, width in zip(shown, widths, strict=True))
+        lines.append(f"{index:>5}" + "".join(shares))
+    return lines
 
 
 def _line(name: str, alpha: str, layers: Sequence[LayerPlan]) -> str:

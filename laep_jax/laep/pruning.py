@@ -26,6 +26,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from laep_jax.errors import NoPlanError
 from laep_jax.laep.load import num_with_tokens
 from laep_jax.laep.rule import PruneRule
 
@@ -76,29 +77,57 @@ def _most_allowed(total: np.ndarray, share: Fraction, inequality: str) -> np.nda
     return np.array(bounds, np.int64).reshape(total.shape)
 
 
-def prune_layer(tokens_NE: np.ndarray, rule: PruneRule, layer: int) -> Pruning:
+def prune_layer(tokens_NE: np.ndarray, rule: PruneRule, layer: int, domains_ME: np.ndarray | None = None) -> Pruning:
     """Algorithm 1 on one layer.
 
-    tokens_NE: non-negative int64 counts of a model that `rule.check_model` accepts. Returns the ids chosen by the rule
-    and those that go once the kept count is rounded; none of either where there are no tokens.
+    tokens_NE: non-negative int64 counts of a model that `rule.check_model` accepts. domains_ME: the tokens of each
+    domain, for `rule.domain_beta`. Returns the ids chosen by the rule and those that go once the kept count is rounded;
+    none of either where there are no tokens. `UserError` where too few may go for `rule.max_experts`.
     """
     totals_E = tokens_NE.sum(axis=0)
     judged_NE = tokens_NE if rule.estimator == "vote" else totals_E[None]
     marks_NE = eligible_experts(judged_NE, rule.alpha[layer], rule.beta, rule.inequality)
     votes_E = marks_NE.sum(axis=0)
     num_chosen = int(marks_NE.sum()) // max(num_with_tokens(judged_NE), 1)
+    num_marked = int(np.count_nonzero(votes_E))
     order = np.lexsort((totals_E, -votes_E))  # stable: ties go by index
-    pruned = _round(order, num_chosen, int(np.count_nonzero(votes_E)), totals_E, rule)
+    if rule.domain_beta is not None and domains_ME is not None:
+        spared_E = _spared(order, domains_ME, rule)
+        num_chosen, num_marked = (int(np.count_nonzero(~spared_E[order[:count]])) for count in (num_chosen, num_marked))
+        order = order[np.argsort(spared_E[order], kind="stable")]
+        _require_enough(int(np.count_nonzero(~spared_E)), rule, layer, len(order))
+    pruned = _round(order, num_chosen, num_marked, totals_E, rule)
     return Pruning(_ascending(order[:num_chosen]), _ascending(pruned))
 
 
+def _spared(order: np.ndarray, domains_ME: np.ndarray, rule: PruneRule) -> np.ndarray:
+    """Booleans [E]: which experts must stay, so that what goes before them in `order` spares every domain."""
+    assert rule.domain_beta is not None
+    total_M1 = domains_ME.sum(axis=1, keepdims=True)
+    most_M = _most_allowed(total_M1, _exact(rule.domain_beta), "le")[:, 0]
+    spared_E, gone_M = np.zeros(domains_ME.shape[1], bool), np.zeros(len(domains_ME), np.int64)
+    for expert in order:
+        spared_E[expert] = (gone_M + domains_ME[:, expert] > most_M).any()
+        gone_M += 0 if spared_E[expert] else domains_ME[:, expert]
+    return spared_E
+
+
+def _require_enough(num_candidates: int, rule: PruneRule, layer: int, num_experts: int) -> None:
+    least = num_experts - rule.most_kept(num_experts)
+    if num_candidates < least:
+        why = f"domain_beta={rule.domain_beta}: of layer {layer}, {num_candidates} of {num_experts} experts may go"
+        raise NoPlanError(f"max_experts={rule.max_experts} contradicts {why}")
+
+
 def _round(order: np.ndarray, num_chosen: int, num_marked: int, totals_E: np.ndarray, rule: PruneRule) -> np.ndarray:
-    """The ids to prune, so that the rest is rounded and never too small.
+    """The ids to prune, so that the rest is rounded, never too small and never too large.
 
     order: ids, first to go first; the first `num_marked` were eligible in some iteration. `prune` goes
     on among these; where they are too few it does as `keep_more`, which puts back the heaviest.
     """
     num_experts = len(order)
+    if num_experts - num_chosen > rule.most_kept(num_experts):
+        return order[: num_experts - rule.most_kept(num_experts)]
     if rule.rounding == "prune":
         num_pruned = num_chosen + (num_experts - num_chosen) % rule.expert_parallel
         if num_pruned <= min(num_marked, num_experts - rule.min_kept):

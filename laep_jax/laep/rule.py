@@ -43,7 +43,8 @@ class PruneRule:
     alpha: per layer. estimator: `vote` decides in every iteration and counts marks, `mean` decides
     once on the average loads. rounding: where the survivors do not divide by `expert_parallel`,
     `keep_more` keeps more; `prune` keeps fewer if enough others were eligible in some iteration; `none` leaves them.
-    Never fewer than max(top_k, expert_parallel) stay.
+    min_experts, max_experts: bounds of how many a layer keeps. domain_beta: bound like beta, for each domain by itself,
+    where counts by domain are given. Never fewer than max(top_k, expert_parallel) stay.
     """
 
     expert_parallel: int
@@ -54,6 +55,9 @@ class PruneRule:
     inequality: str
     rounding: str
     placement: str
+    domain_beta: float | None = None
+    min_experts: int | None = None
+    max_experts: int | None = None
 
     def __post_init__(self):
         alpha_per_layer(self.alpha, len(self.alpha))
@@ -64,6 +68,9 @@ class PruneRule:
                 value = getattr(self, field.name)
                 require_type(field.name, value, field.type)
                 settings_of(LaepConfig)[field.name].check(field.name, value)
+        if self.max_experts is not None:
+            least = f"min_experts={self.min_experts}, top_k={self.top_k}, expert_parallel={self.expert_parallel}"
+            require(self.most_kept(2**31) >= self.min_kept, "max_experts", self.max_experts, f"contradicts {least}")
 
     @classmethod
     def from_settings(
@@ -80,8 +87,14 @@ class PruneRule:
 
     @property
     def min_kept(self) -> int:
-        """Experts that stay at least: max(top_k, expert_parallel), rounded."""
-        return self.round_up(max(self.top_k, self.expert_parallel))
+        """Experts that stay at least: max(top_k, expert_parallel, min_experts), rounded."""
+        return self.round_up(max(self.top_k, self.expert_parallel, self.min_experts or 0))
+
+    def most_kept(self, num_experts: int) -> int:
+        """Experts of a layer of so many that may stay."""
+        if self.max_experts is None or num_experts <= self.max_experts:
+            return num_experts
+        return self.max_experts - (self.max_experts % self.expert_parallel if self.rounding != "none" else 0)
 
     def max_replica_slots(self, num_experts: Sequence[int]) -> int:
         """Of a device, such that any plan for these layers has enough experts for them; 0 of one device."""

@@ -1,7 +1,7 @@
 """The mixture-of-experts layer: router, dispatch, experts, under one `jax.shard_map` (Appendix A.1).
 
 Token counts are outputs, summed over every device, padding left out; nothing is a side effect.
-Axes: B rows, S sequence, T = B S tokens of a device, D hidden, E experts, F ffn, G = 2F, K top-k slots.
+Axes: B rows, S sequence, T = B S tokens of a device, D hidden, E experts, F ffn, G = 2F, K top-k slots, M domains.
 """
 
 import functools
@@ -27,7 +27,7 @@ from laep_jax.model.dispatch import (
     ragged_dispatch,
 )
 from laep_jax.model.experts import experts_by_blocks, experts_by_megablox, experts_by_ragged_dot
-from laep_jax.model.router import balance_losses, balance_sums, count_tokens, route
+from laep_jax.model.router import balance_losses, balance_sums, count_by_domain, count_tokens, route
 from laep_jax.model.slots import to_slots
 from laep_jax.sharding import SLICES, leaf_spec, platform
 
@@ -35,12 +35,14 @@ from laep_jax.sharding import SLICES, leaf_spec, platform
 class MoEAux(NamedTuple):
     """`tokens_per_expert_E`, `tokens_per_device_P`: int32, of the global batch. `losses`: float32 by name, unweighted.
 
-    A device's tokens are those of its place on the expert axis, added over the groups.
+    A device's tokens are those of its place on the expert axis, added over the groups. `tokens_per_domain_ME`: of each
+    domain by itself; None where none are given.
     """
 
     tokens_per_expert_E: jax.Array
     tokens_per_device_P: jax.Array
     losses: dict[str, jax.Array]
+    tokens_per_domain_ME: jax.Array | None
 
 
 class MoE(nnx.Module):
@@ -62,13 +64,20 @@ class MoE(nnx.Module):
         self.aux_losses = aux_losses
 
     def __call__(
-        self, x_BSD: jax.Array, valid_BS: jax.Array, bias_E: jax.Array, layout: Layout, mesh: Mesh
+        self,
+        x_BSD: jax.Array,
+        valid_BS: jax.Array,
+        bias_E: jax.Array,
+        layout: Layout,
+        mesh: Mesh,
+        domains_BSM: jax.Array | None = None,
     ) -> tuple[jax.Array, MoEAux]:
         """Applies the layer.
 
         Args:
           x_BSD: activations, rows split over every mesh axis. valid_BS: False for padding, which is
             neither routed nor counted. bias_E: added to the logits when experts are chosen. layout: of this layer.
+            domains_BSM: bool, which domain each token belongs to.
 
         Returns:
           y_BSD like x_BSD, zero for padding, and the layer's `MoEAux`.
@@ -89,19 +98,20 @@ class MoE(nnx.Module):
             on_device,
             mesh=mesh,
             in_specs=(
-                *(rows, rows, whole, whole, whole),
+                *(rows, rows, rows, whole, whole, whole),
                 *(_with_idle_axes(spec, mesh) for spec in (gate_up_spec, down_spec)),
             ),
             out_specs=(rows, rows),
             check_vma=False,  # the loops with custom_vjp inside mix values that vary over different axes
-        )(x_BSD, valid_BS, self.router_ED[...], bias_E, layout, gate_up_RDG, down_RFD)
+        )(x_BSD, valid_BS, domains_BSM, self.router_ED[...], bias_E, layout, gate_up_RDG, down_RFD)
         totals = {name: jnp.sum(part, axis=0) for name, part in sums.items()}
         tokens_per_expert_E, tokens_per_device_P = (
             totals.pop(f"tokens_per_{name}") for name in ("expert_E", "device_P")
         )
+        tokens_per_domain_ME = totals.pop("tokens_per_domain_ME", None)
         num_experts = jnp.sum(layout.is_own_W)
         losses = balance_losses(totals, tokens_per_expert_E, num_experts, self.config.top_k, self.aux_losses)
-        return y_BSD, MoEAux(tokens_per_expert_E, tokens_per_device_P, losses)
+        return y_BSD, MoEAux(tokens_per_expert_E, tokens_per_device_P, losses, tokens_per_domain_ME)
 
 
 def _with_idle_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
@@ -161,6 +171,7 @@ def _moe_on_device(
     on_platform: str,
     x_BSD: jax.Array,
     valid_BS: jax.Array,
+    domains_BSM: jax.Array | None,
     router_ED: jax.Array,
     bias_E: jax.Array,
     layout: Layout,
@@ -176,6 +187,8 @@ def _moe_on_device(
         sums = balance_sums(logits_BSE, layout.is_own_W, ids_BSK, valid_BS, aux_losses)
         with jax.named_scope("counts"):
             sums["tokens_per_expert_E"] = count_tokens(ids_BSK, bias_E.size).sum(0, dtype=jnp.int32)
+            if domains_BSM is not None:
+                sums["tokens_per_domain_ME"] = count_by_domain(ids_BSK, bias_E.size, domains_BSM)
 
     grouped = _grouped(config.grouped_matmul, on_platform)
     gate_up_RDG = _fetch(gate_up_RDG, gate_up_spec, x_BSD.dtype, on_platform)

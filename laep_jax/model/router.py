@@ -3,7 +3,7 @@
 All arithmetic is float32. Choosing looks at logits + bias; weighting looks at the logits alone, of experts whose
 bias is not minus infinity: such a bias masks an expert exactly as pruning it would.
 Axes: B rows, S sequence, T tokens, E experts (of a layer, or of its window of W), K top-k slots, L layers, N experts
-of all layers.
+of all layers, M domains.
 """
 
 import jax
@@ -39,6 +39,12 @@ def route(logits_E: jax.Array, bias_E: jax.Array, valid: jax.Array, top_k: int) 
 def count_tokens(ids_TK: jax.Array, num_experts: int) -> jax.Array:
     """Tokens per expert, int32 [..., E], from ids [..., T, K]; padding's id E counts nowhere."""
     return jnp.sum(jax.nn.one_hot(ids_TK, num_experts, dtype=jnp.int32), axis=(-3, -2), dtype=jnp.int32)
+
+
+def count_by_domain(ids_BSK: jax.Array, num_experts: int, domains_BSM: jax.Array) -> jax.Array:
+    """Tokens per expert of each domain, int32 [M, E]: a product of zeros and ones, exact up to 2**24."""
+    chosen_BSE = jnp.sum(jax.nn.one_hot(ids_BSK, num_experts, dtype=jnp.float32), axis=-2)
+    return jnp.einsum("bsm,bse->me", domains_BSM.astype(jnp.float32), chosen_BSE).astype(jnp.int32)
 
 
 def balance_sums(

@@ -45,7 +45,7 @@ class Block(nnx.Module):
         segments_BS = batch["segments_BS"]
         with jax.named_scope("attention"):
             x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), segments_BS, batch["positions_BS"], mesh)
-        y_BSD, aux = self.moe(self.moe_norm(x_BSD), segments_BS > 0, bias_E, layout, mesh)
+        y_BSD, aux = self.moe(self.moe_norm(x_BSD), segments_BS > 0, bias_E, layout, mesh, batch.get("domains_BSM"))
         return x_BSD + y_BSD, aux
 
 
@@ -221,7 +221,7 @@ def token_losses(
     Args:
       params, router_bias: as `init_params` and `TrainState.router_bias`. layout: of all layers.
       batch: int32 arrays [B, S]: tokens_BS, targets_BS (-1: none), segments_BS (0: padding),
-        positions_BS.
+        positions_BS; where tokens are to be counted by domain, bool domains_BSM [B, S, M].
       summed: a finite number that was summed over the devices for the caller; the layers wait for it on CPU.
 
     Returns:

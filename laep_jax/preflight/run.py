@@ -125,7 +125,8 @@ def _with_loads(config: Config, counts: Sequence[np.ndarray]) -> tuple[Model, Ke
     expert_parallel = config.mesh.expert or 1
     rule = PruneRule.from_settings(config.laep, len(counts), top_k=config.model.top_k, expert_parallel=expert_parallel)
     most = rule.max_replica_slots(config.model.experts_per_layer)
-    plan = make_plan(counts, rule, replica_slots=min(config.laep.replica_slots, most))
+    slots, target = min(config.laep.replica_slots, most), config.laep.target_experts
+    plan = make_plan(counts, rule, replica_slots=slots, target=target)
     loads = [tokens_NE.mean(axis=0) for tokens_NE in counts]
     if config.laep.replica_slots:
         maps = by_loads(loads, expert_parallel, config.laep.replica_slots)

@@ -224,7 +224,16 @@ def _loss_at_prune(summary: Summary) -> list[Row]:
     steps = summary.prune_steps
     label = LOSS_AT_PRUNE if len(steps) == 1 else f"{LOSS_AT_PRUNE} of step {steps[-1]:,}"
     by_domain = _worst_domain(summary.validation_loss_by_domain, summary.validation_targets_by_domain)
-    return [_row(label, losses, "{:.4f}".format, _difference), *by_domain]
+    return [_row(label, losses, "{:.4f}".format, _difference), *by_domain, *_most_lost(summary)]
+
+
+def _most_lost(summary: Summary) -> list[Row]:
+    """The domain of which most tokens went to the pruned experts, mean over the layers."""
+    shares = {name: sum(of) / len(of) for name, of in summary.pruned_share_by_domain.items()}
+    if not shares:
+        return []
+    name = max(shares, key=lambda name: shares[name])
+    return [(f"  tokens on pruned experts, most in {name}", f"{shares[name]:.1%}", "", "")]
 
 
 def _worst_domain(losses: dict[str, dict[str, float | None]], targets: dict[str, int]) -> list[Row]:

@@ -25,6 +25,7 @@ class Summary:
     validation_loss_end: float | None = None
     validation_loss_by_domain: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
     validation_targets_by_domain: dict[str, int] = dataclasses.field(default_factory=dict)
+    pruned_share_by_domain: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     prune_steps: list[int] = dataclasses.field(default_factory=list)
     not_pruned: str = ""
     steps: int = 0

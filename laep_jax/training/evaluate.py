@@ -21,14 +21,18 @@ HostBatch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ValidationLoss:
-    """Mean cross-entropy in nats, over all targets and over those of each domain that has any, with their number."""
+    """Mean cross-entropy in nats, over all targets and over those of each domain that has any, with their number.
+
+    tokens_by_domain: of each expert of each layer's window, int64 [L, W].
+    """
 
     loss: float
     loss_by_domain: dict[str, float]
     targets_by_domain: dict[str, int]
+    tokens_by_domain: dict[str, np.ndarray] = dataclasses.field(compare=False)
 
 
-def by_layer(tokens_per_expert_LW: jax.Array, num_experts: Sequence[int]) -> list[np.ndarray]:
+def by_layer(tokens_per_expert_LW: jax.Array | np.ndarray, num_experts: Sequence[int]) -> list[np.ndarray]:
     """The step's counts as one int64 [E] a layer on the host."""
     counts_LW = np.asarray(tokens_per_expert_LW, np.int64)
     return [counts_W[own_W] for counts_W, own_W in zip(counts_LW, windows(num_experts)[1], strict=True)]
@@ -38,15 +42,17 @@ def validation_loss(
     eval_step: Callable, state: TrainState, batches: Iterable[HostBatch], mesh: Mesh, domains: Sequence[str]
 ) -> ValidationLoss:
     """The loss over every target of the batches. domains: the names that domains_BS counts."""
-    total_M, number_M = np.zeros(len(domains)), np.zeros(len(domains), np.int64)
+    total_M, number_M, tokens_LMW = np.zeros(len(domains)), np.zeros(len(domains), np.int64), np.zeros((), np.int64)
     for batch in batches:
-        loss_M, targets_M, _ = eval_step(state.params, state.router_bias, put_batch(batch, mesh))
+        loss_M, targets_M, counts_LMW = eval_step(state.params, state.router_bias, put_batch(batch, mesh))
         total_M, number_M = total_M + np.asarray(loss_M, np.float64), number_M + np.asarray(targets_M)
+        tokens_LMW = tokens_LMW + np.asarray(counts_LMW)
     targets = {name: int(number) for name, number in zip(domains, number_M, strict=True) if number}
     losses = {
         name: float(total / targets[name]) for name, total in zip(domains, total_M, strict=True) if name in targets
     }
-    return ValidationLoss(float(total_M.sum() / number_M.sum()), losses, targets)
+    tokens = {name: tokens_LMW[:, i] for i, name in enumerate(domains) if name in targets}
+    return ValidationLoss(float(total_M.sum() / number_M.sum()), losses, targets, tokens)
 
 
 def masked_bias(router_bias: dict, plan: Plan) -> dict:
@@ -88,6 +94,7 @@ def masked_loads(
     totals: list[np.ndarray] = []
     for batch in batches:
         batch = batch | {"domains_BS": np.zeros_like(batch["tokens_BS"])}  # the eval step wants some
-        counts = by_layer(eval_step(state.params, bias, put_batch(batch, mesh))[2], plan.num_experts)
+        counts_LMW = eval_step(state.params, bias, put_batch(batch, mesh))[2]
+        counts = by_layer(np.asarray(counts_LMW).sum(axis=1), plan.num_experts)
         totals = [total + more for total, more in zip(totals, counts, strict=True)] if totals else counts
     return totals

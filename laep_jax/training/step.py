@@ -130,18 +130,19 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def make_eval_step(config: Config, mesh: Mesh, num_domains: int):
-    """A jitted (layout, params, router_bias, batch with domains_BS) -> (loss_M, targets_M, tokens_per_expert [L, W]).
+    """A jitted (layout, params, router_bias, batch with domains_BS) -> (loss_M, targets_M, tokens_per_expert_LMW).
 
-    loss_M: float32 sum of each domain's cross-entropy. targets_M: int32, how many that are.
+    loss_M: float32 sum of each domain's cross-entropy. targets_M: int32, how many that are. Tokens are int32.
     """
 
     def eval_step(layout: Layout, params: dict, router_bias: dict, batch: Batch):
         belongs_BSM = jax.nn.one_hot(batch["domains_BS"], num_domains, dtype=bool)
         targets_M = jnp.sum(belongs_BSM & (batch["targets_BS"] >= 0)[..., None], axis=(0, 1))
+        batch = batch | {"domains_BSM": belongs_BSM}
         loss_BS, moe_aux = token_losses(
             params, router_bias, layout, batch, config.model, config.aux_loss, mesh, summed=targets_M[0]
         )
         loss_M = jnp.sum(jnp.where(belongs_BSM, loss_BS[..., None], 0), axis=(0, 1))  # a scatter has no fixed order
-        return loss_M, targets_M, moe_aux.tokens_per_expert_E
+        return loss_M, targets_M, moe_aux.tokens_per_domain_ME
 
     return jax.jit(eval_step, out_shardings=replicated(mesh))

@@ -21,7 +21,7 @@ from laep_jax.laep.rule import PruneRule
 
 KEYS = {
     *("format", "version", "num_layers", "num_experts", "expert_parallel", "top_k", "alpha", "beta"),
-    *("estimator", "inequality", "rounding", "placement", "layers"),
+    *("domain_beta", "min_experts", "max_experts", "estimator", "inequality", "rounding", "placement", "layers"),
 }
 LAYER_KEYS = {"kept", "pruned", "eligible", "device_load", "imbalance_before", "imbalance_after", "lower_bound"}
 TOKENS_NLE = np.random.default_rng(0).integers(1, 500, (3, 6, 8)) ** 2 // 100
@@ -103,7 +103,7 @@ def test_json_has_exactly_these_keys(folder):
     fields = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     assert fields.keys() == KEYS
     assert [layer.keys() for layer in fields["layers"]] == [LAYER_KEYS] * 6
-    assert (fields["format"], fields["version"], fields["num_layers"], fields["num_experts"]) == ("laep-plan", 3, 6, 8)
+    assert (fields["format"], fields["version"], fields["num_layers"], fields["num_experts"]) == ("laep-plan", 4, 6, 8)
 
 
 def test_replica_slots_are_written_and_balance(folder, capsys):
@@ -136,6 +136,55 @@ def test_every_setting_reaches_the_plan(folder):
     settings = {"beta": 0.3, "estimator": "mean", "inequality": "lt", "rounding": "prune", "placement": "greedy"}
     run(folder, **settings, **{"expert-parallel": 4, "top-k": 3})
     assert written(folder) == planned(**settings, expert_parallel=4, top_k=3)
+
+
+def test_domains_come_in_one_file_or_several_and_are_spared(folder, capsys):
+    by_domain = {"code": TOKENS_NLE, "prose": TOKENS_NLE[::-1, :, ::-1]}
+    np.savez(folder / "domains.npz", **by_domain)
+    for name, tokens_NLE in by_domain.items():
+        np.save(folder / f"{name}.npy", tokens_NLE)
+    bounds = {"domain-beta": 0.15, "beta": 0.3, "alpha": "inf"}
+    run(folder, counts="domains.npz", **bounds)
+    told = capsys.readouterr().out
+    assert told.startswith("2 domains: code, prose\n6 layers x 8 experts, 6 iterations of ")
+    assert "share of a domain's tokens on the pruned experts, domain_beta 0.15" in told
+    plan = written(folder)
+    files = [f"--counts={name}={folder / name}.npy" for name in by_domain]
+    rest = [f"--{name}={value}" for name, value in bounds.items()]
+    assert command.main([*files, *rest, "--expert-parallel=2", "--top-k=2", f"--out={folder / 'plan.json'}"]) == 0
+    assert written(folder) == plan
+    assert plan.prunes
+    for layer, of in enumerate(plan.layers):
+        for name, tokens_NLE in by_domain.items():
+            tokens_E = tokens_NLE[:, layer].sum(0)
+            assert of.domain_shares[name] == tokens_E[list(of.pruned)].sum() / tokens_E.sum() <= 0.15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--counts=a=counts.npz", "--counts=a=one.npy"], "names a domain twice"),
+        (["--counts=a=counts.npz", "--counts=one.npy"], "must be NAME=FILE where there are several"),
+        (["--counts=a=counts.npz", "--counts=b=wide.npy"], r"experts by layer of the domains=.* are not the same"),
+        (["--counts=counts.npz", "--domain-beta=0.1"], r"--domain-beta=0\.1 needs counts of several domains"),
+        (["--counts=counts.npz", "--target-experts=0.1"], r"target_experts=0\.1 is below \d+ of 48 experts"),
+        (["--counts=counts.npz", "--max-experts=1"], "max_experts=1 contradicts min_experts=None"),
+    ],
+)
+def test_domains_and_bounds_that_do_not_fit_are_refused(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    np.save("wide.npy", np.ones((1, 6, 9), int))
+    with pytest.raises(UserError, match=message):
+        command.main([*arguments, "--expert-parallel=2", "--top-k=2"])
+
+
+def test_a_target_and_the_width_of_layers_are_options(folder):
+    run(folder, **{"target-experts": 0.75, "alpha": "inf"})
+    assert sum(written(folder).num_experts_after) <= 0.75 * 48
+    run(folder, **{"max-experts": 4})
+    assert written(folder).num_experts_after == (4,) * 6
+    run(folder, **{"min-experts": 8})
+    assert written(folder).num_experts_after == (8,) * 6
 
 
 def test_without_out_only_the_table_is_printed(folder, capsys):

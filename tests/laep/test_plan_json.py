@@ -116,10 +116,20 @@ def test_json_is_strict_and_has_a_line_a_layer():
     fields = json.loads(GOOD.to_json(), parse_constant=constant)
     assert fields["alpha"] == [0.4, "inf"]
     assert fields["num_experts"] == 6
-    assert (fields["format"], fields["version"], fields["num_layers"]) == ("laep-plan", 3, 2)
+    assert (fields["format"], fields["version"], fields["num_layers"]) == ("laep-plan", 4, 2)
     lines = GOOD.to_json().splitlines()
     assert [json.loads(line.rstrip(",")) for line in lines[1:3]] == fields["layers"]
     assert len(lines) == 4
+
+
+def test_domains_are_kept_and_must_be_shares():
+    layers = tuple(dataclasses.replace(layer, domain_shares={"law": 0.25, "code": 0.0}) for layer in GOOD.layers)
+    rule = dataclasses.replace(GOOD.rule, domain_beta=0.3, min_experts=2, max_experts=5)
+    plan = dataclasses.replace(GOOD, rule=rule, layers=layers)
+    assert Plan.from_json(plan.to_json()) == plan
+    for wrong in ('{"law": 1.25', '{"law": -0.5', '{"law": "x"', '{"law": [0.25]'):
+        with pytest.raises(UserError, match="domain_shares"):
+            Plan.from_json(plan.to_json().replace('{"law": 0.25', wrong))
 
 
 def test_older_versions_are_read():
@@ -229,7 +239,7 @@ OTHER = [
     ("[1]", "plan='list' must be a JSON object"),
     ("{}", "plan format=None must be 'laep-plan'"),
     (text(format="eplb"), "plan format='eplb' must be 'laep-plan'"),
-    (text(version=None), r"plan version=None must be one of \(1, 2, 3\)"),
+    (text(version=None), r"plan version=None must be one of \(1, 2, 3, 4\)"),
     (text(version="2"), "plan version='2' must be one of"),
     (text(version=2.0), "plan version=2.0 must be one of"),
     (text(version=3, rounding="restore"), "rounding='restore' must be one of keep_more, prune, none"),

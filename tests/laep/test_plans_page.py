@@ -23,10 +23,11 @@ def test_the_page_prints_what_it_shows(tmp_path, monkeypatch, capsys):
         elif kind == "text":
             shown.append(block)
             assert capsys.readouterr().out == block
-    assert len(shown) == 3
+    assert len(shown) == 4
     old_EDF = np.random.default_rng(0).normal(size=(12, 6, 8))  # as on the page
     np.testing.assert_array_equal(names["layers"][0]["up_EDF"], old_EDF[names["plan"]["layers"][0]["kept"]])
 
 
 def test_the_page_names_every_field():
-    assert {name for name in plan_json.PLAN | plan_json.LAYER | plan_json.SLOTS if f"`{name}`" not in PAGE} == set()
+    fields = plan_json.PLAN | plan_json.LAYER | plan_json.SLOTS | {plan_json.DOMAINS}
+    assert {name for name in fields if f"`{name}`" not in PAGE} == set()

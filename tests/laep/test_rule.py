@@ -35,7 +35,7 @@ def test_bad_alpha_is_refused(alpha):
 
 def test_a_rule_has_the_settings_of_its_config():
     values = {"alpha": (0.3, "inf"), "beta": 0, "estimator": "mean", "inequality": "lt"}
-    values |= {"rounding": "prune", "placement": "greedy"}
+    values |= {"rounding": "prune", "placement": "greedy", "domain_beta": 0.2, "min_experts": 4, "max_experts": 9}
     assert values.keys() == {*SETTINGS}
     rule = PruneRule.from_settings(LaepConfig(**values), 2, top_k=3, expert_parallel=4)
     expected = values | {"alpha": (0.3, math.inf), "top_k": 3, "expert_parallel": 4}

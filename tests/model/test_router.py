@@ -5,7 +5,7 @@ import pytest
 
 from laep_jax.config import AuxLossConfig
 from laep_jax.laep.layout import windows
-from laep_jax.model.router import balance_losses, balance_sums, count_tokens, route, update_bias
+from laep_jax.model.router import balance_losses, balance_sums, count_by_domain, count_tokens, route, update_bias
 
 ALL = AuxLossConfig(mixtral=1.0, mixtral_hf=1.0, deepseek_v3=1.0, router_z=1.0)
 
@@ -103,3 +103,14 @@ def test_the_loss_free_bias_of_layers_of_unequal_size():
     is_own_LW = windows((4, 2, 3))[1]
     bias_N = update_bias(jnp.zeros(9), counts_LW, is_own_LW, 0.1)
     np.testing.assert_allclose(bias_N, [-0.1, 0.1, 0.1, 0.1, 0.1, -0.1, 0.1, -0.1, -0.1])
+
+
+def test_counts_of_domains_are_those_of_their_tokens_and_leave_out_padding():
+    rng = np.random.default_rng(0)
+    ids_BSK = np.argsort(rng.random((3, 10, 5)), axis=-1)[..., :2]
+    ids_BSK[rng.random((3, 10)) < 0.3] = 5
+    domain_BS = rng.integers(0, 4, (3, 10))
+    found_ME = count_by_domain(jnp.asarray(ids_BSK), 5, jnp.asarray(domain_BS[..., None] == np.arange(4)))
+    for domain, found_E in enumerate(found_ME):
+        expected_E = np.bincount(ids_BSK[domain_BS == domain].ravel(), minlength=6)[:5]
+        np.testing.assert_array_equal(found_E, expected_E)

@@ -95,9 +95,27 @@ def test_where_devices_add_up_their_experts_it_is_exact_but_for_the_order_of_sum
 
 def test_the_loss_is_the_mean_over_targets_not_over_domains_or_batches():
     def step(params, router_bias, batch):
-        return params * np.float32([3, 0, 8]), np.int32([1, 0, 4]), []
+        return params * np.float32([3, 0, 8]), np.int32([1, 0, 4]), np.arange(24).reshape(2, 3, 4)
 
     config, state = model_and_state("all_gather")
     state = dataclasses.replace(state, params=np.float32(2))
     loss = validation_loss(step, state, [{}, {}], make_mesh(config.mesh), DOMAINS)
-    assert loss == ValidationLoss(22 / 5, {"books": 6.0, "web": 4.0}, {"books": 2, "web": 8})
+    assert loss == ValidationLoss(22 / 5, {"books": 6.0, "web": 4.0}, {"books": 2, "web": 8}, {})
+    assert loss.tokens_by_domain.keys() == {"books", "web"}
+    assert loss.tokens_by_domain["web"].tolist() == [[16, 18, 20, 22], [40, 42, 44, 46]]
+
+
+@pytest.mark.parametrize("dispatch", ["all_gather", "ragged_all_to_all"])
+def test_tokens_are_counted_by_domain(dispatch):
+    """In every layer, each of a domain's tokens as often as it has experts."""
+    config, state = model_and_state(dispatch)
+    mesh = make_mesh(config.mesh)
+    step = eval_step(config, mesh)
+    counted = validation_loss(step, state, batches(), mesh, DOMAINS).tokens_by_domain
+    total_LE = sum(counted.values())
+    assert total_LE.sum(axis=1).tolist() == [2 * sum(int((b["segments_BS"] > 0).sum()) for b in batches())] * 3
+    for number, name in ((0, "books"), (2, "web")):
+        tokens = sum(int(((b["segments_BS"] > 0) & (b["domains_BS"] == number)).sum()) for b in batches())
+        assert counted[name].sum(axis=1).tolist() == [2 * tokens] * 3
+    one = [b | {"domains_BS": np.zeros_like(b["domains_BS"])} for b in batches()]
+    np.testing.assert_array_equal(validation_loss(step, state, one, mesh, DOMAINS).tokens_by_domain["books"], total_LE)

@@ -13,6 +13,7 @@ from laep_jax.config import Config
 from laep_jax.errors import require
 from laep_jax.files import MAX_JSON, read_bytes
 from laep_jax.laep.balance import device_loads, imbalance
+from laep_jax.laep.budget import Domains
 from laep_jax.laep.collapse import collapsed
 from laep_jax.laep.layout import by_loads
 from laep_jax.laep.load import LoadHistory
@@ -74,9 +75,10 @@ class Controller:
             return step >= self.laep.prune_at_step
         return report.stable
 
-    def prune_plan(self, placement_loads: Sequence[np.ndarray] | None = None) -> Plan:
-        """Algorithms 1 and 2 on the last window, or the plan given. placement_loads: as for `laep.plan.make_plan`."""
-        return self._given or make_plan(self._last_window(), self.rule, placement_loads=placement_loads)
+    def prune_plan(self, domains: Domains, placement_loads: Sequence[np.ndarray] | None = None) -> Plan:
+        """Algorithms 1 and 2 on the last window, or the plan given. Arguments are those of `laep.plan.make_plan`."""
+        settings = {"domains": domains, "target": self.laep.target_experts, "placement_loads": placement_loads}
+        return self._given or make_plan(self._last_window(), self.rule, **settings)
 
     def rebalances(self, step: int) -> bool:
         """Whether experts are placed anew after this step, whose counts must then have been recorded."""

@@ -3,10 +3,12 @@
 import math
 
 from laep_jax.distributed import require_same
+from laep_jax.errors import NoPlanError
+from laep_jax.laep.budget import Domains
 from laep_jax.laep.plan import Plan
 from laep_jax.laep.stability import StabilityReport, status
 from laep_jax.tracking.pause import Pause
-from laep_jax.training.evaluate import masked_loads, masked_loss, validation_loss
+from laep_jax.training.evaluate import by_layer, masked_loads, masked_loss, validation_loss
 from laep_jax.training.prune.guard import rise
 from laep_jax.training.prune.transition import schedule
 from laep_jax.training.trainer import Trainer
@@ -21,7 +23,12 @@ def decide(trainer: Trainer, step: int) -> None:
     trainer.console.state(status(report, trainer.config.laep))
     prunes = trainer.controller.wants_prune(step, report)
     trainer.pause = Pause()
-    plan = _checked_plan(trainer, step) if prunes else None
+    try:
+        plan = _checked_plan(trainer, step) if prunes else None
+    except NoPlanError as error:
+        trainer.run_state.summary.not_pruned = str(error)
+        trainer.console.event(f"step {step}: no plan: {error}")
+        return
     _require_same_plan(step, plan)
     if plan is None or not plan.prunes:
         trainer.run_state.summary.not_pruned = _why_not(trainer, report, plan)
@@ -64,28 +71,34 @@ def _checked_plan(trainer: Trainer, step: int) -> Plan | None:
     of the pause, and both losses are of the same parameters.
     """
     model, tolerance = trainer.model, trainer.config.laep.guard_tolerance
-    plan = _make_plan(trainer, step)
-    if not plan.prunes:
-        return plan
     with trainer.pause.part("evaluate"):
         before = validation_loss(model.evaluate, model.state, *trainer.measured_on)
-    while True:
+    experts = trainer.run_state.num_experts
+    domains = {name: by_layer(tokens_LW, experts) for name, tokens_LW in before.tokens_by_domain.items()}
+    while (plan := _make_plan(trainer, step, domains)).prunes:
         with trainer.pause.part("evaluate"):
             after = masked_loss(model.evaluate, model.state, plan, *trainer.measured_on)
         harm = rise(before.loss, after.loss)
         stands = tolerance is None or not harm > tolerance
+        shares = plan.pruned_shares(domains)
         trainer.log.write(
-            "dry_run", step, stands=stands, validation_loss_before=before.loss, validation_loss=after.loss
+            "dry_run",
+            step,
+            stands=stands,
+            validation_loss_before=before.loss,
+            validation_loss=after.loss,
+            pruned_share_by_domain=shares,
         )
         trainer.console.event(f"step {step}: {_verdict(before.loss, after.loss, tolerance, stands)}")
         if stands:
             trainer.log_validation(step, "before_prune", before)
             trainer.log_validation(step, "after_prune", after)
+            trainer.run_state.summary.pruned_share_by_domain = shares
             return plan
         trainer.soften_rule()
         if not trainer.controller.laep.max_prunes:
             return None
-        plan = _make_plan(trainer, step)
+    return plan
 
 
 def _verdict(before: float, after: float, tolerance: float | None, stands: bool) -> str:
@@ -97,16 +110,16 @@ def _verdict(before: float, after: float, tolerance: float | None, stands: bool)
     return f"{measured}, within {bound}" if stands else f"{measured}, above {bound}: the plan is refused"
 
 
-def _make_plan(trainer: Trainer, step: int) -> Plan:
+def _make_plan(trainer: Trainer, step: int, domains: Domains) -> Plan:
     with trainer.pause.part("plan"):
-        plan = trainer.controller.prune_plan()
+        plan = trainer.controller.prune_plan(domains)
         _require_same_plan(step, plan)  # all must measure the same model
         if trainer.config.laep.placement_loads == "recorded":
             return plan
         first = max(0, step - trainer.config.train.eval_batches)
         batches = [trainer.dataset.train_batch(i) for i in range(first, step)]
         loads = masked_loads(trainer.model.evaluate, trainer.model.state, plan, batches, trainer.model.mesh)
-        return trainer.controller.prune_plan([loads_E / len(batches) for loads_E in loads])
+        return trainer.controller.prune_plan(domains, [loads_E / len(batches) for loads_E in loads])
 
 
 def _require_same_plan(step: int, plan: Plan | None) -> None:

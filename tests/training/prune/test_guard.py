@@ -60,6 +60,27 @@ def test_a_harmful_plan_is_refused_and_a_softer_one_applied(config, tmp_path, mo
     assert "above LaepConfig.guard_tolerance=0.005: the plan is refused" in told
 
 
+def test_no_domain_loses_more_than_its_bound(config, tmp_path):
+    """Of the validation text, measured when the plan is made; without the bound one does."""
+    most = {}
+    for bound in (None, 0.1):
+        run_dir = tmp_path / str(bound)
+        summary = train(change(config, laep={"domain_beta": bound, "guard_tolerance": None}), run_dir)
+        [checked] = records(run_dir, "dry_run")
+        assert len(checked["pruned_share_by_domain"]) > 3
+        assert summary["pruned_share_by_domain"] == checked["pruned_share_by_domain"]
+        assert summary["prune_steps"] == [PRUNE_STEP]
+        most[bound] = max(max(shares) for shares in checked["pruned_share_by_domain"].values())
+    assert most[0.1] <= 0.1 < most[None]
+
+
+def test_a_run_whose_loads_do_not_allow_its_settings_says_so_and_goes_on(config, tmp_path):
+    laep = {"alpha": 0.01, "target_experts": 0.5, "prune_at_step": 4, "prune_delay": 1}
+    summary = train(change(config, laep=laep, train={"num_steps": 6}), tmp_path)
+    assert summary["steps"] == 6
+    assert summary["not_pruned"].startswith("target_experts=0.5 is below ")
+
+
 def test_after_the_last_retry_it_is_a_run_that_never_prunes(config, tmp_path, monkeypatch):
     short = change(config, train={"num_steps": PRUNE_STEP})
     train(change(short, laep={"max_prunes": 0}), tmp_path / "never")
@@ -78,7 +99,7 @@ def test_a_loss_that_is_not_a_number_decides_nothing_or_is_harm(config, tmp_path
     """Without the one before there is nothing to compare with; where only the masked model's is none, that is harm."""
     measured = iter(losses)
     for name in ("validation_loss", "masked_loss"):
-        monkeypatch.setattr(decide, name, lambda *arguments: ValidationLoss(next(measured), {}, {}))
+        monkeypatch.setattr(decide, name, lambda *arguments: ValidationLoss(next(measured), {}, {}, {}))
     early = {"prune_at_step": 4, "prune_delay": 9, "placement_loads": "recorded"}
     train(change(config, laep=early, train={"num_steps": 5}), tmp_path)
     assert [record["stands"] for record in records(tmp_path, "dry_run")] == verdicts
