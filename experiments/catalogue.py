@@ -82,6 +82,11 @@ OPEN = (
     Entry("rounds", "at step 110, and twice more if it can"),
     Entry("moments_reset", "Adam's moments begin anew"),
 )
+DOMAINS = (
+    Entry("domains", "base, code and prose", None, None, "domains"),
+    Entry("domains_pruned", "α = inf, β = 0.3", None, None, "domains"),
+    Entry("domains_spared", "the same with domain_beta = 0.3", None, None, "domains"),
+)
 PHASES = (
     Entry("base", "64 experts, BPE"),
     Entry("experts_16", "16 experts, BPE"),
@@ -95,5 +100,6 @@ EXPERIMENTS = {
     "table4": Experiment("64, 128 and 256 experts (Table 4)", TABLE4),
     "table5": Experiment("Balancing by losses or by LAEP (Table 5)", TABLE5),
     "baselines": Experiment("What any prune of that size would do", BASELINES),
+    "domains": Experiment("A rare domain beside a frequent one", DOMAINS),
     "open": Experiment("When, how often, and what becomes of the moments", OPEN),
 }

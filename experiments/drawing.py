@@ -44,7 +44,9 @@ def text(name: str, table: Table) -> str:
     if name == "open":
         columns = {"device_load": "largest over mean device load at the end, by placement"}
         parts.append(tables.measured_table(columns, measured, {}, {}))
-        parts.append(tables.domains_table(table, ("alpha_hybrid", "early", "late"), FEWEST_TARGETS))
+        parts.append(tables.domains_table(table, "base", ("alpha_hybrid", "early", "late"), FEWEST_TARGETS))
+    if name == "domains":
+        parts.append(tables.domains_table(table, "domains", ("domains_pruned", "domains_spared"), FEWEST_TARGETS))
     parts.append(tables.provenance([r for entry in experiment.entries for r in table.get(entry.row, {}).values()]))
     return "\n".join(parts)
 

@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from laep_jax.report.run_data import RunData, read_run
 FOLDER = Path(__file__).parent / "results"
 FILE = "results.jsonl"
 WINDOW = 50  # steps of a mean load here
+PRUNED_SHARE = "pruned_share_by_domain"  # mean over the layers
 Result = dict[str, Any]
 
 
@@ -73,12 +75,17 @@ def result_of(row: Row, run_dir: Path) -> Result:
         "validation_targets_by_domain": summary["validation_targets_by_domain"],
         "validation_loss_before_prune": summary["validation_loss_before_prune"],
         "validation_loss_after_prune": summary["validation_loss_after_prune"],
+        **({PRUNED_SHARE: _means(summary[PRUNED_SHARE])} if run.prunes else {}),
         "cuts": [transition.step for transition in run.prunes],
         "order": run.order(end + 1),
         "tokens_per_second": float(np.median([r["tokens_per_second"] for r in speeds])),
         "gflops_per_second": float(np.median([r["gflops_per_second"] for r in speeds])),
         "loads": {str(step): _window(run, step) for step in _window_ends(run)},
     }
+
+
+def _means(by_layer: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.fmean(shares) for name, shares in by_layer.items()}
 
 
 def _window_ends(run: RunData) -> list[int]:

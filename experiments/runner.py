@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from experiments.corpus import PATH, make_corpus
 from experiments.derived import DERIVED
 from experiments.results import Result, append, find, read_results, result_of
 from experiments.rows import Row, base_of, has_branches
@@ -74,6 +75,7 @@ class Runner:
 
     def _run(self, row: Row) -> Result:
         base, run_dir = needed(row), self._run_dir(row)
+        _make_corpus(row)
         _make_tokenizer(row)
         if (run_dir / "summary.json").exists() and not (run_dir / "checkpoints").exists():
             shutil.rmtree(run_dir)  # it was complete, and its result is gone
@@ -120,6 +122,16 @@ def branch(base_dir: Path, run_dir: Path, step: int) -> None:
         shutil.copy2(base_dir / METRICS_FILE, part / METRICS_FILE)
         shutil.copytree(base_dir / FOLDER, part / FOLDER)
     os.replace(part, run_dir)
+
+
+def _make_corpus(row: Row) -> None:
+    """Where a row names it and it is not there."""
+    path = Path(PATH)
+    if row.config.data.path == PATH and not path.exists():
+        part = path.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        make_corpus(part)
+        part.rename(path)
 
 
 def _make_tokenizer(row: Row) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from experiments import phases
 from experiments.catalogue import Entry, Experiment
-from experiments.results import Result
+from experiments.results import PRUNED_SHARE, Result
 
 MISSING = "–"
 BySeed = dict[int, Result]
@@ -123,9 +123,12 @@ def measured_table(
     return markdown(head, rows)
 
 
-def domains_table(table: Table, rows: Sequence[str], fewest: int) -> str:
-    """Changes of the validation loss against `base` by domain, of the domains with at least so many targets."""
-    base = table.get("base", {})
+def domains_table(table: Table, of_base: str, rows: Sequence[str], fewest: int) -> str:
+    """Changes of the validation loss against a base by domain, of the domains with at least so many targets.
+
+    Where a row knows it, also which share of the domain's tokens went to the experts that it pruned.
+    """
+    base = table.get(of_base, {})
     targets = next(iter(base.values()))["validation_targets_by_domain"] if base else {}
     names = sorted((name for name in targets if targets[name] >= fewest), key=lambda name: -targets[name])
     field, cells = "validation_loss_by_domain", []
@@ -134,8 +137,12 @@ def domains_table(table: Table, rows: Sequence[str], fewest: int) -> str:
         for row in rows:
             pairs = _pairs(table.get(row, {}), base)
             line.append(spread([mine[field][name] - theirs[field][name] for mine, theirs in pairs], "+.3f"))
+        shares = [[r[PRUNED_SHARE][name] for r in table.get(row, {}).values() if PRUNED_SHARE in r] for row in rows]
+        line += [spread(of_row, ".1%") for of_row in shares if of_row]
         cells.append(line)
-    return markdown(("domain", "targets", *rows), cells)
+    known = [row for row in rows if any(PRUNED_SHARE in result for result in table.get(row, {}).values())]
+    lost = [f"{row}: tokens on pruned experts" for row in known]
+    return markdown(("domain", "targets", *rows, *lost), cells)
 
 
 def provenance(results: Sequence[Result]) -> str:

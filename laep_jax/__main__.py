@@ -17,6 +17,7 @@ COMMANDS = {
         "laep_jax.laep.command",
         "which experts to prune and where to place the rest, from counts of any framework",
     ),
+    "counts": ("laep_jax.importers.command", "counts for `plan` from what Megatron-LM, SGLang, vLLM and others log"),
     "settings": ("laep_jax.settings", "every setting of a config: type, default, values, meaning"),
     "describe": ("laep_jax.model.command", "parameters, experts and FLOPs of a config, from shapes alone"),
     "preflight": (

@@ -13,7 +13,7 @@ import numpy as np
 from laep_jax.config import LaepConfig
 from laep_jax.errors import UserError, require
 from laep_jax.fields import settings_of
-from laep_jax.laep.counts import FORMS, describe, read_domains
+from laep_jax.laep.counts import FORMS, describe, read_domains, require_counts
 from laep_jax.laep.plan import make_plan
 from laep_jax.laep.recorded_loads import read_counts_or_run
 from laep_jax.laep.rule import SETTINGS, PruneRule
@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     counts, domains, told = _read(args.counts)
     print("\n".join([*told, *describe(counts, args.top_k)]))
+    require_counts(counts)
     args.alpha = _alpha(args.alpha)
     rule = PruneRule.from_settings(args, len(counts), top_k=args.top_k, expert_parallel=args.expert_parallel)
     require(rule.domain_beta is None or domains, "--domain-beta", rule.domain_beta, "needs counts of several domains")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from laep_jax.errors import require
+from laep_jax.errors import UserError, require
 from laep_jax.files import array_names, read_array, read_arrays
 from laep_jax.laep.load import FIELD, as_counts
 
@@ -19,6 +19,7 @@ FORMS = (
     "or .npz with one array a domain: [iterations, layers, experts]"
 )
 MAX_IDLE_LINES = 4
+MAX_ID, MIN_ROWS = 1024, 32  # what looks like ids of experts: numbers below, in so many rows
 
 
 def read_counts(path: Path) -> list[np.ndarray]:
@@ -60,6 +61,25 @@ def _by_layer(names: list[str], name: str) -> list[str]:
         f"must include {FIELD}, or be layer_0, layer_1, ..., or a [iterations, layers, experts] for each domain",
     )
     return [by_layer[layer] for layer in range(len(names))]
+
+
+def require_counts(counts: Sequence[np.ndarray]) -> None:
+    """`UserError` on what has the shape of counts but is none: ids of experts, and the counts of one rank's experts.
+
+    counts: [N, E] of each layer. Every layer routes the same tokens, but for some that are dropped; ids of a token's
+    experts are small and different, and their sums mean nothing.
+    """
+    totals_LN = np.stack([tokens_NE.sum(axis=1) for tokens_NE in counts])
+    how = "`laep-jax counts` makes counts of what other programs log"
+    rows = [np.sort(tokens_NE, axis=1) for tokens_NE in counts]
+    different = all((row_NE[:, 1:] > row_NE[:, :-1]).all() and row_NE.max() < MAX_ID for row_NE in rows)
+    if different and totals_LN.size >= MIN_ROWS and (totals_LN != totals_LN[0]).any():
+        raise UserError(f"counts: rows of different numbers below {MAX_ID} look like ids of experts; {how}")
+    tokens_L = totals_LN.sum(axis=1)
+    few = int(np.where(tokens_L, tokens_L, tokens_L.max()).argmin())
+    if 2 * tokens_L[few] < tokens_L.max():
+        share = tokens_L[few] / tokens_L.max()
+        raise UserError(f"counts: layer {few} has {share:.0%} of the tokens of another: a part of the counts? {how}")
 
 
 def describe(counts: Sequence[np.ndarray], top_k: int) -> list[str]:

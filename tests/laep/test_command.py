@@ -178,6 +178,18 @@ def test_domains_and_bounds_that_do_not_fit_are_refused(folder, monkeypatch, arg
         command.main([*arguments, "--expert-parallel=2", "--top-k=2"])
 
 
+def test_ids_of_experts_and_counts_of_a_rank_are_no_counts(folder):
+    ids_NLE = np.argsort(np.random.default_rng(0).random((20, 3, 64)), axis=-1)[..., :8]
+    part_NLE = np.array([[[90, 5, 3, 2], [10, 10, 2, 3]]] * 4)
+    for name, array, message in (
+        ("ids", ids_NLE, "look like ids of experts"),
+        ("part", part_NLE, "layer 1 has 25% of"),
+    ):
+        np.save(folder / f"{name}.npy", array)
+        with pytest.raises(UserError, match=f"{message}.*laep-jax counts"):
+            run(folder, counts=f"{name}.npy")
+
+
 def test_a_target_and_the_width_of_layers_are_options(folder):
     run(folder, **{"target-experts": 0.75, "alpha": "inf"})
     assert sum(written(folder).num_experts_after) <= 0.75 * 48
