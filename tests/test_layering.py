@@ -16,7 +16,7 @@ ORDER = [
     {"config_parts"},
     {"config", "chips", "commands", "files", "distributed", "launch", "switches"},
     {"laep"},
-    {"gin_config", "settings", "sharding", "report"},
+    {"gin_config", "settings", "sharding", "report", "importers"},
     {"model", "data", "tracking"},
     {"state"},
     {"checkpoint"},
@@ -122,7 +122,7 @@ def test_the_papers_part_imports_no_jax():
     names = [
         name
         for name in imports()
-        if room(name) in ("laep", "config", "errors", "files", "launch", "settings", "__main__")
+        if room(name) in ("laep", "importers", "config", "errors", "files", "launch", "settings", "__main__")
     ]
     code = f"import sys\nfor name in {names}: __import__(name)\nassert not {{'jax', 'flax', 'gin'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -5,6 +5,7 @@ python -m laep_jax counts --from megatron tokens_per_expert/rank*.jsonl --out co
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,9 @@ def main(argv: list[str]) -> int:
 
 def _save(path: Path, layers: list[np.ndarray]) -> None:
     alike = len({tokens_NE.shape[1] for tokens_NE in layers}) == 1
-    arrays = {FIELD: np.stack(layers, axis=1)} if alike else {f"layer_{i}": of for i, of in enumerate(layers)}
+    arrays: dict[str, Any] = (
+        {FIELD: np.stack(layers, axis=1)} if alike else {f"layer_{i}": of for i, of in enumerate(layers)}
+    )
     try:
         with path.open("wb") as file:
             np.savez(file, **arrays)

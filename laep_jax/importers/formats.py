@@ -147,7 +147,7 @@ FORMATS: Mapping[str, Callable[[Sequence[Path], int | None, int | None], Counts]
 
 def _by_layer(found: Mapping[tuple[int, Key], np.ndarray]) -> Counts:
     """Counts [E] by iteration and layer as [N, E] by layer."""
-    iterations, layers = (sorted({key[i] for key in found}) for i in (0, 1))
+    iterations, layers = sorted({iteration for iteration, _ in found}), sorted({key for _, key in found})
     counts = {}
     for block, number in layers:
         name = f"layer {' '.join(filter(None, (block, str(number))))}"
@@ -200,7 +200,7 @@ def _numbers(value: Any, ndim: int | None, name: str) -> np.ndarray:
 
 
 def _integer(record: Mapping[str, Any], field: str, name: str) -> int:
-    value = record.get(field)
+    value = record.get(field, -1)
     require(type(value) is int and 0 <= value < 2**31, f"{name}: {field}", value, "must be a number from 0 on")
     return value
 

@@ -29,7 +29,9 @@ def main(argv: list[str]) -> int:
     require_counts(counts)
     args.alpha = _alpha(args.alpha)
     rule = PruneRule.from_settings(args, len(counts), top_k=args.top_k, expert_parallel=args.expert_parallel)
-    require(rule.domain_beta is None or domains, "--domain-beta", rule.domain_beta, "needs counts of several domains")
+    require(
+        rule.domain_beta is None or bool(domains), "--domain-beta", rule.domain_beta, "needs counts of several domains"
+    )
     plan = make_plan(counts, rule, replica_slots=args.replica_slots, domains=domains, target=args.target_experts)
     print(plan.table())
     if args.out:

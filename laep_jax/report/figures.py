@@ -264,8 +264,9 @@ def draw_domains(run: RunData) -> Figure:
     """Validation loss by domain: its change at the last prune and at the end; the worst on top."""
     losses = series.domain_losses(run)
     names, targets_M = losses.names[:MAX_DOMAINS], losses.targets_M[:MAX_DOMAINS]
-    figure = Figure(figsize=(12, 1.8 + 0.24 * max(len(names), 5)), layout="constrained")
-    panels = figure.subplots(1, max(len(losses.rows), 1), sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(14, 1.8 + 0.24 * max(len(names), 5)), layout="constrained")
+    lost_M = [run.pruned_share[name] for name in names] if run.pruned_share.keys() >= {*names} else []
+    panels = figure.subplots(1, max(len(losses.rows), 1) + bool(lost_M), sharey=True, squeeze=False)[0]
     for axes, (label, loss_M) in zip(panels, losses.rows.items(), strict=False):
         sizes = np.maximum(150 * targets_M / losses.targets_M.max(), 8)
         axes.scatter(loss_M[:MAX_DOMAINS], range(len(names)), s=sizes, color=BLUE, alpha=0.75)
@@ -274,8 +275,13 @@ def draw_domains(run: RunData) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(6))
     less = ", less that before the prune" if losses.is_change else ""
     for axes in panels:
-        axes.set(xlabel=f"validation loss{less} (nats per token)", ylabel="domain (targets)")
+        axes.set(xlabel=f"validation loss{less} (nats)", ylabel="domain (targets)")
         axes.grid(alpha=0.3)
+    if lost_M:
+        panels[-1].barh(range(len(names)), lost_M, color=VERMILLION, height=0.5)
+        panels[-1].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        panels[-1].set_xlabel("share of the tokens, mean over layers")
+        panels[-1].set_title("tokens on the experts to prune", fontsize=11)
     panels[0].set_yticks(range(len(names)), [f"{n} ({t:,})" for n, t in zip(names, targets_M, strict=True)])
     panels[0].set_ylim(max(len(names), 1) - 0.4, -0.6)
     some = f", {len(names)} of {len(losses.names)} domains" if len(names) < len(losses.names) else ""

@@ -44,7 +44,8 @@ class RunData:
     steps: [N], ascending. tokens_NLE: by original id, 0 where an expert is not there. num_experts: of each layer before
     any prune. window: steps that a mean load is taken over. alpha, beta, max_moved: of the config. train, evals:
     records in the order they were written. targets: how many validation targets each domain has, empty before the first
-    evaluation.
+    evaluation. pruned_share: of each domain's tokens, what the experts had that the last prune took, mean over the
+    layers.
     """
 
     steps: np.ndarray
@@ -59,6 +60,7 @@ class RunData:
     train: tuple[dict, ...]
     evals: tuple[dict, ...]
     targets: dict[str, int]
+    pruned_share: dict[str, float]
 
     @property
     def num_layers(self) -> int:
@@ -118,6 +120,7 @@ def read_run(run_dir: Path) -> RunData:
             prunes=_read_prunes(run_dir, prunes, loads),
             train=_losses(records, "train", "loss"),
             evals=_losses(records, "eval", "validation_loss"),
+            pruned_share=_pruned_share(records, prunes),
             targets=next((r["targets_by_domain"] for r in reversed(records) if r["kind"] == "validation"), {}),
         )
     except (KeyError, TypeError) as error:  # a key that is missing, and something else in the place of an object
@@ -134,11 +137,24 @@ def _losses(records: list[dict], kind: str, field: str) -> tuple[dict, ...]:
     chosen = tuple(record for record in records if record["kind"] == kind)
     for record in chosen:
         step = _step(record["step"], f"step of a {kind} record")
+        if kind == "eval":
+            require_type(f"when of step {step}", record["when"], str)
         require_type(f"{field} of step {step}", record[field], float | None)
         require(
             abs(record[field] or 0) < MAX_VALUE, f"{field} of step {step}", record[field], f"is not below {MAX_VALUE}"
         )
     return chosen
+
+
+def _pruned_share(records: list[dict], prunes: list[dict]) -> dict[str, float]:
+    """By domain; empty where nothing was pruned."""
+    made = prunes[-1]["plan_step"] if prunes else None
+    checked = [record for record in records if record["kind"] == "dry_run" and record["step"] == made]
+    by_layer = checked[-1]["pruned_share_by_domain"] if checked else {}
+    return {
+        name: sum(_share(share, f"pruned share of {name}") for share in shares) / len(shares)
+        for name, shares in by_layer.items()
+    }
 
 
 def _read_prunes(run_dir: Path, records: list[dict], loads: RecordedLoads) -> tuple[Transition, ...]:

@@ -70,6 +70,8 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
                 alive_LE[layer, pruned] = False
                 lineage.append(placed(mean_LE[layer], np.flatnonzero(alive_LE[layer]), devices))
             records.append(evaluation(step, "before_prune", loss + 0.1))
+            shares = {"books": [0.05] * num_layers, "forms": [0.4] * num_layers, "web": [0.1] * num_layers}
+            records.append({"kind": "dry_run", "step": step, "stands": True, "pruned_share_by_domain": shares})
             records.append(
                 {
                     "kind": "prune",

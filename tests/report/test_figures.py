@@ -89,13 +89,14 @@ def test_loss_shows_every_record_and_marks_the_prune(run):
 
 def test_domains_are_lines_with_the_worst_on_top_and_marks_as_large_as_their_targets(run):
     panels = figures.draw_domains(run).axes
-    assert [axes.get_title() for axes in panels] == ["by the prune alone", "step 300"]
+    assert [axes.get_title() for axes in panels] == ["by the prune alone", "step 300", "tokens on the experts to prune"]
     labels = [label.get_text() for label in panels[0].get_yticklabels()]
     assert labels == ["forms (40)", "books (9,000)", "web (2,960)"]
     assert panels[0].get_ylim()[0] > panels[0].get_ylim()[1] == panels[1].get_ylim()[1]
-    [at_prune], [newest] = (axes.collections for axes in panels)
+    [at_prune], [newest] = (axes.collections for axes in panels[:2])
     np.testing.assert_allclose(at_prune.get_offsets()[:, 0], [0.56, 0.06, 0.01])
     np.testing.assert_allclose(np.ptp(newest.get_offsets()[:, 0]), 0, atol=1e-9)
+    assert [bar.get_width() for bar in panels[2].patches] == pytest.approx([0.4, 0.05, 0.1])
     assert at_prune.get_sizes().argsort().tolist() == [0, 2, 1]
     mean = panels[0].lines[0].get_xdata()[0]  # of all targets, not of the domains
     assert mean == pytest.approx((0.56 * 40 + 0.06 * 9000 + 0.01 * 2960) / 12000)

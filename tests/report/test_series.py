@@ -27,6 +27,7 @@ def small_run(**changes):
         train=(),
         evals=(),
         targets={"a": 30, "b": 10, "c": 5},
+        pruned_share={},
     )
     return dataclasses.replace(run, **changes)
 
