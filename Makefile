@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-all test-tpu lint
+.PHONY: train test test-all test-tpu test-hf lint
 
 .venv/base: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -17,20 +17,28 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --requirement requirements-tpu.txt
 	touch $@
 
+.venv/hf: requirements-hf.txt .venv/dev
+	$(BIN)/pip install --quiet --requirement requirements-hf.txt
+	touch $@
+
 # Huge pages: on CPU a step makes and clears half a gigabyte of memory.
 train: .venv/base
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python train.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --ignore=tests/evidence
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --ignore=tests/evidence --ignore=tests/huggingface
 
 # Benchmarks, experiments, fault injection and notebooks too, and the long form of every test: hours.
-test-all: .venv/dev
+test-all: .venv/hf
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Programs compiled for TPU; needs no TPU, but its compiler (0.7 GB).
 test-tpu: .venv/tpu
 	$(BIN)/python -m pytest tests/preflight
+
+# Models that others load; needs torch and Transformers.
+test-hf: .venv/hf
+	$(BIN)/python -m pytest tests/huggingface
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

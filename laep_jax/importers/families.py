@@ -1,0 +1,25 @@
+"""Where families of Hugging Face models keep what belongs to an expert: names of tensors, fields of config.json.
+
+All of it lies below one module of each layer: matrices of numbered experts, or of all together with the expert first;
+the router's rows; and in some families a bias that is added to the router's scores when experts are chosen.
+"""
+
+import re
+
+MODULE = r"(?P<module>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:mlp|block_sparse_moe|feed_forward))\."
+NUMBERED = re.compile(MODULE + r"experts\.(?P<expert>\d+)\.(?P<rest>.+)")
+TOGETHER = re.compile(MODULE + r"experts\.(?!\d)[\w.]+")
+ROUTER = re.compile(MODULE + r"gate\.weight")
+BIAS = re.compile(MODULE + r"(?:gate|moe_statics)\.e_score_correction_bias")
+
+
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # fields of config.json
+TOP_K = ("num_experts_per_tok", "moe_k")
+FAMILIES = {  # by model_type: whether experts are chosen with a bias, so that some can be there and never be chosen
+    "mixtral": False,
+    "olmoe": False,
+    "qwen3_moe": False,
+    "deepseek_v2": False,
+    "deepseek_v3": True,
+    "ernie4_5_moe": True,
+}
