@@ -70,7 +70,7 @@ def test_the_tiny_run_from_a_shell_and_a_second_start_on_fewer_devices(tmp_path)
         "Python 3",
         "8 cpu devices",
         "step  4/12",
-        "after prune",
+        "without the experts to prune",
         "parameters",
         "experts per layer",
         "step time",

@@ -13,23 +13,29 @@ from typing import Any
 
 import numpy as np
 
-from laep_jax.errors import require
+from laep_jax.errors import UserError, require
 from laep_jax.files import read_json
-from laep_jax.importers.families import BIAS, COUNTS, FAMILIES, NUMBERED, ROUTER, TOGETHER, TOP_K
+from laep_jax.importers.families import BIAS, COUNTS, FAMILIES, LAYER, NUMBERED, ROUTER, TOGETHER, TOP_K
 from laep_jax.importers.safetensors_file import Tensor, read_header, read_tensors, write_tensors
 from laep_jax.laep.plan import Plan
 
 INDEX, SINGLE, LINEAGE = "model.safetensors.index.json", "model.safetensors", "laep_lineage.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", INDEX)  # not copied
+BY_LAYER = "experts_per_layer"
+BEST_OF_GROUP = 2  # experts by which a router judges a group
 NEVER = -1e9  # bias of an expert that is there to fill its layer
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """kept: by layer number in the tensors' names, the old experts in new order. width: that layers are padded to."""
+    """kept: by layer number in the tensors' names, the old experts in new order. width: that layers are padded to.
+
+    num_layers: of the model; layers behind, for multi-token prediction, are left out.
+    """
 
     kept: dict[int, tuple[int, ...]]
     width: int | None
+    num_layers: int
 
     def size(self, layer: int) -> int:
         """Experts of a layer in the new folder, those that only fill it included."""
@@ -39,8 +45,10 @@ class Cut:
 def read_config(model: Path) -> dict[str, Any]:
     """The config.json of a folder. `UserError` where its family is unknown."""
     config = read_json(model / "config.json", str(model / "config.json"))
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     require(kind in FAMILIES, f"{model}: model_type", kind, f"is unknown; there are {', '.join(FAMILIES)}")
+    for name in (*TOP_K, *COUNTS, "n_group", "topk_group", "num_hidden_layers"):
+        require(type(config.get(name, 1)) in (int, type(None)), f"{model}: {name}", config.get(name), "is no number")
     return config
 
 
@@ -48,58 +56,71 @@ def read_shards(model: Path) -> dict[str, dict[str, Any]]:
     """The header of each shard by its file name."""
     if not (model / INDEX).exists():
         return {SINGLE: read_header(model / SINGLE)}
-    weight_map = read_json(model / INDEX, str(model / INDEX)).get("weight_map", {})
+    weight_map = read_json(model / INDEX, str(model / INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{model / INDEX} has no weight_map")
     files = sorted({str(file) for file in weight_map.values()})
     outside = [file for file in files if Path(file).name != file]
     require(not outside, f"files of {model / INDEX}", outside, "lie outside the folder")
     return {file: read_header(model / file) for file in files}
 
 
-def experts_of(shards: Mapping[str, Mapping[str, Any]]) -> dict[int, int]:
-    """How many experts each layer has that has any, by its number."""
+def experts_of(shards: Mapping[str, Mapping[str, Any]], num_layers: int) -> dict[int, int]:
+    """How many experts each layer has that has any, by its number, of the first `num_layers`."""
     found: dict[int, int] = {}
     for name, of in ((name, of) for header in shards.values() for name, of in header.items()):
         if match := NUMBERED.fullmatch(name):
-            layer, count = int(match["layer"]), int(match["expert"]) + 1
+            count = int(match["expert"]) + 1
         elif match := TOGETHER.fullmatch(name) or ROUTER.fullmatch(name):
-            layer, count = int(match["layer"]), int(of["shape"][0])
+            count = of["shape"][0] if of["shape"] else 0
         else:
             continue
-        found[layer] = max(found.get(layer, 0), count)
+        if int(match["layer"]) < num_layers:
+            found[int(match["layer"])] = max(found.get(int(match["layer"]), 0), count)
     return found
 
 
-def plan_cut(plan: Plan, model: Path, config: Mapping[str, Any], experts: Mapping[int, int], *, pad: bool) -> Cut:
+def plan_cut(plan: Plan, model: Path, config: Mapping[str, Any], shards: Mapping[str, Any], *, pad: bool) -> Cut:
     """What is to be done. `UserError` where the plan is for another model, or the result would not be that model."""
+    num_layers = config.get("num_hidden_layers") or 2**31
+    experts = experts_of(shards, num_layers)
     counts, kept = tuple(experts[layer] for layer in sorted(experts)), min(plan.num_experts_after)
     require(counts == plan.num_experts, "experts of the plan", plan.num_experts, f"are not those of {model}, {counts}")
     top_k = next((config[name] for name in TOP_K if name in config), 1)
     require(kept >= top_k, "experts kept", kept, f"are fewer than the {top_k} of a token")
-    groups = config.get("n_group") or 1
-    if groups > (config.get("topk_group") or groups):
-        alike = all(_same_groups(of, count, groups) for of, count in zip(plan.kept, counts, strict=True))
-        require(
-            alike and not pad, "n_group", groups, "limits the choice to groups of experts, which the plan would mix"
-        )
-    require(
-        all(count % groups == 0 for count in plan.num_experts_after) and (groups == 1 or not pad),
-        "n_group",
-        groups,
-        "does not divide the experts kept, or they are padded",
-    )
+    _check_groups(plan, config, counts, top_k, pad=pad)
     require(
         not pad or FAMILIES[config["model_type"]],
         "--pad: model_type",
         config["model_type"],
         "chooses without a bias: it would not be exact",
     )
-    return Cut(dict(zip(sorted(experts), plan.kept, strict=True)), max(plan.num_experts_after) if pad else None)
+    width = max(plan.num_experts_after) if pad else None
+    return Cut(dict(zip(sorted(experts), plan.kept, strict=True)), width, num_layers)
+
+
+def _check_groups(plan: Plan, config: Mapping[str, Any], counts: Sequence[int], top_k: int, *, pad: bool) -> None:
+    """`UserError` where the router chooses groups of experts first and the plan would mix them, or leave too few."""
+    groups = config.get("n_group") or 1
+    chosen = config.get("topk_group") or groups
+    if groups == 1:
+        return
+    require(not pad, "--pad: n_group", groups, "is the number of groups, which padding would change")
+    even = all(count % groups == 0 for count in plan.num_experts_after)
+    require(even, "experts kept", plan.num_experts_after, f"do not divide into n_group={groups} groups")
+    in_group = min(plan.num_experts_after) // groups
+    enough = in_group >= BEST_OF_GROUP and chosen * in_group >= top_k
+    require(
+        enough, "experts of a group", in_group, f"are too few for topk_group={chosen} and {top_k} experts of a token"
+    )
+    alike = all(_same_groups(of, count, groups) for of, count in zip(plan.kept, counts, strict=True))
+    require(
+        alike or chosen == groups, "n_group", groups, "limits the choice to groups of experts, which the plan would mix"
+    )
 
 
 def _same_groups(kept: Sequence[int], num_experts: int, groups: int) -> bool:
     """Whether each group has experts of the same old group only, in the old order of groups."""
-    if len(kept) % groups:
-        return False
     return [slot * groups // num_experts for slot in kept] == [i * groups // len(kept) for i in range(len(kept))]
 
 
@@ -107,8 +128,25 @@ def apply_plan(plan: Plan, model: Path, out: Path, *, pad: bool = False) -> tupl
     """Writes the cut model into a new folder; returns the experts of each layer. `UserError` where it does not fit."""
     require(not out.exists(), "--out", str(out), "exists")
     config, shards = read_config(model), read_shards(model)
-    cut = plan_cut(plan, model, config, experts_of(shards), pad=pad)
-    out.mkdir(parents=True)
+    cut = plan_cut(plan, model, config, shards, pad=pad)
+    part = out.with_name(out.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        _write(plan, model, part, cut, config, shards)
+        part.rename(out)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"the tensors of {model} do not fit together: {error!r}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return tuple(cut.size(layer) for layer in sorted(cut.kept))
+
+
+def _write(plan: Plan, model: Path, out: Path, cut: Cut, config: dict[str, Any], shards: Mapping[str, Any]) -> None:
     weight_map, total = {}, 0
     for file, header in shards.items():
         tensors = dict(_cut_shard(read_tensors(model / file, header), cut))
@@ -116,20 +154,31 @@ def apply_plan(plan: Plan, model: Path, out: Path, *, pad: bool = False) -> tupl
         weight_map |= dict.fromkeys(tensors, file)
     if (model / INDEX).exists():
         _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    counts = tuple(cut.size(layer) for layer in sorted(cut.kept))
-    by_layer = {"experts_per_layer": list(counts)} if len({*counts}) > 1 else {}
-    _write_json(out / "config.json", config | {name: max(counts) for name in COUNTS if name in config} | by_layer)
-    lineage = {str(layer): list(kept) for layer, kept in sorted(cut.kept.items())}
-    _write_json(out / LINEAGE, {"plan_sha256": plan.sha256(), "experts_by_layer": lineage})
+    counts = [cut.size(layer) for layer in sorted(cut.kept)]
+    changed = {name: max(counts) for name in COUNTS if name in config}
+    changed |= {"num_nextn_predict_layers": 0} if config.get("num_nextn_predict_layers") else {}
+    config = {name: value for name, value in config.items() if name != BY_LAYER} | changed
+    _write_json(out / "config.json", config | ({BY_LAYER: counts} if len({*counts}) > 1 else {}))
+    _write_json(out / LINEAGE, {"plan_sha256": plan.sha256(), "experts_by_layer": _lineage(model, cut)})
     for path in model.iterdir():
-        if path.is_file() and not path.name.endswith(WEIGHTS) and path.name != "config.json":
+        if path.is_file() and not path.name.endswith(WEIGHTS) and path.name not in ("config.json", LINEAGE):
             shutil.copyfile(path, out / path.name)
-    return counts
+
+
+def _lineage(model: Path, cut: Cut) -> dict[str, list[int]]:
+    """For each layer the experts of the model before any cut, in the new order."""
+    before = read_json(model / LINEAGE, str(model / LINEAGE))["experts_by_layer"] if (model / LINEAGE).exists() else {}
+    return {
+        str(layer): [before[str(layer)][expert] if before else expert for expert in kept]
+        for layer, kept in sorted(cut.kept.items())
+    }
 
 
 def _cut_shard(tensors: Mapping[str, Tensor], cut: Cut) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a shard that stay, by their new names."""
     for name, tensor in tensors.items():
+        if (of_layer := LAYER.fullmatch(name)) and int(of_layer["layer"]) >= cut.num_layers:
+            continue
         if match := NUMBERED.fullmatch(name):
             expert, kept = int(match["expert"]), cut.kept[int(match["layer"])]
             numbers = [kept.index(expert)] if expert in kept else []

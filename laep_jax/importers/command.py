@@ -38,6 +38,8 @@ def main(argv: list[str]) -> int:
         require(
             getattr(args, name) is None or getattr(args, name) > 0, f"--{name}", getattr(args, name), "must be positive"
         )
+    counts_ids = args.form in ("megatron-trace", "vllm-ids", "csv")
+    require(args.num_experts is None or counts_ids, "--num-experts", args.num_experts, f"is not for --from {args.form}")
     counts = FORMATS[args.form](args.files, args.num_experts, args.top_k)
     kept = {name: tokens_NE for name, tokens_NE in counts.items() if tokens_NE.any()}
     require(bool(kept), "layers with tokens", 0, "are too few")

@@ -6,8 +6,9 @@ the router's rows; and in some families a bias that is added to the router's sco
 
 import re
 
-MODULE = r"(?P<module>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:mlp|block_sparse_moe|feed_forward))\."
-NUMBERED = re.compile(MODULE + r"experts\.(?P<expert>\d+)\.(?P<rest>.+)")
+LAYER = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d{1,6})\..*")
+MODULE = r"(?P<module>(?:.*\.)?layers\.(?P<layer>\d{1,6})\.(?:mlp|block_sparse_moe|feed_forward))\."
+NUMBERED = re.compile(MODULE + r"experts\.(?P<expert>\d{1,6})\.(?P<rest>.+)")
 TOGETHER = re.compile(MODULE + r"experts\.(?!\d)[\w.]+")
 ROUTER = re.compile(MODULE + r"gate\.weight")
 BIAS = re.compile(MODULE + r"(?:gate|moe_statics)\.e_score_correction_bias")

@@ -8,6 +8,7 @@ Axes: N iterations, L layers, E experts of a layer, T tokens, K experts of a tok
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from laep_jax.files import (
     read_bytes,
 )
 from laep_jax.importers.torch_file import read_torch
+from laep_jax.laep.load import MAX_TOKENS
 
 MAX_EXPERTS = 2**16  # of a layer: ids above are no ids
 Counts = dict[str, np.ndarray]
@@ -84,9 +86,9 @@ def table(files: Sequence[Path], num_experts: int | None, top_k: int | None) -> 
     """csv with the columns layer, expert, count (or layer_id, expert_id, count): a file for each iteration."""
     found = {}
     for iteration, path in enumerate(files):
-        text = read_bytes(path, str(path), MAX_LINE).decode("utf-8", errors="replace")
+        text = read_bytes(path, str(path), MAX_LINE).decode("utf-8-sig", errors="replace")
         rows: dict[Key, dict[int, int]] = {}
-        for number, row in enumerate(csv.DictReader(io.StringIO(text)), 2):
+        for number, row in enumerate(_csv_rows(text, path), 2):
             name = f"{path} line {number}"
             layer, expert, count = (
                 _whole(row.get(key, row.get(f"{key}_id")), f"{name}: {key}") for key in ("layer", "expert", "count")
@@ -97,11 +99,22 @@ def table(files: Sequence[Path], num_experts: int | None, top_k: int | None) -> 
             )
             of_layer[expert] = count
         require(bool(rows), str(path), len(text), "has no rows of layer,expert,count")
-        for key, counts in rows.items():
-            width = num_experts or max(counts) + 1
-            require(max(counts) < width, f"{path}: expert", max(counts), f"is not below {width} experts")
-            found[iteration, key] = np.array([counts.get(expert, 0) for expert in range(width)])
-    return _by_layer(found)
+        found |= {(iteration, key): counts for key, counts in rows.items()}
+    highest = max(max(counts) for counts in found.values())
+    width = num_experts or highest + 1
+    require(highest < width, "the highest expert", highest, f"is not below {width}")
+    return _by_layer({key: np.array([of.get(expert, 0) for expert in range(width)]) for key, of in found.items()})
+
+
+def _csv_rows(text: str, path: Path) -> list[dict[str, str]]:
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise UserError(f"{path} does not read as csv: {error}") from error
+    columns = [*rows[0]] if rows else []
+    fits = {"layer", "expert", "count"} <= {str(column).removesuffix("_id") for column in columns}
+    require(not rows or fits, f"columns of {path}", columns, "lack layer, expert or count")
+    return rows
 
 
 def vllm_ids(files: Sequence[Path], num_experts: int | None, top_k: int | None) -> Counts:
@@ -119,8 +132,11 @@ def hf_router_logits(files: Sequence[Path], num_experts: int | None, top_k: int 
     assert top_k
     found = {}
     for iteration, path in enumerate(files):
-        names = array_names(path, str(path))
-        arrays = read_arrays(path, str(path), names).values() if names else read_array(path, str(path), "router_logits")
+        names = sorted(array_names(path, str(path)), key=lambda name: [*map(int, re.findall(r"\d{1,9}", name))])
+        by_name = read_arrays(path, str(path), names) if names else {}
+        whole = None if names else read_array(path, str(path), "router_logits")
+        require(whole is None or whole.ndim == 3, f"{path}: dimensions", whole, "must be [layers, tokens, experts]")
+        arrays = [by_name[name] for name in names] if whole is None else list(whole)
         for layer, logits_TE in enumerate(arrays):
             name = f"{path} layer {layer}"
             require(
@@ -196,6 +212,7 @@ def _numbers(value: Any, ndim: int | None, name: str) -> np.ndarray:
     )
     whole = array.dtype.kind != "f" or bool(np.isfinite(array).all() and (array == np.rint(array)).all())
     require(whole, name, "some", "are no whole numbers")
+    require(bool((np.abs(array.astype(np.float64)) < MAX_TOKENS).all()), name, "some", "are not below 2**48")
     return array.astype(np.int64)
 
 

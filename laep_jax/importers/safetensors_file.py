@@ -43,10 +43,11 @@ def read_header(path: Path) -> dict[str, Any]:
     for key, of in tensors.items():
         try:
             (start, stop), shape = of["data_offsets"], of["shape"]
+            dtype = of["dtype"]
             fits = 0 <= start <= stop <= left and all(type(size) is int and size >= 0 for size in shape)
         except (TypeError, KeyError, ValueError) as error:
             raise UserError(f"{name}: {key} is no tensor: {error!r}") from error
-        require(fits and isinstance(of["dtype"], str), f"{name}: {key}", of, "does not lie in the file")
+        require(fits and isinstance(dtype, str), f"{name}: {key}", of, "does not lie in the file")
     return tensors
 
 

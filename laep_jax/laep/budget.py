@@ -26,8 +26,7 @@ def choose(counts: Sequence[np.ndarray], rule: PruneRule, domains: Domains) -> l
 def reach_target(counts: Sequence[np.ndarray], rule: PruneRule, target: float, domains: Domains) -> PruneRule:
     """The rule with the smallest beta that keeps at most `target` experts of all layers together.
 
-    target: below 1 a fraction of them. `UserError` where no beta is enough, because of alpha or of bounds that keep
-    more; and where even with beta 0 fewer stay.
+    target: below 1 a fraction of them. `NoPlanError` where no beta is enough, since alpha or other bounds keep more.
     """
     total = sum(tokens_NE.shape[1] for tokens_NE in counts)
     most = target * total if target < 1 else target

@@ -32,6 +32,8 @@ def main(argv: list[str]) -> int:
     require(
         rule.domain_beta is None or bool(domains), "--domain-beta", rule.domain_beta, "needs counts of several domains"
     )
+    if args.target_experts is not None:
+        settings_of(LaepConfig)["target_experts"].check("--target-experts", args.target_experts)
     plan = make_plan(counts, rule, replica_slots=args.replica_slots, domains=domains, target=args.target_experts)
     print(plan.table())
     if args.out:
@@ -45,22 +47,26 @@ def main(argv: list[str]) -> int:
 
 def _read(files: list[str]) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]], list[str]]:
     """Counts [N, E] of each layer, their sums [E] by domain, and words on where they are from."""
-    named = dict(_named(text) for text in files)
-    require(len(named) == len(files), "--counts", files, "names a domain twice")
-    if len(named) == 1 and "" in named:
-        path = named[""]
+    named = [_named(text) for text in files]
+    names = [name for name, _ in named]
+    require(len(names) == 1 or "" not in names, "--counts", files, "must be NAME=FILE where there are several")
+    require(len({*names}) == len(names), "--counts", files, "names a domain twice")
+    if names == [""]:
+        path = named[0][1]
         by_domain = {} if os.path.isdir(path) else read_domains(path)  # a name may be too long
         if not by_domain:
             counts, source = read_counts_or_run(path)
             return counts, {}, [source] if source else []
     else:
-        require("" not in named, "--counts", files, "must be NAME=FILE where there are several")
-        by_domain = {name: read_counts_or_run(path)[0] for name, path in named.items()}
+        by_domain = {name: read_counts_or_run(path)[0] for name, path in named}
     widths = {name: tuple(tokens_NE.shape[1] for tokens_NE in counts) for name, counts in by_domain.items()}
     require(len({*widths.values()}) == 1, "experts by layer of the domains", widths, "are not the same")
-    told = [f"{len(by_domain)} domains: {', '.join(by_domain)}"]
     domains = {name: [tokens_NE.sum(axis=0) for tokens_NE in counts] for name, counts in by_domain.items()}
-    return [np.concatenate(layer) for layer in zip(*by_domain.values(), strict=True)], domains, told
+    told = f"{len(by_domain)} domains, added up: {', '.join(by_domain)}"
+    if len({len(counts[0]) for counts in by_domain.values()}) > 1:
+        told += "; as one iteration, since they have different numbers of them"
+        by_domain = {name: [tokens_E[None] for tokens_E in tokens] for name, tokens in domains.items()}
+    return [np.sum(layer, axis=0) for layer in zip(*by_domain.values(), strict=True)], domains, [told]
 
 
 def _named(text: str) -> tuple[str, Path]:

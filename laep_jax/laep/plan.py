@@ -47,6 +47,10 @@ class Plan:
             layer.check(f"layers[{index}]", num_experts, self.rule)
         slots = {layer.replica_slots for layer in self.layers}
         require(len(slots) == 1, "replica slots of layers", sorted(slots), "must be the same in all layers")
+        domains = {tuple(layer.domain_shares) for layer in self.layers}
+        require(
+            len(domains) == 1, "domain_shares of layers", sorted(domains), "must be of the same domains in all layers"
+        )
 
     @property
     def kept(self) -> tuple[tuple[int, ...], ...]:

@@ -92,7 +92,7 @@ def prune_layer(tokens_NE: np.ndarray, rule: PruneRule, layer: int, domains_ME: 
     num_marked = int(np.count_nonzero(votes_E))
     order = np.lexsort((totals_E, -votes_E))  # stable: ties go by index
     if rule.domain_beta is not None and domains_ME is not None:
-        spared_E = _spared(order, domains_ME, rule)
+        spared_E = _spared(np.argsort(totals_E, kind="stable"), domains_ME, rule)
         num_chosen, num_marked = (int(np.count_nonzero(~spared_E[order[:count]])) for count in (num_chosen, num_marked))
         order = order[np.argsort(spared_E[order], kind="stable")]
         _require_enough(int(np.count_nonzero(~spared_E)), rule, layer, len(order))
@@ -101,7 +101,10 @@ def prune_layer(tokens_NE: np.ndarray, rule: PruneRule, layer: int, domains_ME: 
 
 
 def _spared(order: np.ndarray, domains_ME: np.ndarray, rule: PruneRule) -> np.ndarray:
-    """Booleans [E]: which experts must stay, so that what goes before them in `order` spares every domain."""
+    """Booleans [E]: which experts must stay. All others together have no more of any domain than they may.
+
+    order: who is asked first. It is that of the loads, so that the answer is the same for every beta.
+    """
     assert rule.domain_beta is not None
     total_M1 = domains_ME.sum(axis=1, keepdims=True)
     most_M = _most_allowed(total_M1, _exact(rule.domain_beta), "le")[:, 0]

@@ -151,6 +151,8 @@ def _pruned_share(records: list[dict], prunes: list[dict]) -> dict[str, float]:
     made = prunes[-1]["plan_step"] if prunes else None
     checked = [record for record in records if record["kind"] == "dry_run" and record["step"] == made]
     by_layer = checked[-1]["pruned_share_by_domain"] if checked else {}
+    require_type("pruned_share_by_domain", by_layer, dict[str, list[float]])
+    require(all(by_layer.values()), "pruned_share_by_domain", by_layer, "lacks the layers of a domain")
     return {
         name: sum(_share(share, f"pruned share of {name}") for share in shares) / len(shares)
         for name, shares in by_layer.items()

@@ -1,6 +1,7 @@
 """Plans carried out on small random models of each family, against Transformers: the cut model is the masked one."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -191,7 +192,7 @@ def test_fused_experts_are_cut_as_numbered_ones(tmp_path):
 def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
     _, whole, plan = saved("mixtral", tmp_path, UNEQUAL)
     config = json.loads((whole / "config.json").read_text())
-    rule = PruneRule.from_settings(LaepConfig(), 2, top_k=TOP_K, expert_parallel=2)
+    rule, rule3 = (PruneRule.from_settings(LaepConfig(), n, top_k=TOP_K, expert_parallel=2) for n in (2, 3))
 
     def refused(message: str, *options: str, **changes) -> None:
         (whole / "config.json").write_text(json.dumps(config | changes))
@@ -202,9 +203,70 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
     refused("--pad: model_type='mixtral' chooses without a bias", "--pad")
     refused("model_type='gpt_oss' is unknown; there are mixtral, olmoe", model_type="gpt_oss")
     refused("experts kept=4 are fewer than the 5 of a token", num_experts_per_tok=5)
-    refused("n_group=4 limits the choice to groups", n_group=4, topk_group=2)
+    refused(r"experts kept=\(6, 4, 8\) do not divide into n_group=4", n_group=4, topk_group=4)
+    refused("n_group=2 limits the choice to groups", n_group=2, topk_group=1)
+    plan.write_text(chosen_plan([np.ones(EXPERTS)] * 3, [range(4)] * 3, rule3).to_json())
+    refused("experts of a group=1 are too few for topk_group=4", n_group=4, topk_group=4)
     plan.write_text(chosen_plan([np.ones(EXPERTS)] * 2, [(), ()], rule).to_json())
     refused(r"experts of the plan=\(8, 8\) are not those of .*whole, \(8, 8, 8\)")
     (tmp_path / "cut").mkdir()
     with pytest.raises(UserError, match="exists"):
         apply(tmp_path)
+
+
+def test_a_second_cut_tells_of_the_model_before_the_first(tmp_path):
+    _, _, plan = saved("olmoe", tmp_path, UNEQUAL)
+    assert apply(tmp_path) == 0
+    first = Plan.from_json(plan.read_text())
+    rule = PruneRule.from_settings(LaepConfig(), 3, top_k=TOP_K, expert_parallel=2)
+    second = chosen_plan([np.arange(n) for n in first.num_experts_after], [(0, 1), (), (0, 1, 2, 3)], rule)
+    plan.write_text(second.to_json())
+    assert main([f"--plan={plan}", f"--model={tmp_path / 'cut'}", f"--out={tmp_path / 'again'}"]) == 0
+    lineage = json.loads((tmp_path / "again" / LINEAGE).read_text())
+    assert lineage["experts_by_layer"] == {
+        str(layer): [before[slot] for slot in kept]
+        for layer, (before, kept) in enumerate(zip(first.kept, second.kept, strict=True))
+    }
+    assert "experts_per_layer" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_layers_for_multi_token_prediction_are_left_out(tmp_path):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    config = {"model_type": "deepseek_v3", "n_routed_experts": 8, "num_hidden_layers": 1, "num_nextn_predict_layers": 1}
+    (whole / "config.json").write_text(json.dumps(config))
+    names = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight" for layer in (0, 1) for expert in range(8)]
+    tensors = {name: torch.randn(2, 3) for name in [*names, "model.layers.1.eh_proj.weight", "lm_head.weight"]}
+    torch_save_file(tensors, whole / "model.safetensors")
+    rule = PruneRule.from_settings(LaepConfig(), 1, top_k=TOP_K, expert_parallel=2)
+    (tmp_path / "plan.json").write_text(chosen_plan([np.ones(8)], [(0, 5)], rule).to_json())
+    assert apply(tmp_path) == 0
+    cut = torch_load_file(tmp_path / "cut" / "model.safetensors")
+    assert cut.keys() == {*names[:6], "lm_head.weight"}
+    changed = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert changed == config | {"n_routed_experts": 6, "num_nextn_predict_layers": 0}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 80]}},
+        {"x": {"shape": [2], "data_offsets": [0, 8]}},
+        {"model.layers.0.mlp.gate.weight": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}},
+        {"model.layers.0.mlp.gate.weight": {"dtype": "F32", "shape": [3, 1], "data_offsets": [0, 8]}},
+        {"model.layers.0.mlp.gate.e_score_correction_bias": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
+        {f"model.layers.{'9' * 5000}.mlp.gate.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
+        [],
+    ],
+)
+def test_a_hostile_shard_is_one_line_and_leaves_nothing(header, tmp_path):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    (whole / "config.json").write_text('{"model_type": "olmoe", "num_experts": 3}')
+    text = json.dumps(header).encode()
+    (whole / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    rule = PruneRule.from_settings(LaepConfig(), 1, top_k=1, expert_parallel=1)
+    (tmp_path / "plan.json").write_text(chosen_plan([np.ones(3)], [(0,)], rule).to_json())
+    with pytest.raises(UserError):
+        apply(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "whole"]

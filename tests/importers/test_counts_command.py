@@ -227,8 +227,9 @@ HOSTILE = [
     ("megatron", megatron_line() + megatron_line(iter=2, tpe=[[1, 2, 3]]), "experts of layer decoder 0=.* differ"),
     ("megatron-trace", '{"step": 1, "layer": 0, "top_indices": [[1, 70000]]}\n', "highest expert=70000 is not below"),
     ("megatron-trace", '{"step": 1, "layer": 0, "top_indices": [[-1, -1]]}\n', "highest expert=-1"),
-    ("csv", "a,b,c\n1,2,3\n", "line 2: layer=None must be a whole number"),
+    ("csv", "a,b,c\n1,2,3\n", "columns of .* lack layer, expert or count"),
     ("csv", "layer,expert,count\n", "has no rows"),
+    ("csv", 'layer,expert,count\r0,0,"\r', "count='.*' must be a whole number|does not read as csv"),
     ("csv", "layer,expert,count\n0,0,-1\n", "count='-1' must be a whole number"),
     ("csv", "layer,expert,count\n0,0,1\n0,0,1\n", "is none, or stands twice"),
     ("csv", "layer,expert,count\n0,0,0\n", "layers with tokens=0 are too few"),
@@ -250,6 +251,19 @@ def test_ranks_of_different_lengths_are_refused(tmp_path):
     Path(second).write_text("".join(Path(second).read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match=r"iterations and layers of .*rank1\.jsonl=11 are not those of"):
         counted("megatron", [first, second], folder=tmp_path)
+
+
+def test_layers_come_by_their_numbers_and_have_one_width(tmp_path):
+    """Not in the order of the archive, nor as wide as each one's highest logged expert."""
+    logits = {f"layer_{layer}": np.eye(3)[[layer % 3] * 4] for layer in (10, 11, 2, 1)}
+    np.savez(tmp_path / "logits.npz", **logits)
+    counts = counted("hf-router-logits", [str(tmp_path / "logits.npz")], "--top-k=1", folder=tmp_path)
+    assert [int(tokens_NE.argmax()) for tokens_NE in counts] == [1, 2, 10 % 3, 11 % 3]
+    (tmp_path / "excel.csv").write_text("\ufefflayer,expert,count\n0,0,5\n1,0,3\n1,2,2\n", encoding="utf-8")
+    counts = counted("csv", [str(tmp_path / "excel.csv")], folder=tmp_path)
+    assert [tokens_NE.tolist() for tokens_NE in counts] == [[[5, 0, 0]], [[3, 0, 2]]]
+    with pytest.raises(UserError, match="--num-experts=4 is not for --from megatron"):
+        counted("megatron", megatron(tmp_path), "--num-experts=4", folder=tmp_path)
 
 
 def test_router_logits_need_top_k(tmp_path):

@@ -146,7 +146,7 @@ def test_domains_come_in_one_file_or_several_and_are_spared(folder, capsys):
     bounds = {"domain-beta": 0.15, "beta": 0.3, "alpha": "inf"}
     run(folder, counts="domains.npz", **bounds)
     told = capsys.readouterr().out
-    assert told.startswith("2 domains: code, prose\n6 layers x 8 experts, 6 iterations of ")
+    assert told.startswith("2 domains, added up: code, prose\n6 layers x 8 experts, 3 iterations of ")
     assert "share of a domain's tokens on the pruned experts, domain_beta 0.15" in told
     plan = written(folder)
     files = [f"--counts={name}={folder / name}.npy" for name in by_domain]
@@ -180,10 +180,10 @@ def test_domains_and_bounds_that_do_not_fit_are_refused(folder, monkeypatch, arg
 
 def test_ids_of_experts_and_counts_of_a_rank_are_no_counts(folder):
     ids_NLE = np.argsort(np.random.default_rng(0).random((20, 3, 64)), axis=-1)[..., :8]
-    part_NLE = np.array([[[90, 5, 3, 2], [10, 10, 2, 3]]] * 4)
+    part_NLE = np.array([[[90, 5, 3, 2], [8, 6, 3, 3]]] * 4)
     for name, array, message in (
         ("ids", ids_NLE, "look like ids of experts"),
-        ("part", part_NLE, "layer 1 has 25% of"),
+        ("part", part_NLE, "layer 1 has 20% of"),
     ):
         np.save(folder / f"{name}.npy", array)
         with pytest.raises(UserError, match=f"{message}.*laep-jax counts"):

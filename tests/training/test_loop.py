@@ -123,7 +123,7 @@ def test_a_plan_from_the_run_directory_is_one_for_the_model_as_it_now_is(run, co
     assert source.startswith(f"steps {PRUNE_STEP + 1} to {NUM_STEPS}")
     planned = change(current, mesh={"fsdp": 4, "expert": 2}, laep={"plan": str(tmp_path / "plan.json")})
     controller = Controller(planned)
-    assert controller.prune_plan().num_experts == current.model.experts_per_layer
+    assert controller.prune_plan({}).num_experts == current.model.experts_per_layer
 
 
 def test_a_run_interrupted_again_and_again_resumes_as_if_nothing_had_been(run, config, tmp_path, capsys):

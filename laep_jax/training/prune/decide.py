@@ -23,8 +23,9 @@ def decide(trainer: Trainer, step: int) -> None:
     trainer.console.state(status(report, trainer.config.laep))
     prunes = trainer.controller.wants_prune(step, report)
     trainer.pause = Pause()
+    due = step + trainer.config.laep.prune_delay
     try:
-        plan = _checked_plan(trainer, step) if prunes else None
+        plan = _checked_plan(trainer, step, due) if prunes else None
     except NoPlanError as error:
         trainer.run_state.summary.not_pruned = str(error)
         trainer.console.event(f"step {step}: no plan: {error}")
@@ -33,7 +34,6 @@ def decide(trainer: Trainer, step: int) -> None:
     if plan is None or not plan.prunes:
         trainer.run_state.summary.not_pruned = _why_not(trainer, report, plan)
         return
-    due = step + trainer.config.laep.prune_delay
     trainer.console.event(f"step {step}: a plan for step {due}" + (f", {report.reason}" if report.stable else ""))
     trainer.console.event(plan.table())
     trainer.log.write_file(f"plans/{step}.json", plan.to_json())
@@ -47,14 +47,15 @@ def _why_not(trainer: Trainer, report: StabilityReport, plan: Plan | None) -> st
         chosen, devices = max(len(layer.eligible) for layer in plan.layers), trainer.controller.rule.expert_parallel
         return (
             f"the rule chose {chosen} experts of a layer at most, and none can go: what is kept is rounded up to "
-            f"MeshConfig.expert={devices}; raise LaepConfig.alpha or LaepConfig.beta"
+            f"MeshConfig.expert={devices}, and LaepConfig.min_experts and domain_beta hold; raise LaepConfig.alpha or "
+            "LaepConfig.beta"
         )
     if trainer.controller.prunes >= laep.max_prunes:
         if not trainer.run_state.retries:
             return f"LaepConfig.max_prunes={laep.max_prunes}"
         return (
             "every plan cost more than LaepConfig.guard_tolerance: lower LaepConfig.alpha or LaepConfig.beta, "
-            "or raise the tolerance"
+            "raise LaepConfig.target_experts or LaepConfig.max_experts where they are set, or raise the tolerance"
         )
     if laep.prune_at_step is not None:
         return f"LaepConfig.prune_at_step={laep.prune_at_step} was not reached"
@@ -64,7 +65,7 @@ def _why_not(trainer: Trainer, report: StabilityReport, plan: Plan | None) -> st
     )
 
 
-def _checked_plan(trainer: Trainer, step: int) -> Plan | None:
+def _checked_plan(trainer: Trainer, step: int, due: int) -> Plan | None:
     """A plan to prune that does no harm; None where none is left to try, see `laep_jax.training.prune.guard`.
 
     What the prune costs is measured here, with its experts masked, and not when the plan is applied: that takes no time
@@ -91,9 +92,10 @@ def _checked_plan(trainer: Trainer, step: int) -> Plan | None:
         )
         trainer.console.event(f"step {step}: {_verdict(before.loss, after.loss, tolerance, stands)}")
         if stands:
-            trainer.log_validation(step, "before_prune", before)
-            trainer.log_validation(step, "after_prune", after)
-            trainer.run_state.summary.pruned_share_by_domain = shares
+            if due < trainer.config.train.num_steps:
+                trainer.log_validation(step, "before_prune", before)
+                trainer.log_validation(step, "after_prune", after)
+                trainer.run_state.summary.pruned_share_by_domain = shares
             return plan
         trainer.soften_rule()
         if not trainer.controller.laep.max_prunes:

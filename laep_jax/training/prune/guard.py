@@ -29,11 +29,12 @@ def rise(before: float, after: float) -> float:
 def softened(laep: LaepConfig, retries: int, num_layers: int) -> LaepConfig:
     """The rule after that many plans were refused; it has max_prunes=0 where there is nothing left to try.
 
-    `alpha = inf` has nothing to halve, there beta alone is. A plan from a file or for a target is not tried again.
+    `alpha = inf` has nothing to halve, there beta alone is. A plan from a file, or for a number of experts, is
+    not tried again: it would be the same.
     """
     if not retries:
         return laep
-    if laep.plan or laep.target_experts or retries > laep.max_retries:
+    if laep.plan or laep.target_experts or laep.max_experts or retries > laep.max_retries:
         return dataclasses.replace(laep, max_prunes=0)
     factor, alpha = SOFTER**retries, laep.alpha
     if alpha != "inf":
