@@ -71,6 +71,8 @@ def _checked_plan(trainer: Trainer, step: int, due: int) -> Plan | None:
     What the prune costs is measured here, with its experts masked, and not when the plan is applied: that takes no time
     of the pause, and both losses are of the same parameters.
     """
+    if not (plan := trainer.controller.prune_plan({})).prunes:  # nor would it with the bound of every domain
+        return plan
     model, tolerance = trainer.model, trainer.config.laep.guard_tolerance
     with trainer.pause.part("evaluate"):
         before = validation_loss(model.evaluate, model.state, *trainer.measured_on)
