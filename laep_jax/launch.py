@@ -27,7 +27,7 @@ from typing import IO
 from laep_jax.errors import INTERRUPTED, REFUSED, STOPPED, require
 
 POLL = 0.1  # seconds
-GRACE = 5.0  # seconds for the others to end by themselves after a failure
+GRACE = 10.0  # seconds for the others to end by themselves after a failure
 FINAL = (0, REFUSED, STOPPED, INTERRUPTED)  # exit codes after which starting again is useless or unwanted
 # Has the kernel send SIGTERM to a process when the launcher is gone, be it by SIGKILL; then becomes that process.
 ORPHANS_STOP = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
