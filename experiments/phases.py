@@ -14,7 +14,7 @@ from laep_jax.config import LaepConfig
 from laep_jax.laep.balance import imbalance
 from laep_jax.laep.pruning import prune_layer
 from laep_jax.laep.rule import PruneRule
-from laep_jax.laep.stability import Change, change, failure, rank_correlation
+from laep_jax.laep.stability import Change, Window, change, failure, rank_correlation
 
 LAEP = LaepConfig(estimator="mean")  # the paper's alpha hybrid, beta 0.1, on the windows' means
 
@@ -33,8 +33,8 @@ def correlations(result: Result) -> dict[int, float]:
 def _changes(result: Result) -> dict[int, Change]:
     """What changed in each window since the one before. Its loads are means, of which noise is not known."""
     rule = PruneRule.from_settings(LAEP, len(next(iter(windows(result).values()))), top_k=1, expert_parallel=1)
-    counts = {step: list(loads_LE[:, None]) for step, loads_LE in windows(result).items()}
-    return {step: change(new, old, rule) for (_, old), (step, new) in itertools.pairwise(counts.items())}
+    counts = {step: Window.of(list(loads_LE[:, None]), rule) for step, loads_LE in windows(result).items()}
+    return {step: change(new, old, rule.alpha) for (_, old), (step, new) in itertools.pairwise(counts.items())}
 
 
 def stable_step(result: Result) -> int | None:

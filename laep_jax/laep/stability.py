@@ -18,11 +18,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from laep_jax.config import LaepConfig
+from laep_jax.laep.budget import choose
 from laep_jax.laep.load import LoadHistory
-from laep_jax.laep.pruning import prune_layer
 from laep_jax.laep.rule import PruneRule
 
-Window = list[np.ndarray]  # counts [N, E] of each layer
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """counts: [N, E] of each layer. chosen: the experts that the rule chooses in each, before rounding."""
+
+    counts: list[np.ndarray]
+    chosen: list[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, counts: list[np.ndarray], rule: PruneRule) -> "Window":
+        return cls(counts, [choice.eligible for choice in choose(counts, rule, {})])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +85,8 @@ def assess(history: LoadHistory, laep: LaepConfig) -> StabilityReport:
         reason = f"{len(history)} steps recorded, {2 * laep.window} needed to compare two windows"
         return StabilityReport(None, 0, False, reason)
     rule = PruneRule.from_settings(laep, len(history.num_experts), top_k=1, expert_parallel=1)
-    windows = [history.window(laep.window, back) for back in range(num_windows)]
-    changes = [change(new, old, rule) for new, old in itertools.pairwise(windows)]
+    windows = [Window.of(history.window(laep.window, back), rule) for back in range(num_windows)]
+    changes = [change(new, old, rule.alpha) for new, old in itertools.pairwise(windows)]
     failures = [failure(one, laep) for one in changes]
     consecutive = next((i for i, failure in enumerate(failures) if failure), len(failures))
     reason = failures[0] or _waiting(consecutive, history.last_step, laep)
@@ -85,14 +95,13 @@ def assess(history: LoadHistory, laep: LaepConfig) -> StabilityReport:
     return StabilityReport(changes[0], consecutive, stable, reason)
 
 
-def change(new: Window, old: Window, rule: PruneRule) -> Change:
-    """Compares two windows of equally many steps; `rule` chooses the experts."""
-    choices = [[prune_layer(tokens_NE, rule, layer).eligible for layer, tokens_NE in enumerate(w)] for w in (new, old)]
-    layers = [*zip(new, old, *choices, rule.alpha, strict=True)]
+def change(new: Window, old: Window, alpha: Sequence[float]) -> Change:
+    """Compares two windows of equally many steps. alpha: the bound of each layer."""
+    layers = [*zip(new.counts, old.counts, new.chosen, old.chosen, alpha, strict=True)]
     return Change(
         moved=tuple(moved(new_NE, old_NE) for new_NE, old_NE, *_ in layers),
         regret=tuple(_share(new_NE, before) - _share(new_NE, now) for new_NE, _, now, before, _ in layers),
-        excess=tuple(_excess(new_NE, before, alpha) for new_NE, _, _, before, alpha in layers),
+        excess=tuple(_excess(new_NE, before, bound) for new_NE, _, _, before, bound in layers),
         rank_correlation=tuple(_load_correlation(new_NE, old_NE) for new_NE, old_NE, *_ in layers),
     )
 

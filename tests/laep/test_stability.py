@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from laep_jax.config import LaepConfig
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.rule import PruneRule
-from laep_jax.laep.stability import assess, change, history_capacity, moved, rank_correlation
+from laep_jax.laep.stability import Window, assess, change, history_capacity, moved, rank_correlation
 
 LOADS_E = np.array([50, 2, 60, 1, 70, 80, 90, 47])  # 400 tokens; with beta 0.1, experts 1 and 3 go
 CONFIG = LaepConfig(alpha="inf", window=4, stable_windows=2, min_step=0)
@@ -70,8 +70,9 @@ def test_rank_correlation_is_the_correlation_of_average_ranks(pairs):
 def between(old, new, **rule):
     """The change of one layer between windows of two equal steps."""
     settings = LaepConfig(**rule)
-    windows = [[np.array([loads_E, loads_E])] for loads_E in (new, old)]
-    return change(*windows, PruneRule.from_settings(settings, 1, top_k=1, expert_parallel=1))
+    chosen_by = PruneRule.from_settings(settings, 1, top_k=1, expert_parallel=1)
+    windows = [Window.of([np.array([loads_E, loads_E])], chosen_by) for loads_E in (new, old)]
+    return change(*windows, chosen_by.alpha)
 
 
 def test_what_moved_is_the_share_of_tokens_that_changed_expert():
