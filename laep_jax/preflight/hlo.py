@@ -13,10 +13,8 @@ from collections.abc import Iterator
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BETWEEN_SLICES = "send"  # what goes over the data-center network, once reduced within the slice
-BOOKKEEPING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"} | {
-    f"{kind}-start"
-    for kind in ("call", "async")  # of which the operation that they start counts
-}
+CALLS = {"call", "call-start", "async-start"}  # of which the operations that they call count
+BOOKKEEPING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", *CALLS}
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 TUPLE = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"  # of tuples of arrays, whose layouts have parentheses
 OPERATION = re.compile(rf"^\s*(?:ROOT )?%?([\w.-]+) = ({TUPLE}|\S+) ([\w-]+)\((.*)$")
@@ -117,7 +115,7 @@ def executed(text: str) -> Iterator[tuple[Operation, int, bool]]:
                 yield from visit(taken, times, beside)
                 for other in others:
                     yield from visit(other, 0, beside)
-            elif op.opcode in ("call", "call-start", "async-start"):
+            elif op.opcode in CALLS:
                 yield from visit(op.attribute("to_apply") or op.attribute("calls") or "", times, beside or starts)
 
     return visit(entry, 1, False)
