@@ -18,7 +18,7 @@ COMMANDS = {
         "which experts to prune and where to place the rest, from counts of any framework",
     ),
     "counts": ("laep_jax.importers.command", "counts for `plan` from what Megatron-LM, SGLang, vLLM and others log"),
-    "apply": ("laep_jax.importers.apply_command", "a plan carried out on a Hugging Face model of safetensors"),
+    "apply": ("laep_jax.importers.apply_command", "applies a plan to a Hugging Face model of safetensors"),
     "settings": ("laep_jax.settings", "every setting of a config: type, default, values, meaning"),
     "describe": ("laep_jax.model.command", "parameters, experts and FLOPs of a config, from shapes alone"),
     "preflight": (

@@ -1,6 +1,6 @@
-"""A plan carried out on a Hugging Face folder of safetensors, shard by shard, without torch.
+"""Applies a plan to a Hugging Face folder of safetensors, shard by shard, without torch.
 
-What belongs to an expert has it in its name or as its first dimension, so that cutting is choosing bytes, whatever the
+What belongs to an expert has it in its name or as its first dimension, so that pruning is choosing bytes, whatever the
 dtype. Shards are mapped into memory and written one by one: what is needed is less than the largest.
 """
 
@@ -27,7 +27,7 @@ NEVER = -1e9  # bias of an expert that is there to fill its layer
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class Prune:
     """kept: by layer number in the tensors' names, the old experts in new order. width: that layers are padded to.
 
     num_layers: of the model; layers behind, for multi-token prediction, are left out.
@@ -80,7 +80,7 @@ def experts_of(shards: Mapping[str, Mapping[str, Any]], num_layers: int) -> dict
     return found
 
 
-def plan_cut(plan: Plan, model: Path, config: Mapping[str, Any], shards: Mapping[str, Any], *, pad: bool) -> Cut:
+def plan_prune(plan: Plan, model: Path, config: Mapping[str, Any], shards: Mapping[str, Any], *, pad: bool) -> Prune:
     """What is to be done. `UserError` where the plan is for another model, or the result would not be that model."""
     num_layers = config.get("num_hidden_layers") or 2**31
     experts = experts_of(shards, num_layers)
@@ -96,7 +96,7 @@ def plan_cut(plan: Plan, model: Path, config: Mapping[str, Any], shards: Mapping
         "chooses without a bias: it would not be exact",
     )
     width = max(plan.num_experts_after) if pad else None
-    return Cut(dict(zip(sorted(experts), plan.kept, strict=True)), width, num_layers)
+    return Prune(dict(zip(sorted(experts), plan.kept, strict=True)), width, num_layers)
 
 
 def _check_groups(plan: Plan, config: Mapping[str, Any], counts: Sequence[int], top_k: int, *, pad: bool) -> None:
@@ -125,15 +125,15 @@ def _same_groups(kept: Sequence[int], num_experts: int, groups: int) -> bool:
 
 
 def apply_plan(plan: Plan, model: Path, out: Path, *, pad: bool = False) -> tuple[int, ...]:
-    """Writes the cut model into a new folder; returns the experts of each layer. `UserError` where it does not fit."""
+    """Writes the pruned model into a new folder; returns its experts by layer. `UserError` where they do not fit."""
     require(not out.exists(), "--out", str(out), "exists")
     config, shards = read_config(model), read_shards(model)
-    cut = plan_cut(plan, model, config, shards, pad=pad)
+    prune = plan_prune(plan, model, config, shards, pad=pad)
     part = out.with_name(out.name + ".part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        _write(plan, model, part, cut, config, shards)
+        _write(plan, model, part, prune, config, shards)
         part.rename(out)
     except UserError:
         raise
@@ -143,70 +143,70 @@ def apply_plan(plan: Plan, model: Path, out: Path, *, pad: bool = False) -> tupl
         raise UserError(f"the tensors of {model} do not fit together: {error!r}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return tuple(cut.size(layer) for layer in sorted(cut.kept))
+    return tuple(prune.size(layer) for layer in sorted(prune.kept))
 
 
-def _write(plan: Plan, model: Path, out: Path, cut: Cut, config: dict[str, Any], shards: Mapping[str, Any]) -> None:
+def _write(plan: Plan, model: Path, out: Path, prune: Prune, config: dict[str, Any], shards: Mapping[str, Any]) -> None:
     weight_map, total = {}, 0
     for file, header in shards.items():
-        tensors = dict(_cut_shard(read_tensors(model / file, header), cut))
+        tensors = dict(_prune_shard(read_tensors(model / file, header), prune))
         total += write_tensors(out / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
     if (model / INDEX).exists():
         _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    counts = [cut.size(layer) for layer in sorted(cut.kept)]
+    counts = [prune.size(layer) for layer in sorted(prune.kept)]
     changed = {name: max(counts) for name in COUNTS if name in config}
     changed |= {"num_nextn_predict_layers": 0} if config.get("num_nextn_predict_layers") else {}
     config = {name: value for name, value in config.items() if name != BY_LAYER} | changed
     _write_json(out / "config.json", config | ({BY_LAYER: counts} if len({*counts}) > 1 else {}))
-    _write_json(out / LINEAGE, {"plan_sha256": plan.sha256(), "experts_by_layer": _lineage(model, cut)})
+    _write_json(out / LINEAGE, {"plan_sha256": plan.sha256(), "experts_by_layer": _lineage(model, prune)})
     for path in model.iterdir():
         if path.is_file() and not path.name.endswith(WEIGHTS) and path.name not in ("config.json", LINEAGE):
             shutil.copyfile(path, out / path.name)
 
 
-def _lineage(model: Path, cut: Cut) -> dict[str, list[int]]:
-    """For each layer the experts of the model before any cut, in the new order."""
+def _lineage(model: Path, prune: Prune) -> dict[str, list[int]]:
+    """For each layer the experts of the model before any prune, in the new order."""
     before = read_json(model / LINEAGE, str(model / LINEAGE))["experts_by_layer"] if (model / LINEAGE).exists() else {}
     return {
         str(layer): [before[str(layer)][expert] if before else expert for expert in kept]
-        for layer, kept in sorted(cut.kept.items())
+        for layer, kept in sorted(prune.kept.items())
     }
 
 
-def _cut_shard(tensors: Mapping[str, Tensor], cut: Cut) -> Iterator[tuple[str, Tensor]]:
+def _prune_shard(tensors: Mapping[str, Tensor], prune: Prune) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a shard that stay, by their new names."""
     for name, tensor in tensors.items():
-        if (of_layer := LAYER.fullmatch(name)) and int(of_layer["layer"]) >= cut.num_layers:
+        if (of_layer := LAYER.fullmatch(name)) and int(of_layer["layer"]) >= prune.num_layers:
             continue
         if match := NUMBERED.fullmatch(name):
-            expert, kept = int(match["expert"]), cut.kept[int(match["layer"])]
+            expert, kept = int(match["expert"]), prune.kept[int(match["layer"])]
             numbers = [kept.index(expert)] if expert in kept else []
             yield from ((f"{match['module']}.experts.{number}.{match['rest']}", tensor) for number in numbers)
-            if cut.width and expert == kept[0]:  # those that fill the layer are as large
+            if prune.width and expert == kept[0]:  # those that fill the layer are as large
                 zeros = dataclasses.replace(tensor, data=np.zeros_like(tensor.data))
-                numbers = range(len(kept), cut.width)
+                numbers = range(len(kept), prune.width)
                 yield from ((f"{match['module']}.experts.{number}.{match['rest']}", zeros) for number in numbers)
         elif match := TOGETHER.fullmatch(name) or ROUTER.fullmatch(name):
-            yield name, _chosen(tensor, cut, int(match["layer"]), 0, 0.0)
+            yield name, _chosen(tensor, prune, int(match["layer"]), 0, 0.0)
         elif match := BIAS.fullmatch(name):
-            yield name, _chosen(tensor, cut, int(match["layer"]), len(tensor.shape) - 1, NEVER)
+            yield name, _chosen(tensor, prune, int(match["layer"]), len(tensor.shape) - 1, NEVER)
         else:
             yield name, tensor
 
 
-def _chosen(tensor: Tensor, cut: Cut, layer: int, dim: int, filling: float) -> Tensor:
+def _chosen(tensor: Tensor, prune: Prune, layer: int, dim: int, filling: float) -> Tensor:
     """The kept experts of a tensor that has them in dimension `dim`; filled up to the width."""
-    kept = list(cut.kept[layer])
+    kept = list(prune.kept[layer])
     chosen = np.take(tensor.data.reshape(*tensor.shape[: dim + 1], -1), kept, axis=dim)
-    if missing := cut.size(layer) - len(kept):
+    if missing := prune.size(layer) - len(kept):
         item = np.zeros(chosen.shape[dim + 1 :], np.uint8)
         if filling:
             require(tensor.dtype == "F32", f"dtype of the bias of layer {layer}", tensor.dtype, "is not F32")
             item = np.frombuffer(np.float32(filling).tobytes(), np.uint8)
         more = np.broadcast_to(item, (*chosen.shape[:dim], missing, *chosen.shape[dim + 1 :]))
         chosen = np.concatenate([chosen, more], axis=dim)
-    shape = (*tensor.shape[:dim], cut.size(layer), *tensor.shape[dim + 1 :])
+    shape = (*tensor.shape[:dim], prune.size(layer), *tensor.shape[dim + 1 :])
     return Tensor(tensor.dtype, shape, chosen.reshape(-1))
 
 

@@ -1,4 +1,4 @@
-"""`python -m laep_jax apply`: cuts the experts of a Hugging Face model by a plan. Needs NumPy and safetensors.
+"""`python -m laep_jax apply`: prunes the experts of a Hugging Face model by a plan. Needs NumPy only.
 
 python -m laep_jax apply --plan plan.json --model folder --out smaller
 """
@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
     """Writes the folder and says who loads it. `UserError` where the plan is for another model."""
     parser = argparse.ArgumentParser(
         prog="laep-jax apply",
-        description="Cuts the experts of a Hugging Face folder of safetensors by a plan, shard by shard.",
+        description="Prunes the experts of a Hugging Face folder of safetensors by a plan, shard by shard.",
         epilog=f"Families, by model_type: {', '.join(FAMILIES)}. {LINEAGE} says which experts are left.",
     )
     add = parser.add_argument

@@ -225,7 +225,7 @@ def stability(run: RunData) -> Stability:
     """Of every two neighbouring windows of steps between which nothing was pruned."""
     window = run.window
     ends = [step for step in run.steps.tolist() if step % window == 0 and step > window]
-    ends = [step for step in ends if not any(step - 2 * window < cut.step < step for cut in run.prunes)]
+    ends = [step for step in ends if not any(step - 2 * window < prune.step < step for prune in run.prunes)]
     moved_NL, ranks_NL = np.zeros((2, len(ends), run.num_layers))
     for row, end in enumerate(ends):
         first, middle, stop = np.searchsorted(run.steps, (end - 2 * window + 1, end - window + 1, end + 1))

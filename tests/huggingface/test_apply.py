@@ -1,4 +1,4 @@
-"""Plans carried out on small random models of each family, against Transformers: the cut model is the masked one."""
+"""Plans applied to small random models of each family, against Transformers: the pruned model is the masked one."""
 
 import json
 import struct
