@@ -102,7 +102,7 @@ def _draw_agreement(axes, by_seed: BySeed) -> None:
         if step := stable_step(result):
             axes.axvline(step, color=GREY, linestyle=":")
     axes.axhline(LAEP.max_moved, color=VERMILLION, linestyle="--", linewidth=1)
-    axes.set(ylim=(0, 1.02), xlabel="step", title="all seeds: agreement with the window before")
+    axes.set(ylim=(0, 1.02), xlabel="step", title="all seeds, window to window")
 
 
 def draw_distributions(rows: Sequence[tuple[str, str]], table: Table) -> Figure:
