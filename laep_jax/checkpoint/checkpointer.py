@@ -32,7 +32,7 @@ from jax.tree_util import tree_flatten_with_path, tree_unflatten
 
 from laep_jax.checkpoint import manifest
 from laep_jax.checkpoint.manifest import DamagedError
-from laep_jax.checkpoint.partial_read import Leaf, open_leaves, read_leaves
+from laep_jax.checkpoint.partial_read import Leaf, make_reader, open_leaves, read_leaves
 from laep_jax.checkpoint.steps import DAMAGED, SAVING, StepDirectory
 from laep_jax.distributed import allgather_strings, is_local_error, raise_on_all_processes
 from laep_jax.errors import UserError
@@ -72,6 +72,7 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(
             ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
         )
+        self._reader = make_reader()
         self._thread = ThreadPoolExecutor(1, "completing a checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self._saved = fingerprint.Fingerprinted({}, ())
@@ -93,6 +94,7 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._orbax.close()
+            self._reader.close()
 
     def save(
         self,
@@ -235,8 +237,8 @@ class Checkpoints:
         self._check_fits(step, expected)
         with self._validating(step):
             try:
-                arrays = read_leaves(leaves, open_leaves(self._steps.step(step) / "state", expected))
-            except (ValueError, OSError) as error:  # what TensorStore has for files that are not as they should be
+                arrays = read_leaves(self._reader, self._steps.step(step) / "state", leaves)
+            except (ValueError, OSError) as error:  # of TensorStore and Orbax, for damaged files
                 reason = str(error).splitlines()[0]
                 raise DamagedError(f"checkpoint {self._steps.step(step)} is damaged: {reason}") from error
         state = tree_unflatten(jax.tree.structure(abstract_state), arrays)
@@ -279,7 +281,7 @@ class Checkpoints:
         self._orbax.wait_until_finished()
         if jax.process_index() != 0:
             return
-        for key, stored in open_leaves(self._steps.step(step, SAVING) / "state", leaves).items():
+        for key, stored in open_leaves(self._reader, self._steps.step(step, SAVING) / "state", leaves).items():
             found = _describe(stored.shape, stored.dtype.numpy_dtype)
             if found != leaves[key]:
                 raise ValueError(f"{key} is stored as {found}, not as {leaves[key]}")

@@ -1,22 +1,23 @@
-"""Reads a pruned state straight out of a checkpoint: surviving experts only, already in their new places.
+"""Restores a state, or what a plan keeps of it, through Orbax's `Checkpointer.restore`.
 
-Orbax restores whole arrays. This opens its store of arrays (zarr3 in OCDBT, one chunk an expert and
-uncompressed) with TensorStore and reads, for each addressable shard of each new leaf, the experts that are
-left; `surgery.kept_rows` says which these are (paper section 3.2).
+Orbax's own handler of arrays restores whole ones. The one here reads, for each addressable shard of each leaf, the
+stored rows that it is asked for, in their new order: of a pruned state the surviving experts only, each a chunk of its
+own. `surgery.kept_rows` says which these are (paper section 3.2).
 """
 
 import dataclasses
-import itertools
 import math
+import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import tensorstore as ts
+from orbax.checkpoint import type_handlers
 
 ALIGNMENT = 64  # bytes
-INDEX_BYTES = 2**26  # of OCDBT's index to be kept
 Bounds = tuple[tuple[int, int], ...]  # of a shard, [start, stop) in each dimension
 
 
@@ -29,22 +30,13 @@ class Leaf:
     rows: np.ndarray | None
 
 
-def open_leaves(store: Path, keys: Iterable[str], *, write: bool = False) -> dict[str, ts.TensorStore]:
-    """The stored arrays by leaf key; a missing chunk is an error, never zeros."""
-
-    def spec(key: str) -> dict:
-        base = {"driver": "file", "path": f"{store}/"}
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
-        return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
-
-    context = ts.Context({"cache_pool": {"total_bytes_limit": INDEX_BYTES}})  # or each array would read the index anew
-    opening = {key: ts.open(spec(key), open=True, read=True, write=write, context=context) for key in keys}
-    return {key: future.result() for key, future in opening.items()}
-
-
 def bytes_read() -> int:
-    """Bytes that TensorStore has read from files since this process began, its indices included."""
-    metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    """Bytes that TensorStore has read from files or a bucket since this process began, its indices included."""
+    metrics = [
+        metric
+        for store in ("file", "gcs")
+        for metric in ts.experimental_collect_matching_metrics(f"/tensorstore/kvstore/{store}/bytes_read")
+    ]
     return sum(value["value"] for metric in metrics for value in metric["values"])
 
 
@@ -83,24 +75,74 @@ def _start_shard(source: ts.TensorStore, leaf: Leaf, bounds: Bounds, shard: np.n
     return ts.array(shard).write(part[ts.d[:].translate_to[0]] if part.rank else part).commit
 
 
-def _start_leaf(leaf: Leaf, source: ts.TensorStore) -> tuple[dict[Bounds, np.ndarray], list[ts.Future]]:
-    """The leaf's shards, still to be filled, and the reads that fill them."""
-    shards = {box: _empty(box, np.dtype(leaf.target.dtype)) for box in {*_boxes(leaf.target).values()}}
-    return shards, [_start_shard(source, leaf, box, shard) for box, shard in shards.items()]
+@dataclasses.dataclass
+class LeafArgs(ocp.ArrayRestoreArgs):
+    """What Orbax hands on to the handler. leaf: what to read, None to open the stored array only."""
+
+    leaf: Leaf | None = None
 
 
-def read_leaves(leaves: Sequence[Leaf], stored: dict[str, ts.TensorStore]) -> list[jax.Array]:
-    """The leaves of the pruned state on their devices; this process reads only what its devices hold.
+class PartialArrayHandler(type_handlers.ArrayHandler):
+    """Orbax's handler of `jax.Array`, which reads of each array what its `LeafArgs` say.
 
-    While one leaf is waited for and put on its devices, the next is being read.
+    While one leaf is waited for and put on its devices, the next is being read, so that the host holds two. A chunk
+    that is missing is an error, never zeros.
     """
-    arrays, started = [], _start_leaf(leaves[0], stored[leaves[0].key])
-    for leaf, following in itertools.zip_longest(leaves, leaves[1:]):
+
+    async def deserialize(self, infos: Sequence[type_handlers.ParamInfo], args: Any = None):
+        opening = [_open(info) for info in infos]
+        stored = [future.result() for future in opening]
+        leaves = [arg.leaf for arg in args]
+        return stored if None in leaves else _read(leaves, stored)
+
+
+def make_reader() -> ocp.Checkpointer:
+    """Reads for this process alone: in Orbax's barrier the others would wait for one that found damage."""
+    registry = type_handlers.create_type_handler_registry((jax.Array, PartialArrayHandler()))
+    own = jax.process_index()
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+        multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own}),
+    )
+
+
+def read_leaves(reader: ocp.Checkpointer, store: str | os.PathLike[str], leaves: Sequence[Leaf]) -> list[jax.Array]:
+    """The leaves on their devices; these are all that `store` has. This process reads only what its devices hold."""
+    found = _restore(reader, store, {leaf.key: LeafArgs(leaf=leaf) for leaf in leaves})
+    return [found[leaf.key] for leaf in leaves]
+
+
+def open_leaves(
+    reader: ocp.Checkpointer, store: str | os.PathLike[str], keys: Iterable[str]
+) -> dict[str, ts.TensorStore]:
+    """The stored arrays by leaf key, which are all that `store` has."""
+    return _restore(reader, store, {key: LeafArgs() for key in keys})
+
+
+def _restore(reader: ocp.Checkpointer, store: str | os.PathLike[str], args: dict[str, LeafArgs]) -> dict[str, Any]:
+    return reader.restore(store, args=ocp.args.PyTreeRestore(dict.fromkeys(args, 0), args))
+
+
+def _open(info: type_handlers.ParamInfo) -> ts.Future:
+    spec = type_handlers.get_json_tspec_read(info, bool(info.is_ocdbt_checkpoint))
+    return ts.open(spec, open=True, read=True, context=info.ts_context)
+
+
+def _read(leaves: Sequence[Leaf], stored: Sequence[ts.TensorStore]) -> list[jax.Array]:
+    arrays, started = [], _start_leaf(leaves[0], stored[0])
+    for index, leaf in enumerate(leaves, 1):
         shards, reads = started
-        started = _start_leaf(following, stored[following.key]) if following else started
+        if index < len(leaves):
+            started = _start_leaf(leaves[index], stored[index])
         for read in reads:
             read.result()
         boxes = _boxes(leaf.target)
         parts = jax.device_put([shards[box] for box in boxes.values()], list(boxes))
         arrays.append(jax.make_array_from_single_device_arrays(leaf.target.shape, leaf.target.sharding, parts))
     return arrays
+
+
+def _start_leaf(leaf: Leaf, source: ts.TensorStore) -> tuple[dict[Bounds, np.ndarray], list[ts.Future]]:
+    """The leaf's shards, still to be filled, and the reads that fill them."""
+    shards = {box: _empty(box, np.dtype(leaf.target.dtype)) for box in {*_boxes(leaf.target).values()}}
+    return shards, [_start_shard(source, leaf, box, shard) for box, shard in shards.items()]

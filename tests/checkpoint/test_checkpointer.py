@@ -13,12 +13,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from laep_jax.checkpoint import partial_read
 from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.checkpoint.manifest import DamagedError
 from laep_jax.errors import UserError
 from laep_jax.sharding import leaf_spec
 from laep_jax.state import surgery
+from tests.fault_injection.damage import open_stored
 
 COUNTS = (16, 16, 8, 8)
 META = {"config": {"model": {"num_experts": [16, 8], "lfa": True}}, "plan": None, "lineage": [[3, 1], []], "lr": 2e-3}
@@ -159,7 +159,7 @@ def test_experts_are_stored_one_a_chunk_and_uncompressed(states, checkpoints):
         "opt_state.1.0.mu.experts.down_NFD",
         "params.layers.attention.query_JD",
     ]
-    stored = partial_read.open_leaves(checkpoints.directory / "1" / "state", keys)
+    stored = {key: open_stored(checkpoints.directory / "1" / "state", key) for key in keys}
     assert [stored[key].chunk_layout.read_chunk.shape for key in keys] == [
         (1, 32, 4),  # fsdp=2 and expert=4 split 2 F=32
         (1, 2, 32),

@@ -186,7 +186,7 @@ def test_what_a_run_goes_on_from_is_validated_once(checkpoints, monkeypatch):
 def test_a_save_that_does_not_open_is_a_failed_save(checkpoints, monkeypatch):
     """As where Orbax took the path for a pattern: it had written nothing to find, and only warned."""
 
-    def nothing_there(store, keys):
+    def nothing_there(reader, store, keys):
         raise ValueError("NOT_FOUND: metadata")
 
     monkeypatch.setattr(checkpointer, "open_leaves", nothing_there)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import tensorstore as ts
 
 from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.checkpoint.manifest import DamagedError, write_manifest
-from laep_jax.checkpoint.partial_read import open_leaves
 from laep_jax.config import Config
 from laep_jax.errors import require
 from laep_jax.sharding import make_cpu_devices, make_mesh
@@ -59,12 +59,19 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
+def open_stored(state: str | os.PathLike[str], key: str) -> ts.TensorStore:
+    """A leaf as Orbax stores it, to be read or changed. state: a folder or an address, without a slash at its end."""
+    base = str(state) if "://" in str(state) else f"file://{state}"
+    kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": f"{key}/"}
+    return ts.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True, write=True).result()
+
+
 def change_stored(step: Path, key: str, index: tuple[int, ...]) -> None:
     """Changes the last bit of one float32 of a checkpoint's state; the manifest knows nothing of it.
 
     step: the checkpoint's directory. key: of the leaf, `params.experts.down_NFD`.
     """
-    array = open_leaves(step / "state", [key], write=True)[key]
+    array = open_stored(step / "state", key)
     value = np.asarray(array[index].read().result(), np.float32)
     array[index].write((value.view(np.uint32) ^ 1).view(np.float32)).result()
     write_manifest(step)
