@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 from benchmarks.measuring import in_process
+from laep_jax.checkpoint.arrays import bytes_needed
 from laep_jax.checkpoint.checkpointer import Checkpoints
-from laep_jax.checkpoint.partial_read import bytes_needed
 from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_cpu_devices, make_mesh
@@ -112,7 +112,7 @@ def _reads(run_dir: Path, prune: dict, config: Config) -> dict:
     """`restore_rate` and `numpy_rate`, bytes a second."""
     plan = Plan.from_json((run_dir / prune["plan"]).read_text())
     target = abstract_state(pruned_config(config, plan.kept), make_mesh(config.mesh))
-    files = [path for path in (run_dir / "checkpoints" / str(prune["step"]) / "state").rglob("*") if path.is_file()]
+    files = [path for path in (run_dir / "checkpoints" / str(prune["step"])).glob("*/state/**/*") if path.is_file()]
     restoring, reading, held = [], [], []
     with Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
         for _ in range(REPETITIONS):

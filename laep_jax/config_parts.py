@@ -146,7 +146,12 @@ class DataConfig:
         "the running Python's own sources, files of text, JSON lines, ArrayRecord, or random tokens",
         choices=("stdlib", *SOURCES_WITH_PATH, "synthetic"),
     )
-    path: str = free("", "a file, folder or glob, for text, jsonl and array_record; compared by hash", path=True)
+    path: str = free(
+        "",
+        "a file, folder or glob, for text, jsonl and array_record, also gs://; compared by hash",
+        path=True,
+        bucket=True,
+    )
     text_field: str = fixed("text", "the field of a JSON line that holds the text")
     tokenizer: str = free("bytes", "bytes, or the path of a Hugging Face tokenizer.json; compared by hash", path=True)
     sequence_length: int = fixed(128, "tokens of a sequence", low=2)

@@ -152,19 +152,25 @@ def require_same(values: Mapping[str, object]) -> None:
 
 
 @contextlib.contextmanager
-def raise_on_all_processes(kind: type[UserError] = UserError) -> Iterator[None]:
-    """A `UserError` of this kind of one process inside becomes one of all. Nothing inside may wait for the others."""
+def raise_on_all_processes(*kinds: type[UserError]) -> Iterator[None]:
+    """An error of one of these kinds, by default `UserError`, of one process inside becomes one of all.
+
+    Nothing inside may wait for the others.
+    """
+    kinds = kinds or (UserError,)
     refusal = None
     try:
         yield
-    except kind as error:
+    except kinds as error:
         refusal = error
-    refusals = allgather_strings(str(refusal or ""))
+    number = next(index for index, kind in enumerate(kinds) if isinstance(refusal, kind)) if refusal else 0
+    refusals = allgather_strings(f"{number} {refusal or ''}")
     if refusal:
         raise refusal
-    for index, text in enumerate(refusals):
+    for index, said in enumerate(refusals):
+        number, _, text = said.partition(" ")
         if text:
-            raise kind(f"process {index}: {text}")
+            raise kinds[int(number)](f"process {index}: {text}")
 
 
 def is_local_error(error: BaseException | None) -> bool:

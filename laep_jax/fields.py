@@ -22,6 +22,7 @@ class Setting:
 
     `low`, `high`: bounds of a number that include the bound; `above`, `below`: that do not. `choices`: the texts that
     have a meaning. `path`: a text that names a file or folder; an empty one names none where that is the default.
+    `bucket`: a path that may be in a bucket of Cloud Storage.
     """
 
     meaning: str
@@ -32,6 +33,7 @@ class Setting:
     below: float | None = None
     choices: tuple[str, ...] = ()
     path: bool = False
+    bucket: bool = False
 
     def check(self, name: str, value: object) -> None:
         """`UserError` unless the field called `name` may hold `value`, which has its type; None needs no bounds."""
@@ -97,4 +99,4 @@ def check_fields(config: Any) -> None:
         for item in value if isinstance(value, tuple) else (value,):
             setting.check(name, item)
         if setting.path and value != getattr(type(config), field):
-            require_path(name, value)
+            require_path(name, value, bucket=setting.bucket)

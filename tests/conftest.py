@@ -27,6 +27,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from laep_jax.errors import MAX_MESSAGE, UserError  # noqa: E402
 from laep_jax.sharding import make_cpu_devices  # noqa: E402
+from tests.support import emulator as storage_emulator  # noqa: E402
 from tests.support.states import States  # noqa: E402
 
 make_cpu_devices(8)
@@ -36,6 +37,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(scope="session")
 def states() -> type[States]:
     return States
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """An emulator of Cloud Storage, which this process and those it starts use from then on."""
+    with storage_emulator.running() as address, storage_emulator.in_environment(address):
+        yield address
 
 
 NODES = [

@@ -41,7 +41,7 @@ def test_one_number_of_experts_serves_every_layer():
         (lambda: DataConfig(source="text"), "DataConfig.path='' is needed: source='text' reads files"),
         (lambda: DataConfig(path="x"), "DataConfig.path='x' is unused by source='stdlib'"),
         (lambda: DataConfig(cache_dir="gs://b/c"), "DataConfig.cache_dir='gs://b/c' must be mounted"),
-        (lambda: DataConfig("text", "file:///a"), "DataConfig.path='file:///a' must be mounted"),
+        (lambda: DataConfig("text", "s3://a/b"), "DataConfig.path='s3://a/b' must be a path or gs://BUCKET/FOLDER"),
         (lambda: DataConfig("text", "~/a"), "DataConfig.path='~/a' must not begin with ~"),
         (lambda: DataConfig(tokenizer="$HOME/a"), "DataConfig.tokenizer='$HOME/a' must not hold variables"),
         (lambda: DataConfig(cache_dir="a\n"), "DataConfig.cache_dir='a\\n' must not begin or end with white space"),

@@ -15,6 +15,8 @@ ORDER = [
     {"fields"},
     {"config_parts"},
     {"config", "chips", "commands", "files", "distributed", "launch", "switches"},
+    {"storage"},
+    {"mirror"},
     {"laep"},
     {"gin_config", "settings", "sharding", "report", "importers"},
     {"model", "data", "tracking"},
@@ -115,7 +117,7 @@ def test_training_is_layered():
 def test_the_report_reads_files_only():
     for name, targets in imports().items():
         if room(name) == "report":
-            assert {room(target) for target in targets} <= {"report", "laep", "files", "errors"}, name
+            assert {room(target) for target in targets} <= {"report", "laep", "files", "errors", "mirror"}, name
 
 
 def test_the_papers_part_imports_no_jax():

@@ -7,11 +7,12 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from laep_jax.checkpoint.manifest import sync
 from laep_jax.errors import UserError
+from laep_jax.files import MAX_JSON
+from laep_jax.storage import Disk, Storage
 
 LOCK_FILE = "run.lock"
 CHECKPOINTS = "checkpoints"  # the directory of a run's checkpoints
@@ -20,13 +21,38 @@ STATES = 2  # of which there must be room: one that is kept, and the next while 
 log = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def exclusive(run_dir: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the run directory; the kernel releases it when the process dies.
+class TakenOverError(UserError):
+    """Another process has started the run that this one was training."""
 
-    run_dir: made if missing. `UserError` naming the process that is inside. Where the file system has no locks, there
-    is a warning only.
+
+@contextlib.contextmanager
+def exclusive(run: Storage) -> Iterator[Callable[[], None]]:
+    """Keeps a run to this process; gives what raises `TakenOverError` once it is no longer so.
+
+    On disk by a lock, which the kernel releases when the process dies: `UserError` naming the process that is inside,
+    or only a warning where the file system has no locks. In a bucket the newest start wins, since nothing there ends
+    with a process that was killed: whoever writes its name last has the run, and the one before notices at its next
+    checkpoint.
     """
+    own = f"process {os.getpid()} on {socket.gethostname()}"
+    if isinstance(run, Disk):
+        with _locked(run.root, own):
+            yield lambda: None
+        return
+    claim = f"{own} {uuid.uuid4().hex}\n".encode()
+    run.write(LOCK_FILE, claim)
+
+    def require_ours() -> None:
+        found = run.read(LOCK_FILE, MAX_JSON)
+        if found != claim:
+            other = found.decode(errors="replace").rpartition(" ")[0]
+            raise TakenOverError(f"{run.root} was taken over by {other}; this process ends")
+
+    yield require_ours
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path, own: str) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     with _open(run_dir / LOCK_FILE) as file:
         try:
@@ -37,7 +63,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         except OSError as error:
             log.warning("%s: nothing keeps a second run out, %s", run_dir, error.strerror)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"{own}\n")
         file.flush()
         yield
 
@@ -50,23 +76,22 @@ def require_directory(run_dir: Path) -> None:
             raise UserError(f"{path} is not a directory")
 
 
-def require_savable(run_dir: Path) -> None:
+def require_savable(run: Storage) -> None:
     """`UserError` where Orbax would take a name on the path for a pattern, and never find what it saved."""
-    path = str(run_dir.absolute())
+    path = str(run.root)
     found = sorted(set(path) & set("*?[\\"))
     if found:
         raise UserError(f"{path!r} has {' '.join(found)} in it, which Orbax reads as a pattern; use another workdir")
 
 
-def require_writable(run_dir: Path) -> None:
-    """`UserError` unless a file can be written to `run_dir`."""
-    path = run_dir / f".{uuid.uuid4().hex}"
+def require_writable(run: Storage) -> None:
+    """`UserError` unless a file can be written and removed."""
+    name = f".{uuid.uuid4().hex}"
     try:
-        path.write_bytes(b"\0")
-        sync(path)
-        path.unlink()
+        run.write(name, b"\0")
+        run.remove(name)
     except OSError as error:
-        raise UserError(f"{run_dir} cannot be written: {error.strerror}") from error
+        raise UserError(f"{run.root} cannot be written: {error.strerror}") from error
 
 
 def require_room(run_dir: Path, state_bytes: int) -> None:

@@ -1,20 +1,21 @@
-"""What a checkpoint's directory must hold: every file with its size, and the small ones with their hash.
+"""What a step of a run's checkpoints consists of: its folder, every file with its size, and the small ones' hashes.
 
-Written last, and itself protected by a hash. Large files are array data, which nobody but the hosts that need it should
-read: what is in them is covered by the fingerprints (`laep_jax.state.fingerprint`).
+Written last, which is what makes the step count, and itself protected by a hash. Large files are array data, which
+nobody but the hosts that need it should read: what is in them is covered by the fingerprints
+(`laep_jax.state.fingerprint`). In a bucket a file cannot be torn, and only its presence is compared.
 """
 
 import hashlib
 import json
-import os
-from pathlib import Path
+import re
 from typing import Any
 
 from laep_jax.errors import UserError
-from laep_jax.files import MAX_JSON, parse_json, read_bytes
+from laep_jax.files import MAX_JSON, parse_json
+from laep_jax.storage import Storage, UnavailableError
 
-MANIFEST_FILE = "manifest.json"
 HASHED_BYTES = 2**20  # larger files are known by their size only
+FOLDER = "[0-9a-f]{8}"  # a folder's name, drawn for each save
 
 
 class DamagedError(UserError):
@@ -31,66 +32,64 @@ def sealed(content: Any) -> str:
     return json.dumps({"sha256": _hash_of(content), "content": content}, separators=(",", ":"), allow_nan=False)
 
 
-def read_sealed(path: Path) -> Any:
+def read_sealed(storage: Storage, name: str) -> Any:
     """What `sealed` was given, as JSON makes it; `DamagedError` where it is not that."""
-    text = read_file(path, MAX_JSON)
+    text = read_file(storage, name, MAX_JSON)
     try:
         found = parse_json(text, "it")
         digest, content = found["sha256"], found["content"]
         is_whole = digest == _hash_of(content)
     except (UserError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{path} is damaged: it does not read as JSON of laep_jax") from error
+        raise DamagedError(f"{storage.path(name)} is damaged: it does not read as JSON of laep_jax") from error
     if not is_whole:
-        raise DamagedError(f"{path} is damaged: it does not have its own hash")
+        raise DamagedError(f"{storage.path(name)} is damaged: it does not have its own hash")
     return content
 
 
-def read_file(path: Path, most: int, sha256: str | None = None) -> bytes:
+def read_file(storage: Storage, name: str, most: int, sha256: str | None = None) -> bytes:
     """A file's bytes; `DamagedError` where they do not read, are more than `most` or do not have this hash."""
     try:
-        content = read_bytes(path, "it", most)
+        content = storage.read(name, most)
+    except UnavailableError:
+        raise
     except UserError as error:
-        raise DamagedError(f"{path} does not read: {getattr(error.__cause__, 'strerror', error)}") from error
+        reason = getattr(error.__cause__, "strerror", error)
+        raise DamagedError(f"{storage.path(name)} does not read: {reason}") from error
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise DamagedError(f"{path} is damaged: it does not have the hash it was saved with")
+        raise DamagedError(f"{storage.path(name)} is damaged: it does not have the hash it was saved with")
     return content
 
 
-def write_manifest(directory: Path) -> None:
-    """Lists every file that is there now, but for an earlier manifest."""
+def make_manifest(storage: Storage, step: str, folder: str) -> str:
+    """Lists every file that is now in a folder of a step."""
     files = {}
-    for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST_FILE):
-        size = path.stat().st_size
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if size <= HASHED_BYTES else None
-        files[path.relative_to(directory).as_posix()] = [size, digest]
-    (directory / MANIFEST_FILE).write_text(sealed(files), encoding="utf-8")
+    for name, size in storage.files(f"{step}/{folder}").items():
+        small = size is not None and size <= HASHED_BYTES
+        content = storage.read(f"{step}/{folder}/{name}", HASHED_BYTES) if small else None
+        files[name] = [size, None if content is None else hashlib.sha256(content).hexdigest()]
+    return sealed({"folder": folder, "files": files})
 
 
-def check_files(directory: Path) -> None:
-    """`DamagedError` naming the first file that is not as the manifest says; more files may be there."""
-    for name, (size, digest) in read_sealed(directory / MANIFEST_FILE).items():
-        path = directory / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            raise DamagedError(f"{path} " + ("is missing" if found is None else f"has {found} bytes instead of {size}"))
+def read_manifest(storage: Storage, name: str) -> tuple[str, dict[str, list]]:
+    """The folder of a step and its files. `UserError` where it is one of an earlier version."""
+    content = read_sealed(storage, name)
+    if not isinstance(content, dict) or not re.fullmatch(FOLDER, str(content.get("folder"))):
+        raise UserError(f"{storage.path(name)} is of laep_jax 0.1, which reads it; this version does not")
+    return content["folder"], content["files"]
+
+
+def check_files(storage: Storage, step: str, name: str) -> None:
+    """`DamagedError` naming the first file that is not as the manifest of that name says; more files may be there."""
+    folder, files = read_manifest(storage, f"{step}/{name}")
+    found = storage.files(f"{step}/{folder}")
+    for file, (size, digest) in files.items():
+        path = storage.path(f"{step}/{folder}/{file}")
+        if file not in found:
+            raise DamagedError(f"{path} is missing")
+        if found[file] != size and None not in (found[file], size):  # a bucket tells no sizes
+            raise DamagedError(f"{path} has {found[file]} bytes instead of {size}")
         if digest:
-            read_file(path, size, digest)
-
-
-def bring_to_disk(directory: Path) -> None:
-    """Syncs every file below a directory and every directory, itself last."""
-    for root, _, files in os.walk(directory, topdown=False):
-        for name in (*files, "."):
-            sync(Path(root, name))
-
-
-def sync(path: Path) -> None:
-    """Syncs one file, or the names in one directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            read_file(storage, f"{step}/{folder}/{file}", size, digest)
 
 
 def _hash_of(content: Any) -> str:

@@ -1,60 +1,71 @@
-"""The steps in a directory of checkpoints: which of them count, what replaces what, what goes. Files only, one process.
+"""The steps in a folder of checkpoints: which of them count, and what goes. Files only, for one process.
 
-Nothing is removed or replaced in place. A step is renamed first, so that after an interruption at any point it is
-there as a whole or not at all, and `settle` ends what was begun.
+    STEP/manifest.json   names the folder and everything in it; written last, it makes the step count
+    STEP/FOLDER/         written once, under a name that is drawn for each save, and never renamed
+    STEP/damaged.json    the manifest of a step that did not validate, put aside
+
+A step is saved again into another folder; its manifest is then replaced, and the old folder removed. So an interruption
+at any point leaves each step as a whole, old or new, or not there; folders that no manifest names are removed by the
+next start.
 """
 
-import os
-import shutil
+import re
+import uuid
 from collections.abc import Callable
-from pathlib import Path
 
 from laep_jax.checkpoint.lock import CHECKPOINTS
-from laep_jax.checkpoint.manifest import DamagedError, bring_to_disk, check_files, sync, write_manifest
+from laep_jax.checkpoint.manifest import FOLDER, DamagedError, check_files, make_manifest, read_manifest
 from laep_jax.errors import UserError
-from laep_jax.tracking.run_log import METRICS_FILE
+from laep_jax.storage import Storage
 
-HAS_CHECKPOINTS = ".has_checkpoints"  # made beside the directory when the first step is complete
-SAVING = ".saving"  # a step that is not complete yet
-REPLACED = ".replaced"  # a step making way for a new save of the same step
-TRASH = ".trash"  # a step being removed
-DAMAGED = ".damaged"  # a step that does not validate, put aside
+HAS_CHECKPOINTS = ".has_checkpoints"  # made beside the folder when the first step is complete
+MANIFEST, DAMAGED = "manifest.json", "damaged.json"
 
 
-class StepDirectory:
-    """A directory of complete steps, named by their numbers. keep: how many to keep."""
+def draw_folder() -> str:
+    """A name that no other save has."""
+    return uuid.uuid4().hex[:8]
 
-    def __init__(self, path: Path, *, keep: int):
-        self.path = path
-        self._keep = keep
 
-    def step(self, step: int, suffix: str = "") -> Path:
-        return self.path / f"{step}{suffix}"
+class Steps:
+    """The steps in a folder, by their numbers. keep: how many complete ones to keep."""
 
-    def complete(self, step: int) -> None:
-        """Gives what lies under SAVING its manifest and, when all of it is on disk, the step's name."""
-        part, path = self.step(step, SAVING), self.step(step)
-        write_manifest(part)
-        bring_to_disk(part)
-        if path.exists():
-            os.replace(path, self.step(step, REPLACED))
-        os.replace(part, path)
-        sync(self.path)
-        (self.path.parent / HAS_CHECKPOINTS).touch()
+    def __init__(self, storage: Storage, *, keep: int):
+        self._storage, self._keep = storage, keep
+
+    def complete(self, step: int, folder: str) -> None:
+        """Makes a step count, with what is in a folder of it; removes the one it had, and steps that are not kept."""
+        self._storage.sync(f"{step}/{folder}")
+        manifest = make_manifest(self._storage, str(step), folder)
+        self._storage.write(f"{step}/{MANIFEST}", manifest.encode())
+        self._storage.parent().write(HAS_CHECKPOINTS, b"")
+        self._remove_unnamed(step)
+        complete = [other for other in self.found() if self.damage(other) is None]
+        for other in complete[: -self._keep]:
+            self._storage.remove(f"{other}/{MANIFEST}")
+            self._remove_unnamed(other)
+
+    def discard(self, step: int, folder: str) -> None:
+        """Removes a folder of a save that failed, unless it counts nevertheless."""
+        try:
+            counts = self.folder(step) == folder
+        except DamagedError:
+            counts = False
+        if not counts:
+            self._storage.remove(f"{step}/{folder}")
+
+    def folder(self, step: int) -> str:
+        """Where the files of a step are; `DamagedError` where its manifest does not read."""
+        return read_manifest(self._storage, f"{step}/{MANIFEST}")[0]
 
     def found(self) -> list[int]:
-        """Every step of which there is a directory, damaged or not."""
-        return self._with_suffix("")
-
-    def _with_suffix(self, suffix: str) -> list[int]:
-        """The steps with a directory of such a name; names from outside are none of ours."""
-        stems = [path.name.removesuffix(suffix) for path in self.path.glob(f"*{suffix}") if path.is_dir()]
-        return sorted(int(stem) for stem in stems if stem.isdecimal() and str(int(stem)) == stem)
+        """Every step that counts or is damaged."""
+        return sorted(step for step in self._numbers() if self._has(step, MANIFEST))
 
     def damage(self, step: int) -> str | None:
         """What is wrong with a step's files, as far as looking at them is cheap."""
         try:
-            check_files(self.step(step))
+            check_files(self._storage, str(step), MANIFEST)
         except DamagedError as error:
             return str(error)
         return None
@@ -68,53 +79,46 @@ class StepDirectory:
             passed_over(step, damage)
         return None
 
-    def put_aside(self, step: int) -> Path:
-        """Renames a step so that it does not count any more; to what."""
-        path = self.step(step, DAMAGED)
-        while path.exists():
-            path = path.with_name(path.name + "+")
-        os.replace(self.step(step), path)
-        sync(self.path)
-        return path
+    def put_aside(self, step: int) -> None:
+        """Renames the manifest of a step so that it does not count any more; everything else stays."""
+        self._storage.move(f"{step}/{MANIFEST}", f"{step}/{DAMAGED}")
 
     def only_damaged(self) -> bool:
         """Whether there were steps, and all are put aside."""
-        return not self.found() and any(self.path.glob(f"*{DAMAGED}*"))
+        return not self.found() and any(self._has(step, DAMAGED) for step in self._numbers())
 
     def settle(self) -> None:
-        """Ends every replacement, the right way round, and removes what failed."""
-        for suffix in (TRASH, SAVING, SAVING + TRASH, REPLACED + TRASH, DAMAGED + TRASH):
-            for step in self._with_suffix(suffix):
-                shutil.rmtree(self.step(step, suffix))
-        for step in self._with_suffix(REPLACED):
-            path = self.step(step, REPLACED)
-            if self.damage(step) is None:
-                self._remove(path)
-            else:
-                self._remove(self.step(step))
-                os.replace(path, self.step(step))
+        """Removes what interrupted saves and removals have left."""
+        for step in self._numbers():
+            self._remove_unnamed(step)
 
-    def retain(self) -> None:
-        """Removes what is no longer kept."""
-        complete = [step for step in self.found() if self.damage(step) is None]
-        for step in complete[: -self._keep]:
-            self._remove(self.step(step))
+    def _remove_unnamed(self, step: int) -> None:
+        """Removes the folders of a step that its manifest does not name; none where a person may want to look."""
+        if self._has(step, DAMAGED):
+            return
+        try:
+            named = self.folder(step) if self._has(step, MANIFEST) else None
+        except UserError:
+            return
+        for folder in self._storage.entries(str(step)):
+            if folder != named and re.fullmatch(FOLDER, folder):
+                self._storage.remove(f"{step}/{folder}")
 
-    def _remove(self, path: Path) -> None:
-        if path.exists():
-            trash = path.with_name(path.name + TRASH)
-            os.replace(path, trash)
-            shutil.rmtree(trash)
+    def _has(self, step: int, name: str) -> bool:
+        return name in self._storage.entries(str(step))
+
+    def _numbers(self) -> list[int]:
+        """The folders with the name of a step; other names are from outside."""
+        return [int(name) for name in self._storage.entries() if name.isdecimal() and str(int(name)) == name]
 
 
-def require_checkpoints(run_dir: Path) -> None:
+def require_checkpoints(run: Storage, has_records: bool) -> None:
     """`UserError` where a run left records but its checkpoints are gone: a new run would erase the records."""
-    directory = run_dir / CHECKPOINTS
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    kept = any(name.isdecimal() or DAMAGED in name or name.endswith(REPLACED) for name in names)
-    lost = not directory.is_dir() or ((run_dir / HAS_CHECKPOINTS).exists() and not kept)
-    if lost and (run_dir / METRICS_FILE).exists():
+    if not has_records or HAS_CHECKPOINTS not in run.entries():
+        return
+    names = [(step, name) for step in run.entries(CHECKPOINTS) for name in run.entries(f"{CHECKPOINTS}/{step}")]
+    if not any(step.isdecimal() and name in (MANIFEST, DAMAGED) for step, name in names):
         raise UserError(
-            f"{run_dir} holds the records of a run, but its checkpoints are missing from {directory}: "
+            f"{run.root} holds the records of a run, but its checkpoints are missing from {run.path(CHECKPOINTS)}: "
             "put them back, or use another workdir"
         )

@@ -35,6 +35,7 @@ from laep_jax.data.listing import Listing, corpus_field
 from laep_jax.data.sources import Document, read_documents
 from laep_jax.data.tokenizer import Tokenizer
 from laep_jax.errors import UserError, require
+from laep_jax.paths import is_bucket
 
 VERSION = 2  # of both files, of reading, of domains and of tokenizing: another one makes every cache anew
 DIGEST, HEADER = 64, 4096  # bytes
@@ -63,7 +64,7 @@ def open_tokens(config: DataConfig, listing: Listing, tokenizer: Tokenizer) -> T
     """The tokens of a corpus from the cache, which is made where it is missing, out of date or damaged."""
     cache_dir = Path(config.cache_dir)
     files = [(os.fsencode(file.name), file.size, file.mtime_ns) for file in listing.files]
-    corpus = config.source, os.path.abspath(config.path) if config.path else "", config.text_field, files
+    corpus = config.source, _absolute(config.path), config.text_field, files
     record = cache_dir / f"{_key(*corpus, *_token_settings(config, tokenizer))}.json"
     try:
         if tokens := _open_recorded(record, tokenizer):
@@ -74,6 +75,10 @@ def open_tokens(config: DataConfig, listing: Listing, tokenizer: Tokenizer) -> T
     except OSError as error:
         rule = f"cannot hold the cache: {error.filename or cache_dir}: {error.strerror}"
         raise UserError(f"DataConfig.cache_dir={config.cache_dir!r} {rule}") from error
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path) if path and not is_bucket(path) else path
 
 
 def _key(*parts: Any) -> str:

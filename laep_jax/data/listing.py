@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from laep_jax.config import DataConfig
+from laep_jax.data.bucket import list_bucket
 from laep_jax.errors import UserError, require, short
+from laep_jax.paths import is_bucket
 
 NOT_STDLIB = (  # folders of it that are not read
     {"site-packages", "dist-packages", "__pycache__"}
@@ -22,14 +24,18 @@ NOT_STDLIB = (  # folders of it that are not read
     | {"encodings", "pydoc_data"}  # tables of characters; one generated file of 0.8 MB
     | {"distutils", "lib2to3"}  # newer versions lack them
 )
+NOT_FOUND = "is neither a file, a folder with files nor a glob of files"
 PACKED_SUFFIXES = (".gz", ".gzip", ".bz2", ".bz", ".xz")  # compressing a file changes no document's name
 
 
 class File(NamedTuple):
-    """name: relative to the corpus, without the suffix of a compression. size: bytes. mtime_ns: last modification."""
+    """name: relative to the corpus, without the suffix of a compression. size: bytes. mtime_ns: last modification.
+
+    path: an address, text, where the corpus is in a bucket.
+    """
 
     name: str
-    path: Path
+    path: Path | str
     size: int
     mtime_ns: int
 
@@ -56,6 +62,10 @@ def list_files(config: DataConfig) -> Listing:
     """Names, sizes and times; no file is opened. `UserError` at a path that is no file, unlistable or doubled."""
     if config.source == "synthetic":
         return Listing((), ())
+    if is_bucket(config.path):
+        files = _find_in_bucket(config)
+        _refuse_doubles(files, config)
+        return Listing(tuple(files), ())
     try:
         root, found, again = _find_stdlib() if config.source == "stdlib" else _find(config)
         files, names_again = _distinct(found, root, config)
@@ -85,8 +95,17 @@ def _find(config: DataConfig) -> tuple[Path, list[Path], list[Path]]:
         if fixed is not None:
             pattern, root = root.parts[fixed:], Path(*root.parts[:fixed])
             found, again = _matching(root, pattern)
-    require(bool(found), "DataConfig.path", config.path, "is neither a file, a folder with files nor a glob of files")
+    require(bool(found), "DataConfig.path", config.path, NOT_FOUND)
     return root, found, again
+
+
+def _find_in_bucket(config: DataConfig) -> list[File]:
+    root, stored = list_bucket(config.path)
+    named = [(file.address.removeprefix(f"{root}/"), file) for file in stored]
+    if not any(part.startswith(".") for part in config.path.split("/")):
+        named = [(name, file) for name, file in named if not any(part.startswith(".") for part in name.split("/"))]
+    require(bool(named), "DataConfig.path", config.path, NOT_FOUND)
+    return [File(_plain_name(name), *file) for name, file in sorted(named)]
 
 
 def _matching(root: Path, pattern: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -164,7 +183,7 @@ def _distinct(paths: Iterable[Path], root: Path, config: DataConfig) -> tuple[li
         key = status.st_dev, status.st_ino
         other = kept.setdefault(key, entry)
         if other is not entry:
-            if other[1].path.is_symlink() and not path.is_symlink():
+            if Path(other[1].path).is_symlink() and not path.is_symlink():
                 kept[key], entry = entry, other
             again.append(entry[0])
     return [file for _, file in sorted(kept.values())], again
@@ -177,7 +196,7 @@ def _plain_name(name: str) -> str:
 
 def _refuse_doubles(files: Iterable[File], config: DataConfig) -> None:
     """As of x.jsonl beside x.jsonl.gz: in the split by names they would be the same documents."""
-    paths = dict[str, Path]()
+    paths = dict[str, Path | str]()
     for file in files:
         other = paths.setdefault(file.name, file.path)
         if other is not file.path:

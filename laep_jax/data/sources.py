@@ -13,9 +13,11 @@ import lzma
 import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 from laep_jax.config import DataConfig
+from laep_jax.data.bucket import fetched, open_stored
 from laep_jax.data.listing import File, corpus_text, list_files
 from laep_jax.data.synthetic import synthetic_documents
 from laep_jax.errors import UserError, require, short
@@ -63,7 +65,7 @@ def _read(config: DataConfig) -> Iterator[tuple[str, bytes]]:
         try:
             yield from read(file, config)
         except OSError as error:
-            raise UserError(f"{corpus_text(config)} cannot be read: {file.path}: {error.strerror}") from error
+            raise UserError(f"{corpus_text(config)} cannot be read: {file.path}: {error.strerror or error}") from error
 
 
 def _read_text(file: File, config: DataConfig) -> Iterator[tuple[str, bytes]]:
@@ -99,10 +101,10 @@ def _opened(file: File, config: DataConfig) -> Iterator[tuple[BinaryIO, int]]:
     """(the file, unpacked and behind its byte order mark, the most bytes that it may have)."""
     where, most = f"{corpus_text(config)}: {file.path}", 2**63
     with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(open_regular(file.path, where))
+        opened = stack.enter_context(_open(file, where))
         try:
             if unpack := next((UNPACK[magic] for magic in UNPACK if _head(opened).startswith(magic)), None):
-                most = MAX_GROWTH * os.fstat(opened.fileno()).st_size
+                most = MAX_GROWTH * file.size
                 opened = stack.enter_context(cast(BinaryIO, unpack(opened)))
             _refuse_format(_head(opened), where)
             if _head(opened).startswith(codecs.BOM_UTF8):
@@ -112,6 +114,10 @@ def _opened(file: File, config: DataConfig) -> Iterator[tuple[BinaryIO, int]]:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise UserError(f"{corpus_text(config)} holds a damaged compressed file: {file.path}: {error}") from error
+
+
+def _open(file: File, where: str) -> contextlib.AbstractContextManager[BinaryIO]:
+    return open_stored(file.path) if isinstance(file.path, str) else open_regular(file.path, where)
 
 
 def _head(opened: BinaryIO) -> bytes:
@@ -156,17 +162,22 @@ def _read_array_record(file: File, config: DataConfig) -> Iterator[tuple[str, by
     from array_record.python.array_record_module import ArrayRecordReader
 
     problem = f"{corpus_text(config)} holds no ArrayRecord file or a damaged one: {file.path}"
-    open_regular(file.path, f"{corpus_text(config)}: {file.path}").close()
-    try:
-        reader = ArrayRecordReader(os.fsencode(file.path))
-        number = reader.num_records()
-        for first in range(0, number, RECORDS_CHUNK):
-            for index, record in enumerate(reader.read(first, min(first + RECORDS_CHUNK, number)), first):
-                yield f"{file.name}#{index}", _utf8(record, f"record {index} of {file.name}", config)
-    except (RuntimeError, IndexError) as error:
-        raise UserError(problem) from error
-    if not reader.ok():  # without a footer it has no records, and says no more
-        raise UserError(problem)
+    with _on_disk(file) as path:
+        open_regular(path, f"{corpus_text(config)}: {path}").close()
+        try:
+            reader = ArrayRecordReader(os.fsencode(path))
+            number = reader.num_records()
+            for first in range(0, number, RECORDS_CHUNK):
+                for index, record in enumerate(reader.read(first, min(first + RECORDS_CHUNK, number)), first):
+                    yield f"{file.name}#{index}", _utf8(record, f"record {index} of {file.name}", config)
+        except (RuntimeError, IndexError) as error:
+            raise UserError(problem) from error
+        if not reader.ok():  # without a footer it has no records, and says no more
+            raise UserError(problem)
+
+
+def _on_disk(file: File) -> contextlib.AbstractContextManager[Path]:
+    return fetched(file.path) if isinstance(file.path, str) else contextlib.nullcontext(file.path)
 
 
 def _utf8(data: bytes, where: str, config: DataConfig) -> bytes:

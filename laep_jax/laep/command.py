@@ -17,6 +17,7 @@ from laep_jax.laep.counts import FORMS, describe, read_domains, require_counts
 from laep_jax.laep.plan import make_plan
 from laep_jax.laep.recorded_loads import read_counts_or_run
 from laep_jax.laep.rule import SETTINGS, PruneRule
+from laep_jax.paths import is_bucket
 
 TYPES = {float: float, float | None: float, int | None: int}
 
@@ -53,7 +54,7 @@ def _read(files: list[str]) -> tuple[list[np.ndarray], dict[str, list[np.ndarray
     require(len({*names}) == len(names), "--counts", files, "names a domain twice")
     if names == [""]:
         path = named[0][1]
-        by_domain = {} if os.path.isdir(path) else read_domains(path)  # a name may be too long
+        by_domain = {} if is_bucket(path) or os.path.isdir(path) else read_domains(Path(path))  # a name may be too long
         if not by_domain:
             counts, source = read_counts_or_run(path)
             return counts, {}, [source] if source else []
@@ -69,10 +70,10 @@ def _read(files: list[str]) -> tuple[list[np.ndarray], dict[str, list[np.ndarray
     return [np.sum(layer, axis=0) for layer in zip(*by_domain.values(), strict=True)], domains, [told]
 
 
-def _named(text: str) -> tuple[str, Path]:
-    """("law", law.npz) of "law=law.npz"; without a name where the text is a file, or has no "="."""
+def _named(text: str) -> tuple[str, str]:
+    """("law", "law.npz") of "law=law.npz"; without a name where the text is a file, or has no "="."""
     name, separator, file = text.partition("=")
-    return ("", Path(text)) if not separator or os.path.exists(text) else (name, Path(file))
+    return ("", text) if not separator or os.path.exists(text) else (name, file)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="[NAME=]FILE",
-        help=f"{FORMS}; or the directory of a run, for a plan that fits its model as it now is. "
+        help=f"{FORMS}; or a run, by its directory or gs:// address, for a plan that fits its model as it now is. "
         "NAME=FILE, repeated: of several domains",
     )
     required.add_argument("--expert-parallel", type=int, required=True, metavar="G", help="devices to spread over")

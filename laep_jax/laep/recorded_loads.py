@@ -12,7 +12,7 @@ Axes: N recorded steps, L layers, E experts of a layer; in files, of the widest 
 import dataclasses
 import itertools
 import json
-import os.path
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from laep_jax.errors import UserError, require
 from laep_jax.files import read_array, read_json, read_records, replace_file
 from laep_jax.laep.counts import read_counts
 from laep_jax.laep.plan import Lineage, initial_lineage
+from laep_jax.mirror import readable
+from laep_jax.paths import is_bucket
 
 FOLDER, EXPERTS_FILE, METRICS_FILE = "loads", "experts.json", "metrics.jsonl"
 NOT_THERE = -1
@@ -115,29 +117,33 @@ def read_loads(run_dir: Path, after: int = 0) -> RecordedLoads:
     return RecordedLoads(np.concatenate(steps), np.concatenate(parts), num_experts, expert_parallel)
 
 
-def read_counts_or_run(path: Path) -> tuple[list[np.ndarray], str]:
+def read_counts_or_run(path: str | os.PathLike[str]) -> tuple[list[np.ndarray], str]:
     """Counts [N, E] of each layer from a file, or from a run by its directory; and of a run, words for which steps."""
-    return read_current_counts(path) if os.path.isdir(path) else (read_counts(path), "")  # a name may be too long
+    if is_bucket(path) or os.path.isdir(path):  # a name may be too long
+        return read_current_counts(path)
+    return read_counts(Path(path)), ""
 
 
-def read_expert_parallel(run_dir: Path) -> int:
+def read_expert_parallel(run_dir: str | os.PathLike[str]) -> int:
     """Devices of the expert axis of a run."""
-    return _read_experts(run_dir / FOLDER / EXPERTS_FILE)[1]
+    with readable(run_dir) as folder:
+        return _read_experts(folder / FOLDER / EXPERTS_FILE)[1]
 
 
-def read_current_counts(run_dir: Path) -> tuple[list[np.ndarray], str]:
+def read_current_counts(run_dir: str | os.PathLike[str]) -> tuple[list[np.ndarray], str]:
     """Counts [N, E] of each layer of a run's model as it now is, and words for where they are from.
 
     The experts are in the order of their slots, so that a plan by these counts can be applied to the run; the steps are
     those since its last prune. `UserError` where there are none.
     """
-    order, pruned_after = initial_lineage(_read_experts(run_dir / FOLDER / EXPERTS_FILE)[0]), 0
-    for record in read_records(run_dir / METRICS_FILE, '"lineage"'):
-        name = f"{run_dir} lineage of step {record['step']}"
-        before, order = order, check_lineage(record.get("lineage"), order, name)
-        if sum(map(len, order)) < sum(map(len, before)):
-            pruned_after = record["step"]
-    loads = read_loads(run_dir, pruned_after)
+    with readable(run_dir) as folder:
+        order, pruned_after = initial_lineage(_read_experts(folder / FOLDER / EXPERTS_FILE)[0]), 0
+        for record in read_records(folder / METRICS_FILE, '"lineage"'):
+            name = f"{run_dir} lineage of step {record['step']}"
+            before, order = order, check_lineage(record.get("lineage"), order, name)
+            if sum(map(len, order)) < sum(map(len, before)):
+                pruned_after = record["step"]
+        loads = read_loads(folder, pruned_after)
     since = f"after the prune of step {pruned_after}" if pruned_after else "nothing is pruned yet"
     require(len(loads.steps) > 0, f"{run_dir}: recorded steps", 0, f"({since}): there are no counts to go by")
     counts = [loads.tokens_NLE[:, layer, ids] for layer, ids in enumerate(order)]

@@ -42,9 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--topology", required=True, metavar="CHIP:SLICE", help=f"for example {known}")
     parser.add_argument(
         "--loads",
-        type=Path,
         metavar="COUNTS",
-        help="file or run directory, as `plan` takes them: adds stragglers and the prune",
+        help="file or run, as `plan` takes them: adds stragglers and the prune",
     )
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many such slices; `data` goes across")
     parser.add_argument("--save", type=Path, metavar="FILE", help="the step's executable, for `train.py --executable`")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,7 +75,13 @@ class Preflight:
 
 
 def preflight(
-    config: Config, chip: Chip, topology: str, *, slices: int = 1, loads: Path | None = None, save: Path | None = None
+    config: Config,
+    chip: Chip,
+    topology: str,
+    *,
+    slices: int = 1,
+    loads: str | os.PathLike[str] | None = None,
+    save: Path | None = None,
 ) -> Preflight:
     """Compiles the step and the prune of `config` for slices of one kind. `UserError` where they do not fit together.
 
@@ -108,7 +115,7 @@ def preflight(
     )
 
 
-def _read_counts(config: Config, loads: Path) -> tuple[Config, list[np.ndarray], str]:
+def _read_counts(config: Config, loads: str | os.PathLike[str]) -> tuple[Config, list[np.ndarray], str]:
     """Config and counts [N, E] of each layer of the same model, and which steps of a run they are from, if of one."""
     had = config.model.experts_per_layer
     counts, source = read_counts_or_run(loads)

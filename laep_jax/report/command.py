@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from laep_jax.errors import UserError
 from laep_jax.files import refuse_links
+from laep_jax.mirror import readable
 from laep_jax.report import figures
 from laep_jax.report.run_data import read_run
 
@@ -25,16 +26,16 @@ DPI = 110
 def main(argv: list[str]) -> int:
     """Draws all figures and prints their paths; `UserError` where the run directory does not read."""
     parser = argparse.ArgumentParser(prog="laep-jax report", description="Draws a run's figures as PNG files.")
-    parser.add_argument("run_dir", type=Path, help="directory of a training run")
+    parser.add_argument("run_dir", help="directory of a training run, or its gs:// address")
     parser.add_argument("--out", type=Path, help="where the figures go (default: RUN_DIR/figures)")
     args = parser.parse_args(argv)
-    run = read_run(args.run_dir)
-    if not args.out:
-        refuse_links(args.run_dir)
-    out = args.out or args.run_dir / "figures"
-    for name, draw in FIGURES.items():
-        _save(draw(run), out / name)
-        print(out / name)
+    with readable(args.run_dir) as folder:
+        run = read_run(folder)
+        if not args.out:
+            refuse_links(folder)
+        for name, draw in FIGURES.items():
+            _save(draw(run), (args.out or folder / "figures") / name)
+            print(f"{args.out or args.run_dir.rstrip('/') + '/figures'}/{name}")
     return 0
 
 

@@ -3,7 +3,7 @@
 The experts of all layers are in one array a parameter, layer after layer, of which every device holds a slice. So a
 prune is new[n] = old[rows[n]], on each device by itself, for the expert matrices, the router, its bias, and both Adam
 moments of each. `kept_rows` makes the rows of a plan, whose `kept[l]` lists the old experts of layer l in new order;
-`partial_read` reads the same rows out of a checkpoint.
+`arrays` reads the same rows out of a checkpoint.
 
 Axes: N experts of all layers.
 """

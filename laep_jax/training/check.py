@@ -1,5 +1,6 @@
 """`train.py --check`: everything that a run refuses, without the run."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -7,38 +8,40 @@ import jax
 from laep_jax.checkpoint.checkpointer import META_FILE
 from laep_jax.checkpoint.lock import CHECKPOINTS, require_room
 from laep_jax.checkpoint.manifest import read_sealed
-from laep_jax.checkpoint.steps import StepDirectory, require_checkpoints
+from laep_jax.checkpoint.steps import Steps, require_checkpoints
 from laep_jax.config import Config
 from laep_jax.distributed import raise_on_all_processes
 from laep_jax.errors import UserError
+from laep_jax.laep.recorded_loads import METRICS_FILE
 from laep_jax.sharding import make_mesh
+from laep_jax.storage import Disk, open_storage
 from laep_jax.training.executable import load_step
 from laep_jax.training.resume import find_run_state
 from laep_jax.training.start import mesh_text, open_inputs, schedule_text
 from laep_jax.training.trainer import make_controller
 
 
-def check(config: Config, run_dir: Path, executable: Path | None = None) -> list[str]:
+def check(config: Config, run_dir: str | os.PathLike[str], executable: Path | None = None) -> list[str]:
     """Lines on the run that `train` would start or resume; nothing is compiled, or written to `run_dir`.
 
     `UserError` where `train` would refuse the config, the devices, the corpus, the plan, the newest checkpoint or the
     room. Whether the checkpoint's arrays are as they were saved, only restoring tells.
     """
-    dataset, state_bytes = open_inputs(config, run_dir)
+    run = open_storage(run_dir)
+    dataset, state_bytes = open_inputs(config, run)
     with raise_on_all_processes():
-        require_checkpoints(run_dir)
-        require_room(
-            next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists()), state_bytes
-        )
-        steps = StepDirectory(run_dir / CHECKPOINTS, keep=1)
+        require_checkpoints(run, METRICS_FILE in run.entries())
+        if isinstance(run, Disk):
+            require_room(next(path for path in (run.root, *run.root.parents) if path.exists()), state_bytes)
+        where = run.path(CHECKPOINTS)
+        storage = open_storage(where)
+        steps = Steps(storage, keep=1)
         damaged: list[str] = []
-        newest = steps.latest(lambda step, damage: damaged.append(damage)) if steps.path.is_dir() else None
-        if newest is None and (damaged or (steps.path.is_dir() and steps.only_damaged())):
-            raise UserError(damaged[0] if damaged else f"no checkpoint in {steps.path} validates")
-        meta = read_sealed(steps.step(newest) / META_FILE)["meta"] if newest else None
-        run_state, changed = find_run_state(
-            config, dataset.fingerprint, steps.step(newest or 0), meta, jax.device_count()
-        )
+        newest = steps.latest(lambda step, damage: damaged.append(damage))
+        if newest is None and (damaged or steps.only_damaged()):
+            raise UserError(damaged[0] if damaged else f"no checkpoint in {where} validates")
+        meta = read_sealed(storage, f"{newest}/{steps.folder(newest)}/{META_FILE}")["meta"] if newest else None
+        run_state, changed = find_run_state(config, dataset.fingerprint, f"{where}/{newest}", meta, jax.device_count())
         current = run_state.current(Config.from_dict(run_state.config))
         make_controller(current, run_state, None)
         if executable:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str], watch: Watch = unwatched) -> int:
         print(operative_config(config), end="")
         return 0
     workdir = f"runs/{Path(gin_files[-1]).stem}" if arguments.workdir is None else expanded(arguments.workdir)
-    require_path("--workdir", workdir)
+    require_path("--workdir", workdir, bucket=True)
     devices, processes = config.mesh.cpu_devices, num_processes()
     require(devices % processes == 0, "MeshConfig.cpu_devices", devices, f"is not divisible by {processes} processes")
     set_switches()
@@ -44,7 +44,7 @@ def main(argv: Sequence[str], watch: Watch = unwatched) -> int:
     with exit_without_barrier(is_compiling):
         connect()
         if arguments.check:
-            print("\n".join(check(config, Path(workdir), arguments.executable)))
+            print("\n".join(check(config, workdir, arguments.executable)))
         else:
             train(config, workdir, executable=arguments.executable, watch=watch)
     return 0
@@ -60,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", metavar="DIR", help="the run's folder (default: runs/ and the config's name)")
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="the run's folder, or gs://BUCKET/FOLDER (default: runs/ and the config's name)",
+    )
     parser.add_argument("--executable", type=Path, metavar="FILE", help="the step as `preflight --save` compiled it")
     parser.add_argument("--print-config", action="store_true", help="print every setting as gin text, and end")
     parser.add_argument("--check", action="store_true", help="do everything but the training: exit code 0 or 2")

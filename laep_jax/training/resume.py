@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import typing
-from pathlib import Path
 
 from laep_jax.config import Config
 from laep_jax.distributed import require_same
@@ -14,7 +13,7 @@ from laep_jax.training.run_state import RunState
 
 
 def find_run_state(
-    config: Config, fingerprint: str, where: Path, meta: dict | None, num_devices: int
+    config: Config, fingerprint: str, where: str, meta: dict | None, num_devices: int
 ) -> tuple[RunState, list[str]]:
     """Where the run stands, and the settings that changed since, as text.
 
@@ -60,7 +59,7 @@ def resolve_resumed(config: Config, run_state: RunState, num_devices: int) -> Co
     return config.resolve(num_devices)
 
 
-def check_resumable(run_state: RunState, config: Config, fingerprint: str, where: Path) -> list[str]:
+def check_resumable(run_state: RunState, config: Config, fingerprint: str, where: str) -> list[str]:
     """The settings that changed since the checkpoint, as text. `UserError` naming every one that may not."""
     old = Config.from_dict(run_state.config)
     refused, changed = [], []

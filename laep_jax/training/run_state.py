@@ -2,7 +2,6 @@
 
 import dataclasses
 import typing
-from pathlib import Path
 from typing import Any
 
 from laep_jax.config import Config
@@ -65,7 +64,7 @@ class RunState:
         )
 
     @classmethod
-    def from_meta(cls, meta: dict, where: Path) -> "RunState":
+    def from_meta(cls, meta: dict, where: str) -> "RunState":
         """What `to_meta` made, back from JSON. `UserError` where a type is wrong or the parts do not fit together."""
         name = f"checkpoint {where}"
         try:
@@ -81,12 +80,12 @@ class RunState:
             require(fits, f"{name}: {field}", getattr(state, field), "does not fit the rest of it")
         return state
 
-    def _rules(self, where: Path) -> dict[str, bool]:
+    def _rules(self, where: str) -> dict[str, bool]:
         """Whether each field fits the others."""
         model, pending = Config.from_dict(self.config).model, self.pending
         layers = list(zip(self.lineage, self.num_experts, model.experts_per_layer, strict=False))
         return {
-            "step": self.step == int(where.name) > 0,
+            "step": self.step == int(where.rpartition("/")[2]) > 0,
             "num_experts": len(self.num_experts) == model.num_layers,
             "lineage": len(self.lineage) == model.num_layers
             and all(len(ids) == len({*ids}) == count for ids, count, _ in layers)

@@ -28,12 +28,15 @@ from laep_jax.files import refuse_links, replace_file
 from laep_jax.gin_config import operative_config
 from laep_jax.laep.layout import from_arrays
 from laep_jax.laep.load import LoadHistory
+from laep_jax.laep.recorded_loads import METRICS_FILE
 from laep_jax.laep.slots import SlotMap
 from laep_jax.laep.stability import history_capacity
+from laep_jax.mirror import local_records
 from laep_jax.model.attention import attention_kernel
 from laep_jax.paths import require_path
 from laep_jax.sharding import make_mesh
 from laep_jax.state.tree import abstract_state, fits, init_state, initial_maps
+from laep_jax.storage import Disk, Storage, open_storage
 from laep_jax.switches import require_switches
 from laep_jax.tracking.console import RunConsole
 from laep_jax.tracking.pause import Pause
@@ -60,39 +63,43 @@ def train(
     a complete run shows its table again and changes no file. `UserError`, before anything is compiled or written,
     where the config does not fit the devices, the corpus or the checkpoint. `StoppedError` after SIGTERM or Ctrl-C,
     when the step in flight is done and saved.
-    With several processes (`laep_jax.distributed`) each calls it alike; `run_dir` is one that all see.
+    run_dir: a folder that all processes see, or a gs:// address; then records are kept on this machine and go up before
+    each checkpoint. With several processes (`laep_jax.distributed`) each calls it alike.
     """
-    require_path("run_dir", os.fspath(run_dir))
-    run_dir, first = Path(run_dir), jax.process_index() == 0
-    dataset, state_bytes = open_inputs(config, run_dir)
-    ended = False
+    require_path("run_dir", os.fspath(run_dir), bucket=True)
+    run, first = open_storage(run_dir), jax.process_index() == 0
+    dataset, state_bytes = open_inputs(config, run)
+    records, publish, ended = Path(), _nothing, False
     with contextlib.ExitStack() as stack:
         with raise_on_all_processes():
             if first:
-                stack.enter_context(exclusive(run_dir))
-                require_checkpoints(run_dir)
-                ended = (run_dir / "summary.json").exists()  # perhaps it is only looked at
+                require_ours = stack.enter_context(exclusive(run))
+                records, publish = stack.enter_context(local_records(run, require_ours))
+                require_checkpoints(run, (records / METRICS_FILE).exists())
+                ended = (records / "summary.json").exists()  # perhaps it is only looked at
                 if not ended:
-                    _require_space(run_dir, state_bytes)
+                    _require_space(run, state_bytes)
         console = stack.enter_context(_console(config, show=first))
         keep = config.train.keep_checkpoints
-        checkpoints = stack.enter_context(Checkpoints(run_dir / CHECKPOINTS, keep=keep, report=console.event))
+        checkpoints = stack.enter_context(
+            Checkpoints(run.path(CHECKPOINTS), keep=keep, report=console.event, publish=publish)
+        )
         while True:
             try:
                 newest = checkpoints.newest_valid()
                 saved = checkpoints.read_meta(newest) if newest else None
-                where = checkpoints.directory / str(newest)
+                where = f"{checkpoints.directory}/{newest}"
                 run_state, changed = find_run_state(config, dataset.fingerprint, where, saved, jax.device_count())
                 if run_state.is_complete(config):
-                    return _show_again(run_dir, run_state, console)
+                    return _show_again(records, run_state, console)
                 base = Config.from_dict(run_state.config)
                 with contextlib.ExitStack() as attempt:
                     with raise_on_all_processes():
                         if first and ended:
-                            _require_space(run_dir, state_bytes)
+                            _require_space(run, state_bytes)
                         make_controller(run_state.current(base), run_state, None)  # refuses a plan that does not fit
                         first_step = _first_step(executable, config, base, run_state)
-                        log = attempt.enter_context(_open_log(run_dir, base, run_state.step, console))
+                        log = attempt.enter_context(_open_log(records, base, run_state.step, console))
                     _announce(config, base, run_state, changed, dataset, log, console)
                     preemption = attempt.enter_context(PreemptionGuard(config.train.step_timeout))
                     trainer = _make_trainer(base, run_state, first_step, dataset, checkpoints, log, console, watch)
@@ -101,13 +108,14 @@ def train(
                 checkpoints.put_aside(error)
 
 
-def open_inputs(config: Config, run_dir: Path) -> tuple[Dataset, int]:
+def open_inputs(config: Config, run: Storage) -> tuple[Dataset, int]:
     """The corpus, and the bytes of a training state, of a run whose settings fit this machine; else `UserError`."""
     require_switches()
     with raise_on_all_processes():
-        require_directory(run_dir)
-        require_savable(run_dir)
-        refuse_links(run_dir)
+        if isinstance(run, Disk):
+            require_directory(run.root)
+            refuse_links(run.root)
+        require_savable(run)
         resolved = config.resolve(jax.device_count())
         leaves = jax.tree.leaves(abstract_state(resolved, make_mesh(resolved.mesh)))
         dataset = make_dataset(
@@ -122,14 +130,18 @@ def open_inputs(config: Config, run_dir: Path) -> tuple[Dataset, int]:
     return dataset, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _require_space(run_dir: Path, state_bytes: int) -> None:
-    require_writable(run_dir)
-    require_room(run_dir, state_bytes)
+def _nothing() -> None: ...
 
 
-def _show_again(run_dir: Path, run_state: RunState, console: RunConsole) -> dict:
+def _require_space(run: Storage, state_bytes: int) -> None:
+    require_writable(run)
+    if isinstance(run, Disk):
+        require_room(run.root, state_bytes)
+
+
+def _show_again(records: Path, run_state: RunState, console: RunConsole) -> dict:
     """The table of a complete run. Writes summary.json where the run was killed before it could."""
-    summary, path = run_state.summary.to_dict(), run_dir / "summary.json"
+    summary, path = run_state.summary.to_dict(), records / "summary.json"
     if jax.process_index() == 0 and not path.exists():
         replace_file(path, lambda file: file.write(json.dumps(summary, indent=1).encode() + b"\n"))
     console.closing_table(run_state.summary)
@@ -199,11 +211,11 @@ def _saved_maps(history: Mapping[str, np.ndarray], trainer: Trainer) -> tuple[Sl
     return trainer.controller.new_maps() if len(trainer.controller.history) else initial_maps(trainer.config)
 
 
-def _open_log(run_dir: Path, base: Config, resume_step: int, console: RunConsole) -> RunLog | NoLog:
+def _open_log(records: Path, base: Config, resume_step: int, console: RunConsole) -> RunLog | NoLog:
     if jax.process_index() > 0:
         return NoLog()
     return RunLog(
-        run_dir,
+        records,
         num_experts=base.model.experts_per_layer,
         expert_parallel=base.mesh.expert or 1,
         resume_step=resume_step,

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from laep_jax.checkpoint.lock import exclusive, require_room, require_savable, require_writable
-from laep_jax.checkpoint.steps import SAVING, StepDirectory, require_checkpoints
+from laep_jax.checkpoint.lock import TakenOverError, exclusive, require_room, require_savable, require_writable
+from laep_jax.checkpoint.steps import Steps, require_checkpoints
 from laep_jax.errors import UserError
+from laep_jax.storage import Disk, open_storage
+from tests.support.emulator import new_folder
 
 HOLDER = """
-import pathlib, sys, time
+import sys, time
 from laep_jax.checkpoint.lock import exclusive
-with exclusive(pathlib.Path(sys.argv[1])):
+from laep_jax.storage import Disk
+with exclusive(Disk(sys.argv[1])):
     print("inside", flush=True)
     time.sleep(600)
 """
@@ -29,12 +32,12 @@ def test_a_second_run_is_told_who_is_inside_until_that_one_is_gone(tmp_path):
             assert holder.stdout.readline() == "inside\n"
             message = rf"run is in use by process {holder.pid} on {socket.gethostname()}$"
             for _ in range(2):
-                with pytest.raises(UserError, match=message), exclusive(tmp_path / "run"):
+                with pytest.raises(UserError, match=message), exclusive(Disk(tmp_path / "run")):
                     pass
         finally:
             holder.kill()
     for _ in range(2):
-        with exclusive(tmp_path / "run"):
+        with exclusive(Disk(tmp_path / "run")):
             assert (tmp_path / "run" / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
@@ -52,28 +55,41 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", refuse)  # root may write anywhere
     with pytest.raises(UserError, match=r"cannot be written: Read-only file system$"):
-        require_writable(tmp_path)
+        require_writable(Disk(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["moe[e8]", "a*/x", "a?", "back\\slash"])
 def test_a_path_that_orbax_reads_as_a_pattern_is_refused(tmp_path, name):
-    require_savable(tmp_path / "x{1}^!$, ü")
+    require_savable(Disk(tmp_path / "x{1}^!$, ü"))
     with pytest.raises(UserError, match="which Orbax reads as a pattern; use another workdir"):
-        require_savable(tmp_path / name)
+        require_savable(Disk(tmp_path / name))
 
 
-def test_records_without_their_checkpoints_are_not_wiped(tmp_path):
+def test_records_without_their_checkpoints_are_not_wiped(storage):
     """A run killed before its first checkpoint starts again; one whose checkpoints were moved away does not."""
-    require_checkpoints(tmp_path / "new")
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "metrics.jsonl").touch()
-    require_checkpoints(tmp_path)
-    steps = StepDirectory(tmp_path / "checkpoints", keep=1)
-    steps.step(3, SAVING).mkdir()
-    steps.complete(3)
-    require_checkpoints(tmp_path)
-    (tmp_path / "checkpoints").rename(tmp_path / "moved")
-    for _ in range(2):
-        with pytest.raises(UserError, match=r"its checkpoints are missing from .*/checkpoints: put them back"):
-            require_checkpoints(tmp_path)
-        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    run = storage.parent()
+    require_checkpoints(run, True)
+    storage.write("3/01234567/x", b"")
+    require_checkpoints(run, True)
+    steps = Steps(storage, keep=1)
+    steps.complete(3, "01234567")
+    require_checkpoints(run, True)
+    steps.put_aside(3)
+    require_checkpoints(run, True)
+    storage.remove("3")
+    require_checkpoints(run, False)
+    with pytest.raises(UserError, match=r"its checkpoints are missing from .*/checkpoints: put them back"):
+        require_checkpoints(run, True)
+
+
+def test_in_a_bucket_the_newest_start_wins(emulator):
+    """A lease would have to outlast the wait of a killed process, which would delay each restart."""
+    run = open_storage(new_folder())
+    with exclusive(run) as first:
+        first()
+        with exclusive(run) as second:
+            second()
+            message = rf"{run.root} was taken over by process {os.getpid()} on {socket.gethostname()}; this process"
+            with pytest.raises(TakenOverError, match=message):
+                first()
+        second()

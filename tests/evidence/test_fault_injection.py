@@ -11,8 +11,9 @@ from tests.fault_injection.__main__ import main
 
 
 @pytest.mark.parametrize("trials", [pytest.param(1, id="short"), pytest.param(6, id="long", marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_ends_as_it_would_have(capsys, trials):
-    assert main(["kill", f"--trials={trials}", "--json"]) == 0
+@pytest.mark.parametrize("place", [(), ("--bucket",)], ids=["disk", "bucket"])
+def test_a_run_that_is_killed_ends_as_it_would_have(capsys, trials, place):
+    assert main(["kill", f"--trials={trials}", "--json", *place]) == 0
     counts = json.loads(capsys.readouterr().out)
     assert counts["trials"] == trials
     assert counts["kills in a prune"] >= 1

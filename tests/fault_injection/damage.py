@@ -20,11 +20,14 @@ import numpy as np
 import tensorstore as ts
 
 from laep_jax.checkpoint.checkpointer import Checkpoints
-from laep_jax.checkpoint.manifest import DamagedError, write_manifest
+from laep_jax.checkpoint.manifest import DamagedError, make_manifest
+from laep_jax.checkpoint.steps import Steps
 from laep_jax.config import Config
 from laep_jax.errors import require
+from laep_jax.files import MAX_ARRAY
 from laep_jax.sharding import make_cpu_devices, make_mesh
 from laep_jax.state.tree import TrainState, abstract_state
+from laep_jax.storage import Disk, Storage
 from laep_jax.training.start import train
 from tests.fault_injection.worker import make_config
 from tests.support.tiny_run import change
@@ -33,30 +36,29 @@ OLDER, NEWEST = 3, 5  # the steps that the run saves
 RANDOM = "random bit flipped"
 
 
-def flip_bit(path: Path, bit: int | None = None) -> None:
-    """Changes one bit, by default the one in the middle; size and times stay."""
-    times = path.stat()
-    content = bytearray(path.read_bytes())
+def flip_bit(content: bytes, bit: int | None = None) -> bytes:
+    """Changes one bit, by default the one in the middle."""
+    changed = bytearray(content)
     byte, bit = divmod(4 * len(content) if bit is None else bit, 8)
-    content[byte] ^= 1 << bit
-    path.write_bytes(content)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    changed[byte] ^= 1 << bit
+    return bytes(changed)
 
 
-def halve(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-DAMAGES: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
     "one bit flipped": flip_bit,
-    "cut in half": halve,
-    "emptied": empty,
-    "deleted": Path.unlink,
+    "cut in half": lambda content: content[: len(content) // 2],
+    "emptied": lambda content: b"",
+    "deleted": lambda content: None,
 }
+
+
+def damage_file(storage: Storage, name: str, damage: Callable[[bytes], bytes | None]) -> None:
+    """Replaces what a file holds, or removes it."""
+    changed = damage(storage.read(name, MAX_ARRAY))
+    if changed is None:
+        storage.remove(name)
+    else:
+        storage.write(name, changed)
 
 
 def open_stored(state: str | os.PathLike[str], key: str) -> ts.TensorStore:
@@ -66,15 +68,22 @@ def open_stored(state: str | os.PathLike[str], key: str) -> ts.TensorStore:
     return ts.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True, write=True).result()
 
 
-def change_stored(step: Path, key: str, index: tuple[int, ...]) -> None:
+def change_stored(storage: Storage, step: int, key: str, index: tuple[int, ...]) -> None:
     """Changes the last bit of one float32 of a checkpoint's state; the manifest knows nothing of it.
 
-    step: the checkpoint's directory. key: of the leaf, `params.experts.down_NFD`.
+    storage: of checkpoints. key: of the leaf, `params.experts.down_NFD`.
     """
-    array = open_stored(step / "state", key)
+    folder = folder_of(storage, step)
+    array = open_stored(storage.path(f"{folder}/state"), key)
     value = np.asarray(array[index].read().result(), np.float32)
     array[index].write((value.view(np.uint32) ^ 1).view(np.float32)).result()
-    write_manifest(step)
+    manifest = make_manifest(storage, str(step), folder.partition("/")[2])
+    storage.write(f"{step}/manifest.json", manifest.encode())
+
+
+def folder_of(storage: Storage, step: int) -> str:
+    """Where the files of a step are."""
+    return f"{step}/{Steps(storage, keep=1).folder(step)}"
 
 
 def run(arguments: Sequence[str]) -> dict:
@@ -95,11 +104,10 @@ def run(arguments: Sequence[str]) -> dict:
             for kind, damage in DAMAGES.items():
                 counts.update(trial.outcome(name, damage, kind))
         rng = random.Random(options.seed)
-        states = [name for name in trial.files if name.startswith("state/")]
-        sizes = [(trial.step / name).stat().st_size for name in states]
-        for name in rng.choices(states, sizes, k=options.flips):
-            bit = rng.randrange(8 * (trial.step / name).stat().st_size)
-            counts.update(trial.outcome(name, lambda path, bit=bit: flip_bit(path, bit), RANDOM))
+        states = [name for name in trial.files if "/state/" in name]
+        for name in rng.choices(states, [trial.files[name] for name in states], k=options.flips):
+            bit = rng.randrange(8 * trial.files[name])
+            counts.update(trial.outcome(name, lambda content, bit=bit: flip_bit(content, bit), RANDOM))
     return dict(counts)
 
 
@@ -114,21 +122,21 @@ def _config(cache_dir: str) -> Config:
 
 
 class Trial:
-    """The checkpoints of a run, damaged in copies. files: of the newest step, relative to it."""
+    """The checkpoints of a run, damaged in copies. files: of the newest step, with their sizes."""
 
     def __init__(self, folder: Path, abstract: TrainState):
         self._checkpoints, self._copy, self._abstract = folder / "run" / "checkpoints", folder / "copy", abstract
-        self.step = self._checkpoints / str(NEWEST)
         with Checkpoints(self._checkpoints, keep=9) as checkpoints:
             self._saved = jax.device_get(checkpoints.restore(NEWEST, abstract))
-        self.files = sorted(p.relative_to(self.step).as_posix() for p in self.step.rglob("*") if p.is_file())
+        step = self._checkpoints / str(NEWEST)
+        self.files = {p.relative_to(step).as_posix(): p.stat().st_size for p in sorted(step.rglob("*")) if p.is_file()}
 
-    def outcome(self, name: str, damage: Callable[[Path], None], kind: str) -> Counter[str]:
+    def outcome(self, name: str, damage: Callable[[bytes], bytes | None], kind: str) -> Counter[str]:
         """What became of one damage to the file of that name."""
         shutil.copytree(self._checkpoints, self._copy)
-        damage(self._copy / str(NEWEST) / name)
+        damage_file(Disk(self._copy), f"{NEWEST}/{name}", damage)
         told: list[str] = []
-        restored = None
+        restored = step = None
         with Checkpoints(self._copy, keep=9, report=told.append) as checkpoints:
             while (step := checkpoints.newest_valid()) is not None:
                 try:
@@ -138,6 +146,8 @@ class Trial:
                 except DamagedError as error:
                     checkpoints.put_aside(error)
         shutil.rmtree(self._copy)
+        if name == "manifest.json" and kind == "deleted":  # a step without one is none, and nothing is said
+            return Counter({kind: 1, "lost saves": step != OLDER})
         if not told:
             same = all(map(np.array_equal, jax.tree.leaves(restored), jax.tree.leaves(self._saved)))
             return Counter({kind: 1, "harmless": same, "undetected": not same})

@@ -8,6 +8,7 @@ moments, layout, load history, recorded loads and losses are hashed. A save that
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 from laep_jax.distributed import HEARTBEAT_TIMEOUT
 from laep_jax.errors import require
 from tests.fault_injection.worker import PRUNE, RUN, Spec
+from tests.support import emulator
 from tests.support.tiny_run import steps_on_disk
 
 PATIENCE = 1800.0  # seconds for one run, other work beside it
@@ -41,12 +43,13 @@ class Uninterrupted:
 
 
 class Trial:
-    """One run directory; `start` goes on with what is there."""
+    """One run directory, on disk or in a bucket; `start` goes on with what is there."""
 
-    def __init__(self, folder: Path, name: str, shared: Path, processes: int):
+    def __init__(self, folder: Path, name: str, shared: Path, processes: int, in_bucket: bool):
         self.folder, self.processes = folder / name, processes
         self.folder.mkdir()
-        self.spec = Spec(str(self.folder / "run"), str(shared / "tokens"), "", str(self.folder / "hash"))
+        run_dir = emulator.new_folder() if in_bucket else str(self.folder / "run")
+        self.spec = Spec(run_dir, str(shared / "tokens"), "", str(self.folder / "hash"))
         self.environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
         self.environment["JAX_PLATFORMS"] = "cpu"
         self.environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(shared / "programs"))
@@ -68,7 +71,7 @@ class Trial:
 
     def newest_step(self) -> int:
         """Of the checkpoints that are complete on disk; 0 without one."""
-        return max(steps_on_disk(self.folder / "run"), default=0)
+        return max(steps_on_disk(self.spec.run_dir), default=0)
 
     @property
     def hash(self) -> str:
@@ -98,16 +101,22 @@ def run(arguments: Sequence[str]) -> dict:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--trials", type=int, default=50, metavar="N", help="runs that are killed (%(default)s)")
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2), help="of each run (%(default)s)")
+    parser.add_argument(
+        "--bucket", action="store_true", help="runs in a bucket of Cloud Storage, as an emulator has it"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     options = parser.parse_args(arguments)
     require(options.trials >= 1, "--trials", options.trials, "must be at least 1")
     rng = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        whole = uninterrupted(Path(folder), options.processes)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        if options.bucket:
+            stack.enter_context(emulator.in_environment(stack.enter_context(emulator.running())))
+        whole = uninterrupted(Path(folder), options.processes, options.bucket)
         counts: Counter[str] = Counter()
         longest = 0.0
         for index in range(options.trials):
-            trial = Trial(Path(folder), f"trial {index}", Path(folder), options.processes)
+            trial = Trial(Path(folder), f"trial {index}", Path(folder), options.processes, options.bucket)
             in_memory = index // 2 % 2 == 0
             trial.spec = dataclasses.replace(trial.spec, prune_via="memory" if in_memory else "checkpoint")
             in_prune = index % 2 == 0
@@ -122,11 +131,11 @@ def run(arguments: Sequence[str]) -> dict:
     return dict(counts) | {"processes": options.processes, "gone_seconds": longest}
 
 
-def uninterrupted(folder: Path, processes: int) -> Uninterrupted:
+def uninterrupted(folder: Path, processes: int, in_bucket: bool) -> Uninterrupted:
     """Two runs without interruption: the first compiles, the second is timed; their ends must be the same."""
     hashes = []
     for name in ("first", "second"):
-        trial = Trial(folder, name, folder, processes)
+        trial = Trial(folder, name, folder, processes, in_bucket)
         code, events = trial.start()
         assert code == 0, (trial.folder / "1.output").read_text()
         hashes.append(end_hash(trial))

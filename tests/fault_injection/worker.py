@@ -99,7 +99,7 @@ class Events:
         os.kill(os.getpid(), self._spec.signal)
 
 
-def hash_of_run(run_dir: Path) -> str:
+def hash_of_run(run_dir: str) -> str:
     """SHA-256 of all that the end of a run consists of."""
     sha = hashlib.sha256()
     for name, content in sorted(end_of_run(run_dir).items()):
@@ -116,7 +116,7 @@ def main(spec: Spec) -> None:
         with events.watch(RUN, 0):
             train(make_config(spec.cache_dir, spec.prune_via), spec.run_dir, watch=events.watch)
         if processes == 1:
-            Path(spec.hash_file).write_text(hash_of_run(Path(spec.run_dir)))
+            Path(spec.hash_file).write_text(hash_of_run(spec.run_dir))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import Config, DataConfig, LaepConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from laep_jax.files import read_records
 from laep_jax.laep.recorded_loads import read_loads
+from laep_jax.mirror import readable
 from laep_jax.sharding import make_mesh
 from laep_jax.state.tree import abstract_state
+from laep_jax.storage import Storage, open_storage
 
 
 def tiny_config(cache_dir: str, **parts: dict[str, Any]) -> Config:
@@ -47,9 +49,9 @@ def timeless(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if "second" not in name and "bytes" not in name}
 
 
-def end_of_run(run_dir: Path) -> dict[str, bytes]:
+def end_of_run(run_dir: Path | str) -> dict[str, bytes]:
     """All that a complete run ends with but for times, by name: its last checkpoint, loads and records."""
-    with Checkpoints(run_dir / "checkpoints", keep=9) as checkpoints:
+    with Checkpoints(f"{run_dir}/checkpoints", keep=9) as checkpoints:
         step = steps_on_disk(run_dir)[-1]
         meta = checkpoints.read_meta(step)
         config = Config.from_dict(meta["config"]).with_num_experts(tuple(meta["num_experts"]))
@@ -58,25 +60,31 @@ def end_of_run(run_dir: Path) -> dict[str, bytes]:
         leaves = jax.tree_util.tree_flatten_with_path(state)[0]
         arrays = {f"state {jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
         arrays |= {f"history {name}": array for name, array in checkpoints.read_history(step).items()}
-    arrays |= {f"loads {name}": value for name, value in vars(read_loads(run_dir)).items()}
     told: dict[str, Any] = {
         "summary": timeless(meta["summary"]),
         "lineage": meta["lineage"],
         "retries": meta["retries"],
     }
-    for record in map(timeless, records(run_dir)):
-        told.setdefault(f"{record['kind']} records", []).append(record)
+    with readable(run_dir) as folder:
+        arrays |= {f"loads {name}": value for name, value in vars(read_loads(folder)).items()}
+        for record in map(timeless, records(folder)):
+            told.setdefault(f"{record['kind']} records", []).append(record)
     return {name: np.asarray(array).tobytes() for name, array in arrays.items()} | {
         name: json.dumps(value, sort_keys=True).encode() for name, value in told.items()
     }
 
 
-def steps_on_disk(run_dir: Path) -> list[int]:
-    """Of the checkpoints that are complete."""
-    return sorted(int(path.name) for path in run_dir.glob("checkpoints/*") if path.name.isdecimal())
+def steps_on_disk(run_dir: Path | str) -> list[int]:
+    """Of the checkpoints that are complete, on disk or in a bucket."""
+    return complete_steps(open_storage(f"{run_dir}/checkpoints"))
 
 
-def differences(got: Path, want: Path) -> list[str]:
+def complete_steps(checkpoints: Storage) -> list[int]:
+    """Those with a manifest."""
+    return sorted(int(name.partition("/")[0]) for name in checkpoints.files("") if name.endswith("/manifest.json"))
+
+
+def differences(got: Path | str, want: Path | str) -> list[str]:
     """Names of all that two runs do not end with alike."""
     a, b = end_of_run(got), end_of_run(want)
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))

@@ -22,8 +22,10 @@ def test_emulated_devices_divide_by_the_processes(monkeypatch):
 @pytest.mark.parametrize(
     ("workdir", "rule"),
     [
-        ("gs://bucket/run", "must be mounted"),
-        ("file:///x", "must be mounted"),
+        ("gs://bucket", "must be a path or gs://BUCKET/FOLDER"),
+        ("gs://bucket//run", "must be a path or gs://BUCKET/FOLDER"),
+        ("s3://bucket/run", "must be a path or gs://BUCKET/FOLDER"),
+        ("file:///x", "must be a path or gs://BUCKET/FOLDER"),
         ("", "must not be empty"),
         ("runs/x\n", "must not begin or end with white space"),
         ("~nobody_of_this_name/x", "must not begin with ~"),

@@ -16,8 +16,8 @@ import pytest
 
 from laep_jax.checkpoint.checkpointer import Checkpoints, SaveError
 from laep_jax.checkpoint.lock import exclusive
-from laep_jax.checkpoint.manifest import write_manifest
-from laep_jax.checkpoint.steps import StepDirectory
+from laep_jax.checkpoint.manifest import make_manifest
+from laep_jax.checkpoint.steps import Steps
 from laep_jax.config import Config, MeshConfig
 from laep_jax.data.dataset import make_dataset
 from laep_jax.errors import StoppedError, UserError
@@ -30,13 +30,14 @@ from laep_jax.preflight import run as preflight_run
 from laep_jax.sharding import make_mesh
 from laep_jax.state.surgery import pruned_config
 from laep_jax.state.tree import abstract_state, initial_layout
+from laep_jax.storage import Disk
 from laep_jax.training import loop
 from laep_jax.training.evaluate import masked_loss, validation_loss
 from laep_jax.training.prune.controller import Controller
 from laep_jax.training.start import train
 from laep_jax.training.step import make_eval_step, make_train_step
-from tests.fault_injection.damage import change_stored, flip_bit
-from tests.support.tiny_run import change, differences, records, steps_on_disk, tiny_config
+from tests.fault_injection.damage import change_stored, damage_file, flip_bit, folder_of
+from tests.support.tiny_run import change, complete_steps, differences, records, steps_on_disk, tiny_config
 from tests.support.watching import InterruptError, after, before, interrupt, terminate
 
 PLAN_STEP, PRUNE_STEP, NUM_STEPS = 10, 13, 20
@@ -195,15 +196,15 @@ def test_pruning_in_memory_gives_the_same_run_and_releases_the_old_step(run, con
 @pytest.mark.parametrize("ends", ["reported", "killed"])
 def test_a_prune_in_memory_does_not_need_its_save(run, config, tmp_path, monkeypatch, capsys, ends):
     """The disk is full until the smaller model trains. Killed there, the run comes to the same prune from before it."""
-    complete, begun = StepDirectory.complete, []
+    complete, begun = Steps.complete, []
 
-    def full_at_the_prune(self, step):
+    def full_at_the_prune(self, step, folder):
         begun.append(step)
         if step == PRUNE_STEP:
             raise OSError(28, "No space left on device")
-        complete(self, step)
+        complete(self, step, folder)
 
-    monkeypatch.setattr(StepDirectory, "complete", full_at_the_prune)
+    monkeypatch.setattr(Steps, "complete", full_at_the_prune)
     in_memory = change(config, laep={"prune_via": "memory"})
     if ends == "killed":
         with pytest.raises(SaveError):  # on the way out; the interrupt is its context
@@ -228,51 +229,53 @@ def test_from_the_newest_checkpoint_that_validates_it_is_the_same_run_though_sav
 ):
     """Damage that the manifest tells, that fingerprints tell, and that a hash tells, back to before the prune."""
     checkpoints = copied(run, tmp_path / "x")
-    (checkpoints / "20" / "state" / "manifest.ocdbt").unlink()
-    change_stored(checkpoints / "18", "params.experts.down_NFD", (1, 2, 3))
-    flip_bit(checkpoints / "13" / "history.npz")
-    write_manifest(checkpoints / "13")
-    complete, failing = StepDirectory.complete, [13, 18]
+    storage = Disk(checkpoints)
+    folders = {step: folder_of(storage, step) for step in (13, 18, 20)}
+    storage.remove(f"{folders[20]}/state/manifest.ocdbt")
+    change_stored(storage, 18, "params.experts.down_NFD", (1, 2, 3))
+    damage_file(storage, f"{folders[13]}/history.npz", flip_bit)
+    storage.write("13/manifest.json", make_manifest(storage, *folders[13].split("/")).encode())
+    complete, failing = Steps.complete, [13, 18]
 
-    def full_now_and_then(self, step):
+    def full_now_and_then(self, step, folder):
         if step in failing:
             failing.remove(step)
             raise OSError(28, "No space left on device")
-        complete(self, step)
+        complete(self, step, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StepDirectory, "complete", full_now_and_then)
+        patch.setattr(Steps, "complete", full_now_and_then)
         train(config, tmp_path / "x")
     assert not differences(tmp_path / "x", run)
     lines = [line for line in capsys.readouterr().out.splitlines() if str(checkpoints) in line]
+    aside = "is put aside (damaged.json), and the run resumes from an older one"
     assert [line.removeprefix(f"checkpoint {checkpoints}/").removeprefix(f"{checkpoints}/") for line in lines] == [
-        "20/state/manifest.ocdbt is missing; it is now 20.damaged, and the run resumes from an older one",
-        "18 is damaged: params.experts.down_NFD of layer 0, expert 1 is not what was saved;"
-        " it is now 18.damaged, and the run resumes from an older one",
-        "13/history.npz is damaged: it does not have the hash it was saved with;"
-        " it is now 13.damaged, and the run resumes from an older one",
+        f"{folders[20]}/state/manifest.ocdbt is missing; step 20 {aside}",
+        f"{folders[18]} is damaged: params.experts.down_NFD of layer 0, expert 1 is not what was saved;"
+        f" step 18 {aside}",
+        f"{folders[13]}/history.npz is damaged: it does not have the hash it was saved with; step 13 {aside}",
         "13 could not be saved: OSError: [Errno 28] No space left on device",
         "18 could not be saved: OSError: [Errno 28] No space left on device",
     ]
-    assert sorted(path.name for path in checkpoints.iterdir()) == [
-        "12", "13", "13.damaged", "18.damaged", "20", "20.damaged", "6"
-    ]  # fmt: skip
+    assert complete_steps(storage) == [6, 12, 13, 20]
+    assert all("damaged.json" in storage.entries(str(step)) for step in folders)
 
 
 def test_without_a_checkpoint_that_validates_nothing_begins_again(run, config, tmp_path):
     checkpoints = copied(run, tmp_path / "x")
-    for step in checkpoints.iterdir():
-        flip_bit(step / "meta.json")
+    storage = Disk(checkpoints)
+    for step in complete_steps(storage):
+        damage_file(storage, f"{folder_of(storage, step)}/meta.json", flip_bit)
     metrics = (tmp_path / "x" / "metrics.jsonl").read_bytes()
     for _ in range(2):
         with pytest.raises(UserError, match=r"no checkpoint in .* validates"):
             train(config, tmp_path / "x")
     assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == metrics
-    assert all(path.name.endswith(".damaged") for path in checkpoints.iterdir())
+    assert complete_steps(storage) == []
 
 
 def test_two_runs_in_one_directory_or_on_a_small_disk_are_refused(config, tmp_path, monkeypatch):
-    with exclusive(tmp_path), pytest.raises(UserError, match=r"is in use by process \d+ on "):
+    with exclusive(Disk(tmp_path)), pytest.raises(UserError, match=r"is in use by process \d+ on "):
         train(config, tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=10**5)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from laep_jax.training.prune.controller import Controller
 from laep_jax.training.resume import check_resumable, find_run_state
 from laep_jax.training.run_state import PendingPrune, RunState
 
-WHERE = Path("run/checkpoints/7")
+WHERE = "run/checkpoints/7"
 CONFIG = Config(model=ModelConfig(num_layers=2, num_experts=4)).resolve(4)
 FIELDS = [
     (name, type(part).__name__, field.name) for name, part in vars(CONFIG).items() for field in dataclasses.fields(part)

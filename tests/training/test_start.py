@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from laep_jax.checkpoint.steps import SAVING, StepDirectory
 from laep_jax.errors import UserError
+from laep_jax.storage import Disk
 from laep_jax.training.check import check
 from laep_jax.training.resume import find_run_state
 from laep_jax.training.run_state import RunState
@@ -23,12 +23,12 @@ def test_a_check_refuses_what_training_would_and_writes_nothing(config, tmp_path
     assert last == f"{tmp_path / 'new'}: the run starts; nothing was trained"
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    (tmp_path / "damaged" / "checkpoints" / "3").mkdir(parents=True)
-    (tmp_path / "aside" / "checkpoints" / "3.damaged").mkdir(parents=True)
+    for name, file in (("damaged", "manifest.json"), ("aside", "damaged.json")):
+        Disk(tmp_path / name / "checkpoints").write(f"3/{file}", b"")
     for name, message in (
         ("file", "file is not a directory"),
         ("file/x", "file is not a directory"),
-        ("damaged", r"3/manifest\.json does not read"),
+        ("damaged", r"3/manifest\.json is damaged"),
         ("aside", "no checkpoint in .* validates"),
     ):
         with pytest.raises(UserError, match=message):
@@ -46,21 +46,10 @@ def test_plans_refused_by_another_rule_do_not_count(config, tmp_path):
     state = RunState.fresh(config.resolve(8), "sha")
     state.step, state.retries = 3, 3
     meta = json.loads(json.dumps(state.to_meta()))
-    where = tmp_path / "3"
+    where = f"{tmp_path}/3"
     assert find_run_state(config, "sha", where, meta, 8)[0].retries == 3
     softer = change(config, laep={"guard_tolerance": None})
     assert find_run_state(softer, "sha", where, meta, 8)[0].retries == 0
-
-
-def test_names_from_outside_are_no_steps(tmp_path):
-    for name in ("007", "old.replaced", "notes.saving", "7.trash"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "12.saving").touch()
-    steps = StepDirectory(tmp_path, keep=1)
-    steps.step(5, SAVING).mkdir()
-    steps.settle()
-    assert steps.found() == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["007", "12.saving", "notes.saving", "old.replaced"]
 
 
 def test_decays_of_one_are_refused():

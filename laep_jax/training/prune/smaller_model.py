@@ -2,8 +2,8 @@
 
 import jax
 
+from laep_jax.checkpoint.arrays import bytes_needed, bytes_read
 from laep_jax.checkpoint.checkpointer import Checkpoints
-from laep_jax.checkpoint.partial_read import bytes_needed, bytes_read
 from laep_jax.config import Config
 from laep_jax.laep.layout import by_plan
 from laep_jax.laep.plan import Plan

@@ -1,21 +1,28 @@
-"""Restores a state, or what a plan keeps of it, through Orbax's `Checkpointer.restore`.
+"""The arrays of a state, written and read through Orbax's public API.
 
-Orbax's own handler of arrays restores whole ones. The one here reads, for each addressable shard of each leaf, the
-stored rows that it is asked for, in their new order: of a pruned state the surviving experts only, each a chunk of its
-own. `surgery.kept_rows` says which these are (paper section 3.2).
+Stored as zarr3 in OCDBT, uncompressed, one chunk a layer or, of expert matrices, an expert. Orbax's own handler of
+arrays restores whole ones; the one here reads, for each addressable shard of each leaf, the stored rows that it is
+asked for, in their new order: of a pruned state the surviving experts only. `surgery.kept_rows` says which these are
+(paper section 3.2).
 """
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from jax.tree_util import tree_flatten_with_path
 from orbax.checkpoint import type_handlers
+
+from laep_jax.sharding import is_of_experts, is_stacked, leaf_name
+from laep_jax.state.surgery import leaf_key
 
 ALIGNMENT = 64  # bytes
 Bounds = tuple[tuple[int, int], ...]  # of a shard, [start, stop) in each dimension
@@ -28,6 +35,41 @@ class Leaf:
     key: str
     target: jax.ShapeDtypeStruct
     rows: np.ndarray | None
+
+
+def make_writer() -> ocp.AsyncCheckpointer:
+    logging.getLogger("absl").addFilter(_not_orbax_chatter)
+    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False))
+
+
+def _not_orbax_chatter(record: logging.LogRecord) -> bool:
+    """Drops the dozens of INFO lines Orbax writes about a save; its warnings and errors stay."""
+    return record.levelno >= logging.WARNING or "orbax" not in Path(record.pathname).parts
+
+
+def items_to_save(state) -> ocp.args.PyTreeSave:
+    """Every leaf of a state under its dotted path."""
+    leaves = tree_flatten_with_path(state)[0]
+    return ocp.args.PyTreeSave(
+        {leaf_key(path): leaf for path, leaf in leaves},
+        save_args={leaf_key(path): ocp.SaveArgs(shard_axes=_chunked_axes(path, leaf)) for path, leaf in leaves},
+    )
+
+
+def _chunked_axes(path: tuple, leaf: jax.Array) -> tuple[int, ...]:
+    """Dimensions stored one index a chunk: layers, and the experts of matrices."""
+    name = leaf_name(path)
+    return (0,) if is_stacked(name, leaf.ndim) or (is_of_experts(name) and leaf.ndim > 2) else ()
+
+
+def describe(shape: Sequence[int], dtype: Any) -> str:
+    """A leaf for people, and to compare."""
+    return f"{np.dtype(dtype)}{list(shape)}"
+
+
+def describe_leaves(state) -> dict[str, str]:
+    """Every leaf by its dotted path."""
+    return {leaf_key(path): describe(leaf.shape, leaf.dtype) for path, leaf in tree_flatten_with_path(state)[0]}
 
 
 def bytes_read() -> int:
