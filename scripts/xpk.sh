@@ -12,7 +12,7 @@ Environment:
     WORKLOAD                name of the run there: small letters, digits and hyphens
     TYPE                    TPU type, for example v5litepod-16
     SLICES                  number of slices, 1 if not set
-    STORAGE                 an xpk storage to mount, which holds the workdir
+    STORAGE                 an xpk storage to mount, for a workdir that is not in a bucket (gs://)
     IMAGE                   image with everything of requirements-tpu.txt and tokenizers; without it every host
                             installs them into python:3.11 at every start
     RESTARTS                how often a run that died or was told to stop is started again, 0 if not set

@@ -17,8 +17,10 @@ from laep_jax.gin_config import operative_config
 from laep_jax.laep.plan import chosen_plan
 from laep_jax.laep.recorded_loads import read_loads
 from laep_jax.laep.rule import PruneRule
+from laep_jax.storage import open_storage
 from laep_jax.training.start import train
-from tests.support.tiny_run import records, steps_on_disk, timeless, tiny_config
+from tests.support.emulator import new_folder
+from tests.support.tiny_run import differences, records, steps_on_disk, timeless, tiny_config
 from tests.training.restoring import restored
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +54,7 @@ def config(shared) -> Config:
 
 
 @pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
+def environment(emulator) -> dict[str, str]:
     """Of every process that is started."""
     kept = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
     return kept | {"PYTHONPATH": str(ROOT), "COLUMNS": "150"}
@@ -63,12 +65,12 @@ def launched(shared, config, environment):
     """Starts a training in several processes; trouble: see `tests.training.host`."""
 
     def launch(
-        workdir: Path, processes: int, *more: str, trouble: str = "", restarts: int = 0
+        workdir: Path | str, processes: int, *more: str, trouble: str = "", restarts: int = 0
     ) -> subprocess.CompletedProcess:
         arguments = [f"--workdir={workdir}", f"--gin_file={shared}/config.gin", *more]
         program = ["-m", "laep_jax", "launch", f"--num-processes={processes}", "--"]
         if trouble:
-            workdir.mkdir(exist_ok=True)
+            Path(workdir).mkdir(exist_ok=True)
             command = [sys.executable, "-m", "tests.training.host", trouble, str(workdir), *arguments]
             program = [
                 "-c",
@@ -179,6 +181,22 @@ def test_two_processes_go_on_from_a_checkpoint_of_one_and_what_one_finds_damaged
     assert re.search(line, result.stdout)
     assert "resuming from step 6, with a plan to apply" in result.stdout
     assert_same_training(workdir, one)
+
+
+def test_two_processes_train_and_resume_in_a_bucket(two, launched):
+    address = f"{new_folder()}/x"
+    bucket = open_storage(address)
+    result = launched(address, 2)
+    assert result.returncode == 0, result.stderr
+    assert not differences(address, two)
+    for name in (f"checkpoints/{SAVED}", f"checkpoints/{NUM_STEPS}", "summary.json"):  # as after a kill
+        bucket.remove(name)
+    bucket.write(f"checkpoints/{SAVED}/0123abcd/state/d/x", b"begun")
+    result = launched(address, 2)
+    assert result.returncode == 0, result.stderr
+    assert "resuming from step 6, with a plan to apply" in result.stdout
+    assert not differences(address, two)
+    assert "0123abcd" not in bucket.entries(f"checkpoints/{SAVED}")
 
 
 @pytest.mark.slow
