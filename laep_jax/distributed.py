@@ -21,7 +21,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from laep_jax.errors import EXPLAINED, StoppedError, UnreachableError, UserError, explain, require, short
+from laep_jax.errors import (
+    EXPLAINED,
+    StoppedError,
+    UnavailableError,
+    UnreachableError,
+    UserError,
+    explain,
+    require,
+    short,
+)
 
 ADDRESS, NUMBER, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
@@ -153,11 +162,11 @@ def require_same(values: Mapping[str, object]) -> None:
 
 @contextlib.contextmanager
 def raise_on_all_processes(*kinds: type[UserError]) -> Iterator[None]:
-    """An error of one of these kinds, by default `UserError`, of one process inside becomes one of all.
+    """An error of one of these kinds, by default any `UserError`, of one process inside becomes one of all.
 
-    Nothing inside may wait for the others.
+    The first kind that it is. Nothing inside may wait for the others.
     """
-    kinds = kinds or (UserError,)
+    kinds = kinds or (UnavailableError, UserError)
     refusal = None
     try:
         yield

@@ -12,15 +12,17 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 
 MAX_MESSAGE = 2_000  # characters of a message
-REFUSED, STOPPED, INTERRUPTED = 2, os.EX_TEMPFAIL, 128 + signal.SIGINT  # exit codes
+FAILED, REFUSED, STOPPED, INTERRUPTED = 1, 2, os.EX_TEMPFAIL, 128 + signal.SIGINT  # exit codes
 
 
 class UserError(ValueError):
     """A bad setting, file or plan. The message is one line naming the field, the value and the rule.
 
     Whatever a file or a name brings into it: what does not print is escaped, and what is too long cut. Entry points
-    print it without a traceback and exit with code 2.
+    print it without a traceback and exit with `exit_code`: 2, or 1 where starting again may help.
     """
+
+    exit_code = REFUSED
 
     def __init__(self, message: str):
         text = (
@@ -29,6 +31,12 @@ class UserError(ValueError):
             else f"{message[: MAX_MESSAGE // 2]}...{message[-MAX_MESSAGE // 2 :]}"
         )
         super().__init__(printable(text))
+
+
+class UnavailableError(UserError):
+    """A bucket that does not answer or refuses; it says nothing about what is stored there."""
+
+    exit_code = FAILED
 
 
 class NoPlanError(UserError):
@@ -140,7 +148,7 @@ EXPLAINED = (UserError, StoppedError, UnreachableError, KeyboardInterrupt)  # by
 
 
 def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """The exit code of `main(argv)`: after a `UserError` 2, a `StoppedError` 75, an `UnreachableError` 1, Ctrl-C 130.
+    """The exit code of `main(argv)`: of a `UserError` its own, of a `StoppedError` 75, else 1; 130 after Ctrl-C.
 
     Each is reported in one line; characters that the terminal cannot print are escaped. If standard output is closed,
     as behind `| head`, the program ends as after SIGPIPE.
@@ -176,6 +184,6 @@ def explain(error: BaseException) -> int:
     elif isinstance(error, StoppedError):
         text, code = str(error), STOPPED
     else:
-        text, code = f"error: {error}", 1 if isinstance(error, UnreachableError) else REFUSED
+        text, code = f"error: {error}", error.exit_code if isinstance(error, UserError) else FAILED
     print(text, file=sys.stderr)
     return code

@@ -4,6 +4,7 @@ A problem with a file raises one `UserError`; `name` is the file's name in its m
 only in the length of a line, which is above what a run can write.
 """
 
+import io
 import itertools
 import json
 import math
@@ -155,6 +156,13 @@ def parse_arrays(file: IO[bytes], name: str, keys: Iterable[str] | None = None) 
         raise
     except Exception as error:  # zipfile, zlib and tokenize have many for a damaged file
         raise UserError(f"{name} does not read as an .npz file of numbers: {short(error)}") from error
+
+
+def to_npz(arrays: dict[str, np.ndarray]) -> bytes:
+    """An .npz file, as `parse_arrays` reads it."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
 
 
 def _parse_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:

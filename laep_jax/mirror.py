@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from laep_jax.errors import UserError
+from laep_jax.errors import UserError, require
+from laep_jax.files import MAX_ARRAY
 from laep_jax.storage import Disk, Storage, open_storage
 
 NOT_RECORDS = ("checkpoints/", "run.lock", ".")  # beginnings of names that stay in the bucket
@@ -24,8 +25,11 @@ class Mirror:
         self._same: dict[str, tuple[int, int]] = {}  # size and time of each file that is in the bucket
         for name in run.files(""):
             if not name.startswith(NOT_RECORDS):
+                require(
+                    ".." not in name.split("/") and "//" not in name, "name in a run", name, "leads out of its folder"
+                )
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_bytes(run.read(name, 2**63))
+                (folder / name).write_bytes(run.read(name, MAX_ARRAY))
                 self._same[name] = _state(folder / name)
 
     def upload(self) -> None:
@@ -69,7 +73,7 @@ def local_records(
         try:
             yield mirror.folder, publish
         except BaseException:
-            with contextlib.suppress(UserError):  # the other error says more
+            with contextlib.suppress(UserError):  # the error on the way says more
                 publish()
             raise
         publish()

@@ -12,15 +12,11 @@ import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
-from laep_jax.errors import UserError, require
+from laep_jax.errors import UnavailableError, UserError, require
 from laep_jax.files import read_bytes, replace_file
 from laep_jax.paths import is_bucket, require_gcsfs
 
 PATIENCE = 300  # seconds for one file; TensorStore tries again meanwhile
-
-
-class UnavailableError(UserError):
-    """A bucket that does not answer or refuses; it says nothing about what is stored there."""
 
 
 class Disk:

@@ -41,12 +41,12 @@ from laep_jax.checkpoint.lock import TakenOverError
 from laep_jax.checkpoint.manifest import DamagedError
 from laep_jax.checkpoint.steps import DAMAGED, Steps, draw_folder
 from laep_jax.distributed import allgather_strings, is_local_error, raise_on_all_processes
-from laep_jax.errors import UserError
-from laep_jax.files import MAX_ARRAY, parse_arrays
+from laep_jax.errors import FAILED, UnavailableError, UserError
+from laep_jax.files import MAX_ARRAY, parse_arrays, to_npz
 from laep_jax.sharding import is_of_experts, leaf_name
 from laep_jax.state import fingerprint
 from laep_jax.state.surgery import Kept, kept_rows, leaf_key
-from laep_jax.storage import UnavailableError, open_storage
+from laep_jax.storage import open_storage
 
 META_FILE, HISTORY_FILE, FINGERPRINTS_FILE = "meta.json", "history.npz", "fingerprints.npz"
 SLOW = 60  # seconds of waiting for a save after which that is reported
@@ -59,6 +59,8 @@ log = logging.getLogger(__name__)
 
 class SaveError(UserError):
     """A checkpoint could not be saved: on every process, whichever it went wrong on."""
+
+    exit_code = FAILED
 
 
 class Checkpoints:
@@ -129,7 +131,7 @@ class Checkpoints:
         """
         self._wait_patiently()
         of_state = fingerprint.fingerprints(state)
-        files = {HISTORY_FILE: _to_npz(history), FINGERPRINTS_FILE: _to_npz(fingerprint.to_arrays(of_state))}
+        files = {HISTORY_FILE: to_npz(history), FINGERPRINTS_FILE: to_npz(fingerprint.to_arrays(of_state))}
         header = {
             "meta": json.loads(json.dumps(meta)),  # as it will be read
             "leaves": describe_leaves(state),
@@ -342,9 +344,3 @@ def _of_first(find: Callable[[], Any]) -> Any:
     with raise_on_all_processes(DamagedError, UnavailableError, UserError):
         found = find() if jax.process_index() == 0 else None
     return json.loads(allgather_strings(json.dumps(found))[0])
-
-
-def _to_npz(arrays: dict[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()

@@ -10,9 +10,9 @@ import json
 import re
 from typing import Any
 
-from laep_jax.errors import UserError
+from laep_jax.errors import UnavailableError, UserError
 from laep_jax.files import MAX_JSON, parse_json
-from laep_jax.storage import Storage, UnavailableError
+from laep_jax.storage import Storage
 
 HASHED_BYTES = 2**20  # larger files are known by their size only
 FOLDER = "[0-9a-f]{8}"  # a folder's name, drawn for each save

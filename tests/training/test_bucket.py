@@ -11,7 +11,7 @@ import pytest
 from laep_jax.checkpoint.lock import TakenOverError
 from laep_jax.config import Config
 from laep_jax.data import sources
-from laep_jax.errors import StoppedError, UserError
+from laep_jax.errors import StoppedError, UnavailableError, UserError
 from laep_jax.laep import command as plan_command
 from laep_jax.report import command as report_command
 from laep_jax.storage import open_storage
@@ -123,9 +123,18 @@ def test_records_without_their_checkpoints_are_not_wiped(config, in_bucket):
     assert bucket.read("metrics.jsonl", 10**9) == before
 
 
+def test_records_do_not_land_outside_their_folder(config, address):
+    bucket = open_storage(address)
+    bucket.write("loads/../../x", b"")
+    with pytest.raises(UserError, match=r"^name in a run='loads/\.\./\.\./x' leads out of its folder$"):
+        train(config, address)
+
+
 def test_a_bucket_that_is_not_there_is_refused_in_a_line(config, emulator):
-    with pytest.raises(UserError, match=r"^gs://nowhere/run/run\.lock cannot be written: NOT_FOUND: Not Found$"):
+    message = r"^gs://nowhere/run/run\.lock cannot be written: NOT_FOUND: Not Found$"
+    with pytest.raises(UnavailableError, match=message) as error:
         train(config, "gs://nowhere/run")
+    assert error.value.exit_code == 1  # started again it may be there
 
 
 def test_the_extra_that_a_bucket_needs_is_named(config, monkeypatch):
