@@ -19,6 +19,7 @@ COMMANDS = {
     ),
     "counts": ("laep_jax.importers.command", "counts for `plan` from what Megatron-LM, SGLang, vLLM and others log"),
     "apply": ("laep_jax.importers.apply_command", "applies a plan to a Hugging Face model of safetensors"),
+    "export": ("laep_jax.export.command", "a run's model as a Hugging Face folder"),
     "settings": ("laep_jax.settings", "every setting of a config: type, default, values, meaning"),
     "describe": ("laep_jax.model.command", "parameters, experts and FLOPs of a config, from shapes alone"),
     "preflight": (

@@ -22,7 +22,7 @@ ORDER = [
     {"model", "data", "tracking"},
     {"state"},
     {"checkpoint"},
-    {"training"},
+    {"training", "export"},
     {"preflight"},
     {"__main__"},
     {"benchmarks"},

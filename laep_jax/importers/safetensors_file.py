@@ -8,9 +8,9 @@ of a JSON header in 8 bytes, the header, and the tensors one after the other at 
 import dataclasses
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,17 +64,33 @@ def read_tensors(path: Path, header: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
+class Described(NamedTuple):
+    """A tensor that is still to be made. size: bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
     """Writes a file; returns the bytes of its tensors."""
+    described = {name: Described(of.dtype, of.shape, of.data.nbytes) for name, of in tensors.items()}
+    return write_one_by_one(path, described, lambda name: tensors[name].data)
+
+
+def write_one_by_one(path: Path, tensors: Mapping[str, Described], make: Callable[[str], np.ndarray]) -> int:
+    """The same of tensors that are made when their turn comes, so that only one is in memory."""
     header: dict[str, Any] = {METADATA: {"format": "pt"}}
     end = 0
-    for name, tensor in tensors.items():
-        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [end, end + tensor.data.nbytes]}
-        end += tensor.data.nbytes
+    for name, of in tensors.items():
+        header[name] = {"dtype": of.dtype, "shape": of.shape, "data_offsets": [end, end + of.size]}
+        end += of.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            np.ascontiguousarray(tensor.data).tofile(file)
+        for name, of in tensors.items():
+            data = np.ascontiguousarray(make(name))
+            assert data.nbytes == of.size, (name, data.shape, of)
+            data.tofile(file)
     return end

@@ -206,7 +206,7 @@ def _after(x: jax.Array, *numbers: jax.Array | float) -> jax.Array:
     return x + sum(0 * jax.lax.stop_gradient(jnp.asarray(number, x.dtype)) for number in numbers)
 
 
-def token_losses(
+def hidden_states(
     params: dict,
     router_bias: dict,
     layout: Layout,
@@ -215,18 +215,18 @@ def token_losses(
     aux_losses: AuxLossConfig,
     mesh: Mesh,
     summed: jax.Array | float = 0.0,
-) -> tuple[jax.Array, MoEAux]:
-    """Cross-entropy of every target, in nats.
+) -> tuple[jax.Array, jax.Array, MoEAux]:
+    """What the decoder makes of its tokens, before the logits.
 
     Args:
       params, router_bias: as `init_params` and `TrainState.router_bias`. layout: of all layers.
-      batch: int32 arrays [B, S]: tokens_BS, targets_BS (-1: none), segments_BS (0: padding),
-        positions_BS; where tokens are to be counted by domain, bool domains_BSM [B, S, M].
+      batch: int32 arrays [B, S]: tokens_BS, segments_BS (0: padding), positions_BS; where tokens are to be counted by
+        domain, bool domains_BSM [B, S, M].
       summed: a finite number that was summed over the devices for the caller; the layers wait for it on CPU.
 
     Returns:
-      loss_BS float32 [B, S], zero where there is no target, and the layers' `MoEAux`, stacked; counts are of the
-      experts of each layer's window.
+      x_BSD, unembedding_DV in the compute dtype, and the layers' `MoEAux`, stacked; counts are of the experts of each
+      layer's window.
     """
     dtype = jnp.dtype(config.dtype)
     table_VD = _gathered(params["embedding_VD"], dtype, mesh)
@@ -240,5 +240,29 @@ def token_losses(
     graph = _block_graph(config, aux_losses)
     x_BSD, aux = _run_layers(x_BSD, params, router_bias["bias_N"], layout, batch, config, graph, mesh)
     with jax.named_scope("head"):
-        x_BSD = rms_norm(x_BSD, scale_D, config.norm_eps)
+        return rms_norm(x_BSD, scale_D, config.norm_eps), unembedding_DV, aux
+
+
+def token_losses(
+    params: dict,
+    router_bias: dict,
+    layout: Layout,
+    batch: dict[str, jax.Array],
+    config: ModelConfig,
+    aux_losses: AuxLossConfig,
+    mesh: Mesh,
+    summed: jax.Array | float = 0.0,
+) -> tuple[jax.Array, MoEAux]:
+    """Cross-entropy of every target, in nats: float32 [B, S], zero where there is no target, and the layers' `MoEAux`.
+
+    Arguments as in `hidden_states`; batch has targets_BS as well, -1 for none.
+    """
+    x_BSD, unembedding_DV, aux = hidden_states(params, router_bias, layout, batch, config, aux_losses, mesh, summed)
+    with jax.named_scope("head"):
         return cross_entropy(x_BSD, unembedding_DV, batch["targets_BS"]), aux
+
+
+def logits(params: dict, router_bias: dict, layout: Layout, batch: dict, config: ModelConfig, mesh: Mesh) -> jax.Array:
+    """Float32 [B, S, V]; arguments as in `hidden_states`."""
+    x_BSD, unembedding_DV, _ = hidden_states(params, router_bias, layout, batch, config, AuxLossConfig(), mesh)
+    return _logits(x_BSD, unembedding_DV)

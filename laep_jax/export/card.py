@@ -1,0 +1,82 @@
+"""The model card of an exported model: what the run was, and how to load what came of it."""
+
+import json
+from typing import Any
+
+import laep_jax
+from laep_jax.checkpoint.saved import Saved
+from laep_jax.config import Config
+from laep_jax.model.accounting import model_size
+
+
+def model_card(saved: Saved, form: str, loads: str) -> str:
+    """README.md of the folder. loads: which programs load it."""
+    base, summary = Config.from_dict(saved.meta["config"]), saved.meta["summary"]
+    length = base.data.sequence_length
+    before, after = (model_size(config.model, sequence_length=length).total for config in (base, saved.config))
+    rows = {
+        "step, tokens": f"{saved.step:,}, {summary['tokens']:,}",
+        "parameters": f"{after:,}" + (f", {before:,} before {_prunes(summary)}" if before != after else ""),
+        "experts by layer": _short(saved.num_experts),
+        "experts by layer before": _short(base.model.experts_per_layer),
+        "validation loss (nats a token)": _losses(summary),
+        "corpus": saved.meta["fingerprint"][:16],
+    }
+    trust = ", trust_remote_code=True" if form == "hetero" else ""
+    settings = json.dumps({part: _differences(base, part) for part in ("model", "laep", "optimizer", "data")}, indent=1)
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""---
+library_name: transformers
+tags: [mixture-of-experts, laep]
+---
+
+# A mixture of experts trained by laep_jax
+
+Form `{form}`: {loads}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
+```
+
+| | |
+|---|---|
+{table}
+
+Experts were pruned by Layer-Adaptive Expert Pruning (arXiv 2601.14327). The experts of each layer, by their ids in the
+model that the run began with:
+
+```
+{chr(10).join(f"{layer}: {' '.join(map(str, ids))}" for layer, ids in enumerate(saved.meta["lineage"]))}
+```
+
+Settings that differ from the defaults of laep_jax {laep_jax.__version__}:
+
+```json
+{settings}
+```
+"""
+
+
+def _prunes(summary: dict[str, Any]) -> str:
+    return "the prune after step " + " and ".join(f"{step:,}" for step in summary["prune_steps"])
+
+
+def _short(counts: tuple[int, ...]) -> str:
+    return str(counts[0]) if len({*counts}) == 1 else ", ".join(map(str, counts))
+
+
+def _losses(summary: dict[str, Any]) -> str:
+    named = {
+        "before the prune": summary["validation_loss_before_prune"],
+        "after it": summary["validation_loss_after_prune"],
+        "at the end": summary["validation_loss_end"],
+    }
+    return ", ".join(f"{loss:.4f} {when}" for when, loss in named.items() if loss is not None) or "not measured"
+
+
+def _differences(config: Config, part: str) -> dict[str, Any]:
+    default, own = getattr(Config(), part), getattr(config, part)
+    return {name: value for name, value in vars(own).items() if value != getattr(default, name)}

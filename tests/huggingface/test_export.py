@@ -1,0 +1,211 @@
+"""Exported models in Hugging Face Transformers, against laep_jax itself: before a prune, after it, in every form."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from laep_jax.checkpoint.checkpointer import Checkpoints
+from laep_jax.checkpoint.manifest import DamagedError
+from laep_jax.config import Config
+from laep_jax.errors import UserError
+from laep_jax.export import folder
+from laep_jax.export.command import main
+from laep_jax.model.transformer import logits
+from laep_jax.sharding import make_mesh
+from laep_jax.state.tree import TrainState, init_state, initial_layout
+from laep_jax.storage import Disk
+from laep_jax.training.run_state import RunState
+from tests.fault_injection.damage import change_stored
+from tests.support.tiny_run import change, tiny_config
+
+EQUAL, UNEQUAL = (8, 8, 8), (8, 4, 6)
+TOKENS = np.random.default_rng(0).integers(0, 257, (8, 24))
+KINDS = {  # what a model has that makes a form necessary or possible
+    "uniform": {"num_experts": EQUAL, "lfa": False},
+    "hetero": {"num_experts": UNEQUAL, "lfa": False},
+    "lfa": {"num_experts": UNEQUAL, "lfa": True, "lfa_bias": True},
+    "top_1": {"num_experts": EQUAL, "lfa": False, "top_k": 1},
+    "bias": {"num_experts": UNEQUAL, "lfa": False},
+}
+
+
+class Run:
+    """A run's only checkpoint: random weights, large enough that every part matters."""
+
+    def __init__(self, root, kind: str):
+        self.root, self.kind = str(root), kind
+        config = tiny_config(str(root / "tokens"), model={"num_layers": 3, "router_init": 0.7, **KINDS[kind]})
+        self.config: Config = change(config, mesh={"fsdp": 4, "expert": 2})
+        self.mesh = make_mesh(self.config.mesh)
+        state = init_state(self.config, self.mesh)
+        keys = iter(jax.random.split(jax.random.key(1), 99))
+        noisy = jax.tree.map(lambda x: x + 0.15 * jax.random.normal(next(keys), x.shape), state.params)
+        noise_N = 0.4 * jax.random.normal(next(keys), (sum(self.counts),)) * (kind == "bias")
+        bias_N = state.router_bias["bias_N"] + noise_N
+        self.state: TrainState = dataclasses.replace(state, params=noisy, router_bias={"bias_N": bias_N})
+        run_state = RunState.fresh(self.config.resolve(8), "sha of the corpus")
+        run_state.step = 3
+        with Checkpoints(f"{root}/checkpoints", keep=1) as checkpoints:
+            checkpoints.save(3, self.state, {}, run_state.to_meta(), self.counts, now=True)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return self.config.model.experts_per_layer
+
+    def logits(self) -> np.ndarray:
+        """Of TOKENS, by laep_jax."""
+        layout, shape = initial_layout(self.config), TOKENS.shape
+        positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+        batch = {
+            "tokens_BS": jnp.asarray(TOKENS, jnp.int32),
+            "segments_BS": jnp.ones(shape, jnp.int32),
+            "positions_BS": jnp.asarray(positions),
+        }
+        forward = functools.partial(logits, config=self.config.model, mesh=self.mesh)
+        return np.asarray(jax.jit(forward)(self.state.params, self.state.router_bias, layout, batch))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request, tmp_path_factory) -> Run:
+    return Run(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return functools.cache(lambda kind: Run(tmp_path_factory.mktemp(kind), kind))
+
+
+def load(path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=True)
+    return model.eval()
+
+
+def logits_of(model) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+def export(run: Run, out, *options: str):
+    assert main([run.root, f"--to={out}", *options]) == 0
+    return out
+
+
+def test_transformers_has_the_logits_of_laep_jax(run, tmp_path, capsys):
+    model = load(export(run, tmp_path / "out"))
+    want = run.logits()
+    assert want.std() > 0.3
+    np.testing.assert_allclose(logits_of(model), want, rtol=0, atol=1e-4)
+    assert (type(model).__name__ == "MixtralForCausalLM") == (run.kind == "uniform")
+    assert ("vLLM" in capsys.readouterr().out) == (run.kind in ("uniform", "hetero"))
+
+
+def test_a_padded_model_is_exact_too(runs, tmp_path):
+    for kind in ("uniform", "hetero"):
+        model = load(export(runs(kind), tmp_path / kind, "--form=padded"))
+        assert type(model).__name__ == "Ernie4_5_MoeForCausalLM"
+        np.testing.assert_allclose(logits_of(model), runs(kind).logits(), rtol=0, atol=1e-4)
+
+
+def test_greedy_tokens_are_those_of_laep_jax_with_a_cache_and_with_padding(run, tmp_path):
+    """Rows of different lengths, filled up on the left, as programs that generate in batches do."""
+    model = load(export(run, tmp_path / "out"))
+    want = run.logits()
+    lengths = range(TOKENS.shape[1] - 8, TOKENS.shape[1])
+    padded, mask = np.zeros_like(TOKENS), np.zeros_like(TOKENS)
+    for row, length in enumerate(lengths):
+        padded[row, -length:], mask[row, -length:] = TOKENS[row, :length], 1
+    with torch.no_grad():
+        options = {"attention_mask": torch.tensor(mask), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        together = model.generate(torch.tensor(padded), **options, eos_token_id=None)[:, TOKENS.shape[1] :]
+        for row, length in enumerate(lengths):
+            prompt = torch.tensor(TOKENS[row : row + 1, :length])
+            assert together[row, 0] == want[row, length - 1].argmax()
+            for _ in range(6):  # without a cache
+                prompt = torch.cat([prompt, model(prompt, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+            assert together[row].tolist() == prompt[0, length:].tolist()
+
+
+def test_beams_reorder_what_the_filters_keep(runs, tmp_path):
+    """With a cache as without one."""
+    model = load(export(runs("lfa"), tmp_path / "out"))
+    prompt = torch.tensor(TOKENS[:2, :9])
+    options = {"num_beams": 4, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad():
+        found = [model.generate(prompt, **options, use_cache=cached).tolist() for cached in (True, False)]
+    assert found[0] == found[1]
+
+
+def test_the_tokenizer_of_bytes(runs, tmp_path):
+    out = export(runs("uniform"), tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    text = "".join(map(chr, range(1, 300))) + " wörld 漢字 <|endoftext|"
+    assert tokenizer(text)["input_ids"] == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+    assert tokenizer("<|endoftext|>")["input_ids"] == [256]
+    assert tokenizer.eos_token_id == load(out).generation_config.eos_token_id == 256
+
+
+def test_shards_have_an_index_and_the_same_tensors(runs, tmp_path, monkeypatch):
+    whole = load_file(export(runs("hetero"), tmp_path / "one") / "model.safetensors")
+    monkeypatch.setattr(folder, "SHARD_BYTES", 20_000)
+    out = export(runs("hetero"), tmp_path / "several")
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    parts = {name: array for file in files for name, array in load_file(out / file).items()}
+    assert parts.keys() == whole.keys()
+    assert all(np.array_equal(parts[name], whole[name]) for name in whole)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in whole.values())
+    assert index["weight_map"].keys() == whole.keys()
+    np.testing.assert_allclose(logits_of(load(out)), runs("hetero").logits(), rtol=0, atol=1e-4)
+
+
+def test_bfloat16_weights_are_the_rounded_ones(runs, tmp_path):
+    model = load(export(runs("uniform"), tmp_path / "out", "--dtype=bfloat16"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    want = torch.tensor(np.asarray(runs("uniform").state.params["embedding_VD"])).bfloat16().float()
+    assert torch.equal(model.get_input_embeddings().weight, want)
+
+
+def test_the_card_says_what_the_run_was(runs, tmp_path):
+    card = (export(runs("lfa"), tmp_path / "out") / "README.md").read_text()
+    assert "Form `hetero`: a modelling file of its own: Transformers 5, with trust_remote_code=True." in card
+    assert "| experts by layer | 8, 4, 6 |" in card
+    assert '"lfa_bias": true' in card
+    assert "\n1: 0 1 2 3\n" in card
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "message"),
+    [
+        ("hetero", "uniform", "cannot hold layers of 4 to 8 experts; use hetero"),
+        ("lfa", "uniform", r"localized filtering \(ModelConfig\.lfa\) and layers of 4 to 8 experts"),
+        ("lfa", "padded", r"cannot hold localized filtering \(ModelConfig\.lfa\); use hetero"),
+        ("bias", "padded", "cannot hold a bias of the loss-free balancing, added to logits; use hetero"),
+        ("top_1", "uniform", r"cannot hold the router's weights with ModelConfig\.top_k=1; use hetero"),
+    ],
+)
+def test_a_form_that_cannot_hold_a_model_is_refused(runs, tmp_path, kind, form, message):
+    with pytest.raises(UserError, match=rf"^--form='{form}' {message}" if "cannot" in message else message):
+        main([runs(kind).root, f"--to={tmp_path / 'out'}", f"--form={form}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_damage_a_run_without_checkpoints_and_a_folder_in_the_way_are_refused(tmp_path):
+    run = Run(tmp_path / "run", "hetero")
+    change_stored(Disk(f"{run.root}/checkpoints"), 3, "params.experts.down_NFD", (9, 1, 2))
+    with pytest.raises(DamagedError, match=r"3 is damaged: params\.experts\.down_NFD is not what was saved"):
+        main([run.root, f"--to={tmp_path / 'a'}"])
+    with pytest.raises(UserError, match=r"^run .*/none has no complete checkpoint$"):
+        main([f"{tmp_path}/none", f"--to={tmp_path / 'b'}"])
+    with pytest.raises(UserError, match=r"^--to=.*/a cannot be made: File exists$"):
+        main([f"{run.root}/checkpoints/3", f"--to={tmp_path / 'a'}"])
