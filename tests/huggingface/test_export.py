@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +63,12 @@ class Run:
     def counts(self) -> tuple[int, ...]:
         return self.config.model.experts_per_layer
 
-    def logits(self) -> np.ndarray:
-        """Of TOKENS, by laep_jax."""
-        layout, shape = initial_layout(self.config), TOKENS.shape
+    def logits(self, tokens: np.ndarray = TOKENS) -> np.ndarray:
+        """Of rows of tokens, by laep_jax."""
+        layout, shape = initial_layout(self.config), tokens.shape
         positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
         batch = {
-            "tokens_BS": jnp.asarray(TOKENS, jnp.int32),
+            "tokens_BS": jnp.asarray(tokens, jnp.int32),
             "segments_BS": jnp.ones(shape, jnp.int32),
             "positions_BS": jnp.asarray(positions),
         }
@@ -151,6 +154,39 @@ def test_the_tokenizer_of_bytes(runs, tmp_path):
     assert tokenizer.decode(list(text.encode())) == text
     assert tokenizer("<|endoftext|>")["input_ids"] == [256]
     assert tokenizer.eos_token_id == load(out).generation_config.eos_token_id == 256
+
+
+TASK = """
+task: laep_local
+dataset_path: json
+dataset_kwargs: {data_files: DATA}
+test_split: train
+output_type: loglikelihood
+doc_to_text: "{{text}}"
+doc_to_target: "{{target}}"
+target_delimiter: ""
+metric_list: [{metric: perplexity}]
+"""
+
+
+def test_lm_eval_gives_the_losses_of_laep_jax(runs, tmp_path):
+    """Each row of TOKENS in two parts, of which it scores the second."""
+    rows = [bytes((row % 64 + 32).tolist()).decode() for row in TOKENS]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": r[:9], "target": r[9:]}) + "\n" for r in rows))
+    (tmp_path / "local.yaml").write_text(TASK.replace("DATA", str(tmp_path / "data.jsonl")))
+    out = export(runs("lfa"), tmp_path / "out")
+    model = f"pretrained={out},trust_remote_code=True,dtype=float32"
+    options = ["--tasks=laep_local", f"--include_path={tmp_path}", "--device=cpu", f"--output_path={tmp_path}/results"]
+    command = [sys.executable, "-m", "lm_eval", "--model=hf", f"--model_args={model}", *options]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, env=os.environ | offline, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    [path] = (tmp_path / "results").rglob("results_*.json")
+    found = json.loads(path.read_text())["results"]["laep_local"]["perplexity,none"]
+    tokens = np.array([list(row.encode()) for row in rows])
+    shares = jax.nn.log_softmax(runs("lfa").logits(tokens))[:, 8:-1]
+    want = -np.take_along_axis(np.asarray(shares), tokens[:, 9:, None], axis=-1).sum(axis=(1, 2)).mean()
+    np.testing.assert_allclose(np.log(found), want, rtol=1e-5)
 
 
 def test_shards_have_an_index_and_the_same_tensors(runs, tmp_path, monkeypatch):
