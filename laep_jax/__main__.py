@@ -19,6 +19,8 @@ COMMANDS = {
     ),
     "counts": ("laep_jax.importers.command", "counts for `plan` from what Megatron-LM, SGLang, vLLM and others log"),
     "apply": ("laep_jax.importers.apply_command", "applies a plan to a Hugging Face model of safetensors"),
+    "evaluate": ("laep_jax.evaluation.command", "the loss of a run's model on any text, by domain; also under a plan"),
+    "generate": ("laep_jax.evaluation.generate_command", "text that a run's model writes after a prompt"),
     "export": ("laep_jax.export.command", "a run's model as a Hugging Face folder"),
     "settings": ("laep_jax.settings", "every setting of a config: type, default, values, meaning"),
     "describe": ("laep_jax.model.command", "parameters, experts and FLOPs of a config, from shapes alone"),

@@ -23,6 +23,7 @@ ORDER = [
     {"state"},
     {"checkpoint"},
     {"training", "export"},
+    {"evaluation"},
     {"preflight"},
     {"__main__"},
     {"benchmarks"},

@@ -20,13 +20,15 @@ class Tokenizer:
     """The interface of a tokenizer to the data pipeline.
 
     identity: names this very vocabulary. vocab_size: one above the largest id, the end-of-document
-    id `eod` included. encode: UTF-8 texts to ids, one array each, without `eod`.
+    id `eod` included. encode: UTF-8 texts to ids, one array each, without `eod`. decode: ids to a text; what is not
+    UTF-8 becomes U+FFFD, and ids that no text has are left out.
     """
 
     identity: str
     vocab_size: int
     eod: int
     encode: Callable[[Sequence[bytes]], list[np.ndarray]]
+    decode: Callable[[Sequence[int]], str]
 
     @property
     def dtype(self) -> np.dtype:
@@ -43,7 +45,11 @@ def _encode_bytes(texts: Sequence[bytes]) -> list[np.ndarray]:
     return [np.frombuffer(text, np.uint8) for text in texts]
 
 
-BYTES = Tokenizer("bytes", vocab_size=257, eod=256, encode=_encode_bytes)
+def _decode_bytes(ids: Sequence[int]) -> str:
+    return bytes(id for id in ids if id < 256).decode(errors="replace")
+
+
+BYTES = Tokenizer("bytes", vocab_size=257, eod=256, encode=_encode_bytes, decode=_decode_bytes)
 
 
 def import_tokenizers():
@@ -87,4 +93,7 @@ def _load_json(path: str) -> Tokenizer:
             encodings = model.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
-    return Tokenizer(hashlib.sha256(data).hexdigest(), max(first_free, eod + 1), eod, encode)
+    def decode(ids: Sequence[int]) -> str:
+        return model.decode([id for id in ids if id < first_free])
+
+    return Tokenizer(hashlib.sha256(data).hexdigest(), max(first_free, eod + 1), eod, encode, decode)

@@ -1,0 +1,135 @@
+"""The loss of a checkpoint on any text, on the devices of this machine, whatever mesh the run had.
+
+Every token of a document but its first is a target, and so is its end. Bits per byte count those targets over all bytes
+of the text, so that models with different tokenizers compare.
+Axes: B rows, S sequence, M domains.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+from jax.tree_util import tree_map_with_path
+
+from laep_jax.checkpoint.saved import Saved
+from laep_jax.config import Config, MeshConfig
+from laep_jax.data.corpus import domain, is_validation
+from laep_jax.data.packing import document_indices, num_rows, pack, split_rows
+from laep_jax.data.sources import Document, read_documents
+from laep_jax.data.tokenizer import Tokenizer
+from laep_jax.errors import require
+from laep_jax.laep.plan import Plan
+from laep_jax.sharding import Mesh, make_mesh, put_batch
+from laep_jax.state.surgery import leaf_key
+from laep_jax.state.tree import TrainState, abstract_state, initial_layout
+from laep_jax.training.evaluate import masked_bias
+from laep_jax.training.step import make_eval_step
+
+DOCUMENTS_CHUNK = 256  # tokenized together
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Of a domain, or of all text. nats: the sum over the targets."""
+
+    nats: float
+    targets: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats a target."""
+        return self.nats / self.targets
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Documents as one stream of tokens, in their order. ends_R: where the last token of each document is; domain_R."""
+
+    stream: np.ndarray
+    ends_R: np.ndarray
+    domain_R: np.ndarray
+    domains: tuple[str, ...]
+    bytes_M: np.ndarray
+
+
+def here(config: Config) -> Config:
+    """The config of a model for the devices of this machine."""
+    devices = jax.device_count()
+    model = config.model
+    if jax.default_backend() == "cpu":
+        model = dataclasses.replace(model, dispatch="all_gather", receive_buffer=None, grouped_matmul="auto")
+    rows = devices * max(1, config.data.batch_size // devices)
+    data = dataclasses.replace(config.data, batch_size=rows)
+    train = dataclasses.replace(config.train, grad_accumulation=1)
+    return dataclasses.replace(config, model=model, mesh=MeshConfig(), data=data, train=train).resolve(devices)
+
+
+def load_model(saved: Saved, config: Config, mesh: Mesh) -> TrainState:
+    """Parameters and router bias of a checkpoint on a mesh, leaf by leaf; without moments, which are left abstract."""
+
+    def read(path: tuple, leaf: jax.ShapeDtypeStruct):
+        key = leaf_key(path)
+        return leaf if key.startswith("opt_state") else jax.device_put(saved.read(key), leaf.sharding)
+
+    return tree_map_with_path(read, abstract_state(config, mesh))
+
+
+def read_text(documents: Iterable[Document], source: str, tokenizer: Tokenizer, max_tokens: int) -> Text:
+    """The text of documents, as many as are needed for `max_tokens`. `UserError` where there is none."""
+    parts, names, sizes, total = list[np.ndarray](), list[str](), list[int](), 0
+    remaining = iter(documents)
+    while total < max_tokens and (chunk := list(itertools.islice(remaining, DOCUMENTS_CHUNK))):
+        for tokens in tokenizer.encode([document.text for document in chunk]):
+            parts.append(np.append(tokens, tokenizer.eod).astype(np.uint32))
+            total += len(parts[-1])
+        names += [domain(document.name, source) for document in chunk]
+        sizes += [len(document.text) for document in chunk]
+    require(bool(parts), "the text", names, "has no documents")
+    domains, domain_R = np.unique(names, return_inverse=True)
+    ends_R = np.cumsum([len(part) for part in parts]) - 1
+    bytes_M = np.bincount(domain_R, sizes).astype(np.int64)
+    return Text(np.concatenate(parts), ends_R, domain_R.astype(np.int32), tuple(map(str, domains)), bytes_M)
+
+
+def validation_documents(config: Config) -> Iterable[Document]:
+    """Those that a run keeps for validation."""
+    fraction = config.data.validation_fraction
+    return (document for document in read_documents(config.data) if is_validation(document.name, fraction))
+
+
+def score(saved: Saved, text: Text, tokenizer: Tokenizer, plan: Plan | None = None) -> dict[str, Score]:
+    """The score of each domain. plan: its pruned experts are masked, as the pruned model would be."""
+    config = here(saved.config)
+    mesh, layout = make_mesh(config.mesh), initial_layout(config)
+    state = load_model(saved, config, mesh)
+    bias = masked_bias(state.router_bias, plan) if plan else state.router_bias
+    eval_step = make_eval_step(config, mesh, len(text.domains))
+    nats_M, targets_M = np.zeros(len(text.domains)), np.zeros(len(text.domains), np.int64)
+    length, rows = config.data.sequence_length, config.data.batch_size
+    count = num_rows(text.stream, length)
+    for first in range(0, count, rows):
+        rows_B = np.minimum(np.arange(first, first + rows), count)  # rows past the last are padding
+        batch = pack(split_rows(text.stream, rows_B, length), tokenizer.eod)
+        domains_BS = text.domain_R[document_indices(text.ends_R, rows_B, length)]
+        loss_M, number_M, _ = eval_step(layout, state.params, bias, put_batch(batch | {"domains_BS": domains_BS}, mesh))
+        nats_M += np.asarray(loss_M, np.float64)
+        targets_M += np.asarray(number_M)
+    return {
+        name: Score(float(nats), int(targets), int(number))
+        for name, nats, targets, number in zip(text.domains, nats_M, targets_M, text.bytes_M, strict=True)
+        if targets
+    }
+
+
+def total(scores: dict[str, Score]) -> Score:
+    """Of all domains together."""
+    sums = (sum(getattr(each, field.name) for each in scores.values()) for field in dataclasses.fields(Score))
+    return Score(*sums)
