@@ -10,7 +10,7 @@ from laep_jax.errors import require
 from laep_jax.fields import check_fields, fixed, free
 
 PLACEMENTS = ("greedy", "refined")
-SOURCES_WITH_PATH = ("text", "jsonl", "array_record")
+SOURCES_WITH_PATH = ("text", "jsonl", "parquet", "array_record")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,16 +143,16 @@ class DataConfig:
 
     source: str = fixed(
         "stdlib",
-        "the running Python's own sources, files of text, JSON lines, ArrayRecord, or random tokens",
+        "the running Python's own sources, files of text, JSON lines, Parquet, ArrayRecord, or random tokens",
         choices=("stdlib", *SOURCES_WITH_PATH, "synthetic"),
     )
     path: str = free(
         "",
-        "a file, folder or glob, for text, jsonl and array_record, also gs://; compared by hash",
+        "a file, folder or glob of such files, also gs://; compared by hash",
         path=True,
         bucket=True,
     )
-    text_field: str = fixed("text", "the field of a JSON line that holds the text")
+    text_field: str = fixed("text", "the field of a JSON line, or the column of a Parquet file, that holds the text")
     tokenizer: str = free("bytes", "bytes, or the path of a Hugging Face tokenizer.json; compared by hash", path=True)
     sequence_length: int = fixed(128, "tokens of a sequence", low=2)
     batch_size: int = fixed(32, "sequences of an optimizer step, over all devices and processes", low=1)

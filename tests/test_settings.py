@@ -23,7 +23,7 @@ MODULES = {
     "absl": "absl-py",
     "array_record": "grain",
 }  # where they differ; grain needs array-record
-OPTIONAL = {"tokenizers", "gcsfs", "torch", "transformers"}  # imported where needed, with advice
+OPTIONAL = {"tokenizers", "gcsfs", "pyarrow", "torch", "transformers"}  # imported where needed, with advice
 
 
 def test_every_field_is_printed_with_its_default_and_meaning(capsys):

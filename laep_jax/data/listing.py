@@ -25,7 +25,8 @@ NOT_STDLIB = (  # folders of it that are not read
     | {"distutils", "lib2to3"}  # newer versions lack them
 )
 NOT_FOUND = "is neither a file, a folder with files nor a glob of files"
-PACKED_SUFFIXES = (".gz", ".gzip", ".bz2", ".bz", ".xz")  # compressing a file changes no document's name
+# compressing a file changes no document's name
+PACKED_SUFFIXES = (".gz", ".gzip", ".bz2", ".bz", ".xz", ".zst", ".zstd")
 
 
 class File(NamedTuple):

@@ -1,8 +1,8 @@
 """Where text comes from: named documents of UTF-8 bytes, always in the same order.
 
 A document's name is that of its file in the `Listing`, with "#" and its number where a file holds several.
-Files compressed with gzip, bzip2 or xz are unpacked, whatever their names. What cannot be read stops the run, and so
-does what is too long or grows out of all proportion when unpacked; only blank lines and empty texts are passed over.
+Files compressed with gzip, bzip2, xz or zstd are unpacked, whatever their names. What cannot be read stops the run, and
+so does what is too long or grows out of all proportion when unpacked; only blank lines and empty texts are passed over.
 """
 
 import bz2
@@ -11,6 +11,7 @@ import contextlib
 import gzip
 import lzma
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import BinaryIO, NamedTuple, cast
 from laep_jax.config import DataConfig
 from laep_jax.data.bucket import fetched, open_stored
 from laep_jax.data.listing import File, corpus_text, list_files
+from laep_jax.data.optional import import_extra
 from laep_jax.data.synthetic import synthetic_documents
 from laep_jax.errors import UserError, require, short
 from laep_jax.files import open_regular, parse_json
@@ -27,14 +29,12 @@ RECORDS_CHUNK = 1024
 MAX_TEXT = 2**27  # bytes of a document
 MAX_LINE = 2**26  # bytes of a JSON line
 MAX_GROWTH = 100  # of a compressed file, in units of its size; text grows to 3 to 10 times
-UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 REFUSED = {
-    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it or use gzip, bzip2 or xz",
     b"\x04\x22\x4d\x18": "compressed with lz4; unpack it or use gzip, bzip2 or xz",
     b"\x1f\x9d": "compressed with compress; unpack it or use gzip, bzip2 or xz",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
     b"PK\x03\x04": "a zip archive; unpack it",
-    b"PAR1": "a Parquet file; write its texts as JSON lines",
+    b"PAR1": "a Parquet file: DataConfig.source='parquet' reads it",
     codecs.BOM_UTF16_LE: "UTF-16; convert it with iconv -f UTF-16 -t UTF-8",
     codecs.BOM_UTF16_BE: "UTF-16; convert it with iconv -f UTF-16 -t UTF-8",
 }
@@ -59,7 +59,7 @@ def _read(config: DataConfig) -> Iterator[tuple[str, bytes]]:
     if config.source == "synthetic":
         yield from synthetic_documents()
         return
-    by_record = {"jsonl": _read_jsonl, "array_record": _read_array_record}
+    by_record = {"jsonl": _read_jsonl, "array_record": _read_array_record, "parquet": _read_parquet}
     read = by_record.get(config.source, _read_text)
     for file in list_files(config).files:
         try:
@@ -96,6 +96,14 @@ def _lines(file: File, config: DataConfig) -> Iterator[bytes]:
             yield line
 
 
+def _open_zstd(file: BinaryIO) -> BinaryIO:
+    package = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    return import_extra(package, "zstd", "a file compressed with zstd").open(file)
+
+
+UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"\x28\xb5\x2f\xfd": _open_zstd}
+
+
 @contextlib.contextmanager
 def _opened(file: File, config: DataConfig) -> Iterator[tuple[BinaryIO, int]]:
     """(the file, unpacked and behind its byte order mark, the most bytes that it may have)."""
@@ -112,6 +120,10 @@ def _opened(file: File, config: DataConfig) -> Iterator[tuple[BinaryIO, int]]:
             yield opened, most
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise UserError(f"{corpus_text(config)} holds a damaged compressed file: {file.path}: {error}") from error
+        except Exception as error:
+            if type(error).__name__ != "ZstdError":  # of a package that may not be there
                 raise
             raise UserError(f"{corpus_text(config)} holds a damaged compressed file: {file.path}: {error}") from error
 
@@ -174,6 +186,29 @@ def _read_array_record(file: File, config: DataConfig) -> Iterator[tuple[str, by
             raise UserError(problem) from error
         if not reader.ok():  # without a footer it has no records, and says no more
             raise UserError(problem)
+
+
+def _read_parquet(file: File, config: DataConfig) -> Iterator[tuple[str, bytes]]:
+    """One document a row, named by its index. Only the column of the text is read, a group of rows at a time."""
+    parquet = import_extra("pyarrow.parquet", "parquet", f"{corpus_text(config)}: {file.path}")
+    lib, field, number = import_extra("pyarrow", "parquet", ""), config.text_field, 0
+    with _on_disk(file) as path:
+        open_regular(path, f"{corpus_text(config)}: {path}").close()
+        try:
+            with parquet.ParquetFile(path) as opened:
+                names = opened.schema_arrow.names
+                rule = f"is not in {file.path}, which has the columns {short(names)}"
+                require(field in names, "DataConfig.text_field", field, rule)
+                for batch in opened.iter_batches(RECORDS_CHUNK, columns=[field]):
+                    _check_growth(batch.nbytes, MAX_GROWTH * file.size, file, config)
+                    for value in batch.column(0).to_pylist():
+                        where = f"row {number} of {file.name}"
+                        require(isinstance(value, str), "DataConfig.text_field", field, f"holds no string in {where}")
+                        yield f"{file.name}#{number}", value.encode()
+                        number += 1
+        except (lib.ArrowException, UnicodeDecodeError) as error:
+            problem = f"{corpus_text(config)} holds no Parquet file or a damaged one: {file.path}"
+            raise UserError(f"{problem}: {short(error)}") from error
 
 
 def _on_disk(file: File) -> contextlib.AbstractContextManager[Path]:

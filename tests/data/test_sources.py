@@ -3,10 +3,13 @@
 import bz2
 import codecs
 import gzip
+import importlib
 import json
 import lzma
+import sys
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import strategies as st
@@ -15,6 +18,11 @@ from laep_jax.config import DataConfig
 from laep_jax.data import sources
 from laep_jax.data.sources import read_documents
 from laep_jax.errors import UserError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 TEXTS = ["one", "zwei\nüber", "三 💡", "four" * 1000]
 
@@ -154,8 +162,8 @@ def test_json_lines_of_other_systems(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
-@pytest.mark.parametrize("suffix", ["", ".gz", ".gzip", ".bz2", ".xz"])
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstd.compress])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".gzip", ".bz2", ".xz", ".zst"])
 def test_a_compressed_file_is_known_by_its_first_bytes(tmp_path, compress, suffix):
     (tmp_path / f"x.txt{suffix}").write_bytes(compress(codecs.BOM_UTF8 + b'{"text": "a"}'))
     assert documents("jsonl", tmp_path) == [("x.txt#1", b"a")]
@@ -165,9 +173,8 @@ def test_a_compressed_file_is_known_by_its_first_bytes(tmp_path, compress, suffi
 @pytest.mark.parametrize(
     ("data", "rule"),
     [
-        (b"\x28\xb5\x2f\xfd\x04", "is compressed with zstd; unpack it or use gzip"),
         (b"PK\x03\x04", "is a zip archive"),
-        (b"PAR1", "is a Parquet file"),
+        (b"PAR1", r"is a Parquet file: DataConfig\.source='parquet' reads it"),
         (b"a".ljust(257, b"\0") + b"ustar".ljust(255, b"\0"), "is a tar archive"),
         ("a text".encode("utf-16"), "is UTF-16; convert it"),
         ("a text".encode("utf-16-be"), "has a zero in every other byte, as UTF-16 has"),
@@ -180,6 +187,62 @@ def test_other_forms_are_named(tmp_path, data, rule):
         for source in ("text", "jsonl"):
             with pytest.raises(UserError, match=f"DataConfig.path='.*{name}': .*{name} {rule}"):
                 documents(source, tmp_path / name)
+
+
+def write_parquet(path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=2, compression="zstd")
+    return path
+
+
+def test_parquet(tmp_path):
+    texts = ["eins", "", "drei ü", "vier", "fünf"]
+    path = write_parquet(tmp_path / "x.parquet", body=texts, id=range(5))
+    want = [(f"x.parquet#{row}", text.encode()) for row, text in enumerate(texts) if text]
+    assert documents("parquet", path, text_field="body") == want
+    large = pyarrow.array(texts, pyarrow.large_string())
+    assert documents("parquet", write_parquet(path, text=large)) == want
+    assert documents("parquet", write_parquet(path, text=pyarrow.array([], pyarrow.string()))) == []
+
+
+def test_parquet_that_has_no_such_texts_or_is_damaged_is_refused(tmp_path):
+    path = write_parquet(tmp_path / "x.parquet", text=["a", None], number=[1, 2], bits=[b"\xff", b""])
+    for field, rule in (
+        ("body", r"is not in .*x\.parquet, which has the columns \['text', 'number', 'bits'\]"),
+        ("text", r"holds no string in row 1 of x\.parquet"),
+        ("number", r"holds no string in row 0 of x\.parquet"),
+        ("bits", r"holds no string in row 0 of x\.parquet"),
+    ):
+        with pytest.raises(UserError, match=rf"^DataConfig\.text_field='{field}' {rule}$"):
+            documents("parquet", path, text_field=field)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"^DataConfig\.path='.*' holds no Parquet file or a damaged one: .*x\.parquet"):
+        documents("parquet", path)
+    bomb = write_parquet(tmp_path / "bomb.parquet", text=["a" * 10**6] * 500)
+    assert bomb.stat().st_size < 10**6
+    with pytest.raises(UserError, match=r"holds a compressed file that grows more than 100 times: .*bomb\.parquet"):
+        documents("parquet", bomb)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstd.compress])
+def test_a_compressed_file_that_is_cut_short_is_refused(tmp_path, compress):
+    packed = compress("".join(f'{{"text": "{number**9}"}}\n' for number in range(1000)).encode())
+    (tmp_path / "x.jsonl").write_bytes(packed[:-5])
+    with pytest.raises(UserError, match=r"holds a damaged compressed file: .*x\.jsonl: "):
+        documents("jsonl", tmp_path)
+
+
+def test_the_extra_that_a_form_needs_is_named(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_bytes(zstd.compress(b"{}"))
+    parquet = write_parquet(tmp_path / "x.parquet", text=["a"])
+
+    def missing(package):
+        raise ImportError(package)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(UserError, match=r"needs the package \w+: pip install 'laep_jax\[zstd\]', or \w+$"):
+        documents("jsonl", tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match=r"x\.parquet needs the package pyarrow: pip install 'laep_jax\[parquet\]'"):
+        documents("parquet", parquet)
 
 
 def test_a_file_name_of_any_bytes(tmp_path):
