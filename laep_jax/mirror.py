@@ -12,9 +12,11 @@ from pathlib import Path
 
 from laep_jax.errors import UserError, require
 from laep_jax.files import MAX_ARRAY
+from laep_jax.paths import is_bucket, require_path
 from laep_jax.storage import Disk, Storage, open_storage
 
-NOT_RECORDS = ("checkpoints/", "run.lock", ".")  # beginnings of names that stay in the bucket
+FILES = ("metrics.jsonl", "summary.json", "config.json", "operative.gin", "model.gin")
+FOLDERS = ("loads", "plans", "tensorboard", "figures")
 
 
 class Mirror:
@@ -23,14 +25,14 @@ class Mirror:
     def __init__(self, run: Storage, folder: Path):
         self._run, self.folder = run, folder
         self._same: dict[str, tuple[int, int]] = {}  # size and time of each file that is in the bucket
-        for name in run.files(""):
-            if not name.startswith(NOT_RECORDS):
-                require(
-                    ".." not in name.split("/") and "//" not in name, "name in a run", name, "leads out of its folder"
-                )
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_bytes(run.read(name, MAX_ARRAY))
-                self._same[name] = _state(folder / name)
+        present = run.entries()
+        names = [name for name in FILES if name in present]
+        names += [f"{top}/{name}" for top in FOLDERS if top in present for name in run.files(top)]
+        for name in names:
+            require(".." not in name.split("/") and "//" not in name, "name in a run", name, "leads out of its folder")
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(run.read(name, MAX_ARRAY))
+            self._same[name] = _state(folder / name)
 
     def upload(self) -> None:
         """Brings the bucket up to date. A file that grows meanwhile may lack its last line there."""
@@ -41,9 +43,19 @@ class Mirror:
             if self._same.get(name) != state:
                 self._run.write(name, path.read_bytes())
                 self._same[name] = state
-        for name in self._same.keys() - paths.keys():
+        for name in self._dropped(set(paths)):
             self._run.remove(name)
             del self._same[name]
+
+    def _dropped(self, names: set[str]) -> list[str]:
+        """Recorded loads that a resumed run has dropped: the last ones. Others may be gone with a temporary folder."""
+        newest = max((name for name in names if _is_loads(name)), default="")
+        gone = [name for name in self._same if name not in names and _is_loads(name) and name > newest]
+        return gone if "loads/experts.json" in names else []
+
+
+def _is_loads(name: str) -> bool:
+    return name.startswith("loads/") and name.endswith(".npy")
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -82,5 +94,8 @@ def local_records(
 @contextlib.contextmanager
 def readable(run_dir: str | os.PathLike[str]) -> Iterator[Path]:
     """The folder with the records of a run, for programs that read them and may add some."""
+    require_path("RUN", os.fspath(run_dir), bucket=True)
     with local_records(open_storage(run_dir)) as (folder, _):
+        if is_bucket(run_dir) and not any(folder.iterdir()):
+            raise UserError(f"{run_dir} has no records of a run")
         yield folder

@@ -2,8 +2,8 @@
 
 Both keep the same promises: `write` puts a file there as a whole or not at all, and when it returns the file is durable
 and every process finds it. Names are relative, with slashes. Files of a bucket are read and written by TensorStore's
-`KvStore`, as arrays are, with the same credentials and the same attempts after a failure; gcsfs, which Orbax uses,
-caches listings for ever and would not see what another process writes.
+`KvStore`, as arrays are, with the same credentials and the same attempts after a failure. They are listed by gcsfs,
+without its cache: TensorStore takes a listing that is refused for an empty one.
 """
 
 import contextlib
@@ -56,8 +56,8 @@ class Disk:
             with contextlib.suppress(OSError):  # others may be in it
                 path.parent.rmdir()
 
-    def files(self, folder: str) -> dict[str, int | None]:
-        """Every file below a folder by its name there, with its size where that is known without reading."""
+    def files(self, folder: str) -> dict[str, int]:
+        """The size of every file below a folder by its name there."""
         top = self.root / folder
         paths = [path for path in sorted(top.rglob("*")) if path.is_file()]
         return {path.relative_to(top).as_posix(): path.stat().st_size for path in paths}
@@ -97,11 +97,13 @@ class Bucket:
     """A folder of a bucket, with the methods of `Disk`. root: its address; nothing is asked of the bucket yet."""
 
     def __init__(self, root: str):
-        import tensorstore as ts  # not needed by those who read runs on disk
+        import gcsfs  # neither is needed by those who read runs on disk
+        import tensorstore as ts
 
         self.root = root.rstrip("/")
         self._store: Any = ts.KvStore.open(f"{self.root}/").result()
         self._range = ts.KvStore.KeyRange
+        self._lists: Any = gcsfs.GCSFileSystem(use_listings_cache=False)
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -122,13 +124,21 @@ class Bucket:
 
     def remove(self, name: str) -> None:
         self._result(self._store.write(name, None), "removed", name)
-        self._result(self._store.delete_range(self._below(name)), "removed", name)
+        self._result(
+            self._store.delete_range(self._range(f"{name}/", f"{name}0")), "removed", name
+        )  # "0" is next to "/"
 
-    def files(self, folder: str) -> dict[str, int | None]:
-        return dict.fromkeys(self._names(folder))
+    def files(self, folder: str) -> dict[str, int]:
+        top = f"{self.path(folder) if folder else self.root}/"
+        try:
+            found = self._lists.find(top, detail=True)
+        except Exception as error:  # gcsfs has many, also for a connection that is lost
+            self._refuse(folder, "listed", f"{type(error).__name__}: {error}")
+        below = {f"gs://{name}".removeprefix(top): info["size"] for name, info in sorted(found.items())}
+        return {name: int(size) for name, size in below.items() if name and "://" not in name and name[-1] != "/"}
 
     def entries(self, folder: str = "") -> list[str]:
-        return sorted({name.partition("/")[0] for name in self._names(folder)})
+        return sorted({name.partition("/")[0] for name in self.files(folder)})
 
     def sync(self, folder: str) -> None:
         """What is stored is durable."""
@@ -136,18 +146,11 @@ class Bucket:
     def parent(self) -> "Bucket":
         return Bucket(self.root.rpartition("/")[0])
 
-    def _below(self, folder: str) -> Any:
-        return self._range(f"{folder}/", f"{folder}0") if folder else self._range()  # "0" is next to "/"
-
-    def _names(self, folder: str) -> list[str]:
-        length = len(folder) + 1 if folder else 0
-        listed = self._store.list(self._below(folder), strip_prefix_length=length)
-        return sorted(name.decode(errors="replace") for name in self._result(listed, "listed", folder))
-
     def _result(self, future: Any, what: str, name: str) -> Any:
         try:
             return future.result(timeout=PATIENCE)
         except TimeoutError:
+            future.cancel()
             self._refuse(name, what, f"no answer within {PATIENCE} s")
         except ValueError as error:
             self._refuse(name, what, str(error).partition(" [")[0])  # what follows is for debugging
@@ -163,5 +166,8 @@ def open_storage(root: str | os.PathLike[str]) -> Storage:
     """The storage at a path or a gs:// address. `UserError` without what a bucket needs."""
     if not is_bucket(root):
         return Disk(root)
-    require_gcsfs(os.fspath(root))  # Orbax does
-    return Bucket(os.fspath(root))
+    address = os.fspath(root)
+    require_gcsfs(address)
+    found = sorted({*address} & {*"%#|?*[\\"})
+    require(not found, "address", address, f"has {' '.join(found)} in it, which TensorStore or Orbax reads otherwise")
+    return Bucket(address)

@@ -21,10 +21,14 @@ import tensorstore as ts
 from jax.tree_util import tree_flatten_with_path
 from orbax.checkpoint import type_handlers
 
+from laep_jax.checkpoint.manifest import DamagedError
+from laep_jax.errors import UnavailableError, UserError
+from laep_jax.paths import is_bucket
 from laep_jax.sharding import is_of_experts, is_stacked, leaf_name
 from laep_jax.state.surgery import leaf_key
 
 ALIGNMENT = 64  # bytes
+UNAVAILABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
 Bounds = tuple[tuple[int, int], ...]  # of a shard, [start, stop) in each dimension
 
 
@@ -163,6 +167,21 @@ def open_leaves(
 
 def _restore(reader: ocp.Checkpointer, store: str | os.PathLike[str], args: dict[str, LeafArgs]) -> dict[str, Any]:
     return reader.restore(store, args=ocp.args.PyTreeRestore(dict.fromkeys(args, 0), args))
+
+
+def unreadable(where: str, error: Exception) -> Exception:
+    """What an error of reading means: `DamagedError`, `UnavailableError`, or itself, where it is of neither kind.
+
+    On a disk all that TensorStore and Orbax raise for files is damage. Of a bucket only what is missing or does not
+    parse is; the rest says nothing about what is stored.
+    """
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    refused = str(error).startswith(UNAVAILABLE)
+    if isinstance(error, UserError) or not (is_bucket(where) or isinstance(error, (ValueError, OSError))):
+        return error
+    if refused or (is_bucket(where) and not isinstance(error, (ValueError, FileNotFoundError))):
+        return UnavailableError(f"checkpoint {where} cannot be read: {reason}")
+    return DamagedError(f"checkpoint {where} is damaged: {reason}")
 
 
 def _open(info: type_handlers.ParamInfo) -> ts.Future:

@@ -36,6 +36,7 @@ from laep_jax.checkpoint.arrays import (
     make_writer,
     open_leaves,
     read_leaves,
+    unreadable,
 )
 from laep_jax.checkpoint.lock import TakenOverError
 from laep_jax.checkpoint.manifest import DamagedError
@@ -51,7 +52,6 @@ from laep_jax.storage import open_storage
 META_FILE, HISTORY_FILE, FINGERPRINTS_FILE = "meta.json", "history.npz", "fingerprints.npz"
 SLOW = 60  # seconds of waiting for a save after which that is reported
 FAILURES = 2  # failed saves in a row that end the run
-UNAVAILABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
 Described = dict[str, str]  # dtype and shape by leaf key
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,6 @@ class Checkpoints:
         self._saved = fingerprint.Fingerprinted({}, ())
         self._failures = 0
         self._require_shared()
-        _of_first(self._steps.settle)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -111,6 +110,10 @@ class Checkpoints:
             self._thread.shutdown()
             self._orbax.close()
             self._reader.close()
+
+    def settle(self) -> None:
+        """Removes what interrupted saves have left; for a run that is going to train."""
+        _of_first(lambda: (self._publish(), self._steps.settle()))
 
     def save(
         self,
@@ -174,7 +177,7 @@ class Checkpoints:
         kind, _, reason = failures[0].partition(": ")
         if kind == TakenOverError.__name__:
             raise TakenOverError(reason)
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and kind != UnavailableError.__name__:  # its manifest might arrive still
             with contextlib.suppress(UnavailableError, OSError):  # then the next start does it
                 self._steps.discard(step, folder)
         raise SaveError(f"checkpoint {self._storage.path(str(step))} could not be saved: {failures[0]}")
@@ -200,6 +203,7 @@ class Checkpoints:
         _of_first(lambda: self._put_aside(step, damage) if step in self._steps.found() else None)
 
     def _put_aside(self, step: int, damage: str) -> None:
+        self._publish()
         self._steps.put_aside(step)
         self._report(f"{damage}; step {step} is put aside ({DAMAGED}), and the run resumes from an older one")
 
@@ -258,11 +262,8 @@ class Checkpoints:
         with self._validating(step):
             try:
                 arrays = read_leaves(self._reader, where, leaves)
-            except (ValueError, OSError) as error:  # of TensorStore and Orbax
-                reason = str(error).splitlines()[0]
-                if reason.startswith(UNAVAILABLE):
-                    raise UnavailableError(f"checkpoint {where} cannot be read: {reason}") from error
-                raise DamagedError(f"checkpoint {where} is damaged: {reason}") from error
+            except Exception as error:
+                raise unreadable(where, error) from error
         state = tree_unflatten(jax.tree.structure(abstract_state), arrays)
         self.verify(step, state, kept)
         return state
@@ -315,8 +316,7 @@ class Checkpoints:
                 raise ValueError(f"{key} is stored as {found}, not as {leaves[key]}")
         for name, content in files.items():
             self._storage.write(f"{where}/{name}", content)
-        self._publish()
-        self._steps.complete(step, folder)
+        self._steps.complete(step, folder, [*files, "state/manifest.ocdbt"], self._publish)
 
     def _wait_patiently(self) -> bool:
         """Whether there is no failed save to wait for; reports a first one, raises a second one in a row."""

@@ -43,6 +43,8 @@ def exclusive(run: Storage) -> Iterator[Callable[[], None]]:
     run.write(LOCK_FILE, claim)
 
     def require_ours() -> None:
+        if LOCK_FILE not in run.entries():  # somebody has tidied up
+            run.write(LOCK_FILE, claim)
         found = run.read(LOCK_FILE, MAX_JSON)
         if found != claim:
             other = found.decode(errors="replace").rpartition(" ")[0]

@@ -2,17 +2,18 @@
 
 Written last, which is what makes the step count, and itself protected by a hash. Large files are array data, which
 nobody but the hosts that need it should read: what is in them is covered by the fingerprints
-(`laep_jax.state.fingerprint`). In a bucket a file cannot be torn, and only its presence is compared.
+(`laep_jax.state.fingerprint`). In a bucket, where each file to read is a request, only sizes are compared.
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from laep_jax.errors import UnavailableError, UserError
 from laep_jax.files import MAX_JSON, parse_json
-from laep_jax.storage import Storage
+from laep_jax.storage import Disk, Storage
 
 HASHED_BYTES = 2**20  # larger files are known by their size only
 FOLDER = "[0-9a-f]{8}"  # a folder's name, drawn for each save
@@ -60,13 +61,15 @@ def read_file(storage: Storage, name: str, most: int, sha256: str | None = None)
     return content
 
 
-def make_manifest(storage: Storage, step: str, folder: str) -> str:
-    """Lists every file that is now in a folder of a step."""
+def make_manifest(storage: Storage, step: str, folder: str, names: Iterable[str] = ()) -> str:
+    """Lists every file that is now in a folder of a step. names: of files that must be among them."""
     files = {}
     for name, size in storage.files(f"{step}/{folder}").items():
-        small = size is not None and size <= HASHED_BYTES
-        content = storage.read(f"{step}/{folder}/{name}", HASHED_BYTES) if small else None
+        hashed = isinstance(storage, Disk) and size <= HASHED_BYTES
+        content = storage.read(f"{step}/{folder}/{name}", HASHED_BYTES) if hashed else None
         files[name] = [size, None if content is None else hashlib.sha256(content).hexdigest()]
+    if missing := sorted({*names} - files.keys()):
+        raise ValueError(f"{storage.path(f'{step}/{folder}/{missing[0]}')} was written and is gone")
     return sealed({"folder": folder, "files": files})
 
 
@@ -86,9 +89,9 @@ def check_files(storage: Storage, step: str, name: str) -> None:
         path = storage.path(f"{step}/{folder}/{file}")
         if file not in found:
             raise DamagedError(f"{path} is missing")
-        if found[file] != size and None not in (found[file], size):  # a bucket tells no sizes
+        if found[file] != size:
             raise DamagedError(f"{path} has {found[file]} bytes instead of {size}")
-        if digest:
+        if digest and isinstance(storage, Disk):
             read_file(storage, f"{step}/{folder}/{file}", size, digest)
 
 

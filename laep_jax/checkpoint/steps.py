@@ -11,11 +11,11 @@ next start.
 
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from laep_jax.checkpoint.lock import CHECKPOINTS
 from laep_jax.checkpoint.manifest import FOLDER, DamagedError, check_files, make_manifest, read_manifest
-from laep_jax.errors import UserError
+from laep_jax.errors import UnavailableError, UserError
 from laep_jax.storage import Storage
 
 HAS_CHECKPOINTS = ".has_checkpoints"  # made beside the folder when the first step is complete
@@ -33,12 +33,20 @@ class Steps:
     def __init__(self, storage: Storage, *, keep: int):
         self._storage, self._keep = storage, keep
 
-    def complete(self, step: int, folder: str) -> None:
-        """Makes a step count, with what is in a folder of it; removes the one it had, and steps that are not kept."""
+    def complete(self, step: int, folder: str, names: Iterable[str], publish: Callable[[], None]) -> None:
+        """Makes a step count, with what is in a folder of it; removes the one it had, and steps that are not kept.
+
+        names: files that must be there. publish: called before and after; it raises where the run is another's, which
+        may have removed the folder, and whose steps must stay.
+        """
         self._storage.sync(f"{step}/{folder}")
-        manifest = make_manifest(self._storage, str(step), folder)
+        manifest = make_manifest(self._storage, str(step), folder, names)
+        publish()
         self._storage.write(f"{step}/{MANIFEST}", manifest.encode())
         self._storage.parent().write(HAS_CHECKPOINTS, b"")
+        publish()
+        if damage := self.damage(step):
+            raise DamagedError(damage)
         self._remove_unnamed(step)
         complete = [other for other in self.found() if self.damage(other) is None]
         for other in complete[: -self._keep]:
@@ -93,15 +101,21 @@ class Steps:
             self._remove_unnamed(step)
 
     def _remove_unnamed(self, step: int) -> None:
-        """Removes the folders of a step that its manifest does not name; none where a person may want to look."""
-        if self._has(step, DAMAGED):
-            return
+        """Removes the folders of a step that neither its manifest names nor one that was put aside.
+
+        None where such a file does not read: a person may want to look.
+        """
+        entries = self._storage.entries(str(step))
         try:
-            named = self.folder(step) if self._has(step, MANIFEST) else None
+            named = [
+                read_manifest(self._storage, f"{step}/{name}")[0] for name in {MANIFEST, DAMAGED}.intersection(entries)
+            ]
+        except UnavailableError:
+            raise
         except UserError:
             return
-        for folder in self._storage.entries(str(step)):
-            if folder != named and re.fullmatch(FOLDER, folder):
+        for folder in entries:
+            if folder not in named and re.fullmatch(FOLDER, folder):
                 self._storage.remove(f"{step}/{folder}")
 
     def _has(self, step: int, name: str) -> bool:

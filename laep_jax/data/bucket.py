@@ -1,16 +1,13 @@
 """A corpus in a bucket of Cloud Storage, read with gcsfs: once, to make the local cache of tokens."""
 
-import io
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from laep_jax.errors import UserError
+from laep_jax.errors import UnavailableError
 from laep_jax.paths import require_gcsfs
-
-BUFFER = 1 << 24  # bytes; gcsfs alone takes half a millisecond for a line
 
 
 class Stored(NamedTuple):
@@ -24,7 +21,6 @@ class Stored(NamedTuple):
 def list_bucket(path: str) -> tuple[str, list[Stored]]:
     """What names are relative to, and the files below a folder, matching a glob, or the one of that name."""
     store = _open_store(path)
-    store.invalidate_cache()  # or it would list what it has listed before
     try:
         found = store.glob(path, detail=True) if set(path) & set("*?[") else store.find(path, detail=True)
     except Exception as error:  # gcsfs has many for a bucket that refuses
@@ -41,17 +37,13 @@ def list_bucket(path: str) -> tuple[str, list[Stored]]:
 
 
 @contextmanager
-def open_stored(address: str) -> Iterator[BinaryIO]:
-    """A file of a bucket, open for reading; what fails on the way raises `OSError`."""
-    with _open_store(address).open(address, "rb") as file:
-        yield cast(BinaryIO, io.BufferedReader(file, BUFFER))
-
-
-@contextmanager
 def fetched(address: str) -> Iterator[Path]:
-    """A copy of a file on disk, for readers that need one there."""
+    """A copy of a file on disk, as long as it is read."""
     with tempfile.TemporaryDirectory(prefix="laep_jax-") as folder:
-        _open_store(address).get_file(address, f"{folder}/fetched")
+        try:
+            _open_store(address).get_file(address, f"{folder}/fetched")
+        except Exception as error:
+            raise _refused(address, error) from error
         yield Path(folder, "fetched")
 
 
@@ -59,12 +51,12 @@ def _open_store(path: str) -> Any:
     require_gcsfs(path)
     import gcsfs
 
-    return gcsfs.GCSFileSystem()
+    return gcsfs.GCSFileSystem(use_listings_cache=False)  # or it would list what it has listed before
 
 
 def _nanoseconds(info: dict[str, Any]) -> int:
     return int(info["mtime"].timestamp() * 1e9)
 
 
-def _refused(path: str, error: Exception) -> UserError:
-    return UserError(f"DataConfig.path={path!r} cannot be read: {type(error).__name__}: {error}")
+def _refused(path: str, error: Exception) -> UnavailableError:
+    return UnavailableError(f"DataConfig.path={path!r} cannot be read: {type(error).__name__}: {error}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 from laep_jax.config import DataConfig
-from laep_jax.data.bucket import fetched, open_stored
+from laep_jax.data.bucket import fetched
 from laep_jax.data.listing import File, corpus_text, list_files
 from laep_jax.data.optional import import_extra
 from laep_jax.data.synthetic import synthetic_documents
@@ -109,7 +109,7 @@ def _opened(file: File, config: DataConfig) -> Iterator[tuple[BinaryIO, int]]:
     """(the file, unpacked and behind its byte order mark, the most bytes that it may have)."""
     where, most = f"{corpus_text(config)}: {file.path}", 2**63
     with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(_open(file, where))
+        opened = stack.enter_context(open_regular(stack.enter_context(_on_disk(file)), where))
         try:
             if unpack := next((UNPACK[magic] for magic in UNPACK if _head(opened).startswith(magic)), None):
                 most = MAX_GROWTH * file.size
@@ -126,10 +126,6 @@ def _opened(file: File, config: DataConfig) -> Iterator[tuple[BinaryIO, int]]:
             if type(error).__name__ != "ZstdError":  # of a package that may not be there
                 raise
             raise UserError(f"{corpus_text(config)} holds a damaged compressed file: {file.path}: {error}") from error
-
-
-def _open(file: File, where: str) -> contextlib.AbstractContextManager[BinaryIO]:
-    return open_stored(file.path) if isinstance(file.path, str) else open_regular(file.path, where)
 
 
 def _head(opened: BinaryIO) -> bytes:

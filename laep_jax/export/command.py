@@ -4,12 +4,14 @@ python -m laep_jax export RUN --to folder
 """
 
 import argparse
-import os
 from pathlib import Path
+
+import jax
 
 from laep_jax.checkpoint.saved import Saved
 from laep_jax.export.folder import DTYPES, FORMS, choose_form, loads_in, write_folder
 from laep_jax.model.accounting import model_size
+from laep_jax.paths import require_path
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +32,8 @@ def main(argv: list[str]) -> int:
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (%(default)s)")
     add("--tokenizer", metavar="FILE", help="the run's tokenizer.json, where it is no longer where the run had it")
     args = parser.parse_args(argv)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX looks for devices, which a run may hold
+    jax.config.update("jax_platforms", "cpu")  # a run may hold the others
+    require_path("--to", str(args.to))
     saved = Saved(args.run)
     form = choose_form(saved, args.form)
     write_folder(saved, args.to, form=form, dtype=args.dtype, tokenizer=args.tokenizer or saved.config.data.tokenizer)

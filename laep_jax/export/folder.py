@@ -55,7 +55,7 @@ def loads_in(saved: Saved, form: str) -> str:
 
 
 def write_folder(saved: Saved, out: Path, *, form: str, dtype: str, tokenizer: str) -> None:
-    """Writes everything; only one tensor is in memory at a time.
+    """Writes everything, one tensor after another, so that memory holds a few copies of the largest.
 
     form: of `choose_form`. dtype: of DTYPES. tokenizer: of `DataConfig.tokenizer`. `UserError` where `out` exists.
     """
@@ -129,15 +129,18 @@ def _write_weights(specs: Sequence[Spec], out: Path, dtype: str, numbers: np.dty
     """In one file, or in several with an index."""
     makers = {spec.name: spec.make for spec in specs}
     shards: list[dict[str, Described]] = [{}]
+    dtypes: dict[str, np.dtype] = {}
     for spec in specs:
-        tensor = Described(dtype, spec.shape, int(np.prod(spec.shape)) * numbers.itemsize)
+        of = ("F32", np.dtype(np.float32)) if spec.name.endswith("bias") else (dtype, numbers)  # biases choose experts
+        dtypes[spec.name] = of[1]
+        tensor = Described(of[0], spec.shape, int(np.prod(spec.shape)) * of[1].itemsize)
         if shards[-1] and sum(of.size for of in shards[-1].values()) + tensor.size > SHARD_BYTES:
             shards.append({})
         shards[-1][spec.name] = tensor
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     for name, shard in zip(names, shards, strict=True):
-        write_one_by_one(out / name, shard, lambda tensor: makers[tensor]().astype(numbers))
+        write_one_by_one(out / name, shard, lambda tensor: makers[tensor]().astype(dtypes[tensor]))
     if count > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(of.size for shard in shards for of in shard.values())

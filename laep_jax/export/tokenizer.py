@@ -6,6 +6,7 @@ from typing import Any
 
 from laep_jax.config import Config
 from laep_jax.data.tokenizer import END_OF_TEXT, MAX_BYTES, load_tokenizer
+from laep_jax.errors import require
 from laep_jax.files import read_bytes
 
 BYTES_END = END_OF_TEXT[0]
@@ -16,9 +17,11 @@ def tokenizer_files(config: Config, tokenizer: str) -> dict[str, bytes]:
 
     tokenizer: "bytes" or the path of a tokenizer.json. `UserError` where it cannot be read.
     """
-    eod = load_tokenizer(tokenizer).eod
-    content = _bytes_tokenizer() if tokenizer == "bytes" else read_bytes(Path(tokenizer), "the tokenizer", MAX_BYTES)
+    loaded, vocab = load_tokenizer(tokenizer), config.model.vocab_size
+    require(loaded.vocab_size <= vocab, "--tokenizer", tokenizer, f"has ids above the model's {vocab}")
+    content = _bytes_tokenizer() if tokenizer == "bytes" else _plain(Path(tokenizer))
     added = {token["id"]: token["content"] for token in json.loads(content).get("added_tokens", [])}
+    eod = loaded.eod
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.data.sequence_length,
@@ -31,6 +34,12 @@ def tokenizer_files(config: Config, tokenizer: str) -> dict[str, bytes]:
         "tokenizer_config.json": _json(settings),
         "generation_config.json": _json({"eos_token_id": eod}),
     }
+
+
+def _plain(path: Path) -> bytes:
+    """Without what adds, cuts or fills up tokens, as training had it."""
+    content = json.loads(read_bytes(path, "the tokenizer", MAX_BYTES))
+    return _json(content | {"post_processor": None, "truncation": None, "padding": None})
 
 
 def _bytes_tokenizer() -> bytes:

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import jax
 
-from laep_jax.checkpoint.checkpointer import META_FILE
 from laep_jax.checkpoint.lock import CHECKPOINTS, require_room
-from laep_jax.checkpoint.manifest import read_sealed
-from laep_jax.checkpoint.steps import Steps, require_checkpoints
+from laep_jax.checkpoint.saved import peek
+from laep_jax.checkpoint.steps import require_checkpoints
 from laep_jax.config import Config
 from laep_jax.distributed import raise_on_all_processes
-from laep_jax.errors import UserError
 from laep_jax.laep.recorded_loads import METRICS_FILE
 from laep_jax.sharding import make_mesh
 from laep_jax.storage import Disk, open_storage
@@ -33,15 +31,9 @@ def check(config: Config, run_dir: str | os.PathLike[str], executable: Path | No
         require_checkpoints(run, METRICS_FILE in run.entries())
         if isinstance(run, Disk):
             require_room(next(path for path in (run.root, *run.root.parents) if path.exists()), state_bytes)
-        where = run.path(CHECKPOINTS)
-        storage = open_storage(where)
-        steps = Steps(storage, keep=1)
-        damaged: list[str] = []
-        newest = steps.latest(lambda step, damage: damaged.append(damage))
-        if newest is None and (damaged or steps.only_damaged()):
-            raise UserError(damaged[0] if damaged else f"no checkpoint in {where} validates")
-        meta = read_sealed(storage, f"{newest}/{steps.folder(newest)}/{META_FILE}")["meta"] if newest else None
-        run_state, changed = find_run_state(config, dataset.fingerprint, f"{where}/{newest}", meta, jax.device_count())
+        newest, meta, damaged = peek(run)
+        where = f"{run.path(CHECKPOINTS)}/{newest}"
+        run_state, changed = find_run_state(config, dataset.fingerprint, where, meta, jax.device_count())
         current = run_state.current(Config.from_dict(run_state.config))
         make_controller(current, run_state, None)
         if executable:

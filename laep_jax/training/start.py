@@ -19,6 +19,7 @@ from laep_jax.checkpoint.lock import (
     require_writable,
 )
 from laep_jax.checkpoint.manifest import DamagedError
+from laep_jax.checkpoint.saved import peek
 from laep_jax.checkpoint.steps import require_checkpoints
 from laep_jax.chips import chip_of
 from laep_jax.config import Config
@@ -73,7 +74,7 @@ def train(
     with contextlib.ExitStack() as stack:
         with raise_on_all_processes():
             if first:
-                require_ours = stack.enter_context(exclusive(run))
+                require_ours = stack.enter_context(exclusive(run)) if _is_to_train(config, run, dataset) else _nothing
                 records, publish = stack.enter_context(local_records(run, require_ours))
                 require_checkpoints(run, (records / METRICS_FILE).exists())
                 ended = (records / "summary.json").exists()  # perhaps it is only looked at
@@ -92,6 +93,7 @@ def train(
                 run_state, changed = find_run_state(config, dataset.fingerprint, where, saved, jax.device_count())
                 if run_state.is_complete(config):
                     return _show_again(records, run_state, console)
+                checkpoints.settle()
                 base = Config.from_dict(run_state.config)
                 with contextlib.ExitStack() as attempt:
                     with raise_on_all_processes():
@@ -131,6 +133,19 @@ def open_inputs(config: Config, run: Storage) -> tuple[Dataset, int]:
 
 
 def _nothing() -> None: ...
+
+
+def _is_to_train(config: Config, run: Storage, dataset: Dataset) -> bool:
+    """Whether a start has anything to do in a bucket, where it takes the run over; always on a disk.
+
+    `UserError` where the config does not continue the run, so that a slip does not end the one that trains.
+    """
+    if isinstance(run, Disk):
+        return True
+    newest, meta, _ = peek(run)
+    where = f"{run.path(CHECKPOINTS)}/{newest}"
+    run_state, _ = find_run_state(config, dataset.fingerprint, where, meta, jax.device_count())
+    return not run_state.is_complete(config)
 
 
 def _require_space(run: Storage, state_bytes: int) -> None:

@@ -8,8 +8,10 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
+from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.storage import open_storage
 from tests.support import emulator as storage_emulator
 from tests.support.tiny_run import complete_steps
@@ -100,3 +102,50 @@ def test_a_bucket_that_fails_for_seconds_or_is_slow_is_waited_for(emulator, kind
     assert "could not be saved" not in printed
     assert "newest 3 {3.0}" in printed
     assert steps == [1, 2, 3]
+
+
+READS = """
+    import sys
+    import jax, numpy as np
+    from laep_jax.checkpoint.checkpointer import Checkpoints
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state = {"params": {"scale_D": jax.ShapeDtypeStruct((8,), np.float32, sharding=device)}}
+    with Checkpoints(sys.argv[1], keep=3) as checkpoints:
+        try:
+            step = checkpoints.newest_valid()
+            print(step, float(checkpoints.restore(step, state)["params"]["scale_D"][0]))
+        except Exception as error:
+            print(type(error).__name__, error)
+    """
+
+
+@pytest.mark.parametrize(
+    ("refused", "status"),
+    [("prefix=", 403), ("prefix=", 401), ("_METADATA", 403), ("manifest.ocdbt", 403), ("fingerprints.npz", 401)],
+)
+def test_what_is_refused_is_neither_damaged_nor_missing(emulator, refused, status):
+    """A listing, or a file that Orbax, TensorStore or this package reads."""
+    address = f"{storage_emulator.new_folder()}/checkpoints"
+    with Checkpoints(address, keep=3) as checkpoints:
+        for step in (1, 2):
+            state = {"params": {"scale_D": jax.numpy.full(8, float(step))}}
+            checkpoints.save(step, state, {}, {}, now=True)
+    asked = []
+
+    def trouble(method: str, path: str) -> int | None:
+        if method == "GET" and refused in path and (refused != "prefix=" or asked or "checkpoints" in path):
+            asked.append(path)
+            if refused != "prefix=" or len(asked) > 2:  # those that find whether the processes share it
+                return status
+        return None
+
+    with storage_emulator.troubled(emulator, trouble) as spoilt:
+        environment = os.environ | storage_emulator.environment(spoilt) | {"JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", textwrap.dedent(READS), address]
+        root = str(Path(__file__).parents[2])
+        result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
+    assert result.stdout.startswith("UnavailableError "), result.stdout + result.stderr
+    assert asked
+    with Checkpoints(address, keep=3) as checkpoints:
+        assert checkpoints.newest_valid() == 2
+    assert complete_steps(open_storage(address)) == [1, 2]

@@ -240,6 +240,8 @@ def test_what_is_no_complete_step_is_put_aside_or_left_alone(storage, checkpoint
     assert value_at(checkpoints, 9) == 9
     assert checkpoints.newest_valid() == 9
     with Checkpoints(storage.root, keep=3) as again:
+        assert "7/0123abcd/state/x" in storage.files("")
+        again.settle()
         assert "7/0123abcd/state/x" not in storage.files("")
         assert again.newest_valid() == 9
     assert {"8", "notes/x", "007/manifest.json", "9/damaged.json", "9/0123abcd/x"} < storage.files("").keys()
@@ -347,6 +349,7 @@ def test_a_kill_in_a_save_leaves_the_step_before_or_the_new_one(storage, moment,
     left = [folder for folder in storage.entries(str(step)) if len(folder) == 8]
     assert len(left) == 1 + again, "killed too late to show anything"
     with Checkpoints(storage.root, keep=2) as checkpoints:
+        checkpoints.settle()
         newest = checkpoints.newest_valid()
         assert newest == (step if counts else 1)
         assert value_at(checkpoints, newest) == (2 if counts else 1)

@@ -72,7 +72,7 @@ def test_records_without_their_checkpoints_are_not_wiped(storage):
     storage.write("3/01234567/x", b"")
     require_checkpoints(run, True)
     steps = Steps(storage, keep=1)
-    steps.complete(3, "01234567")
+    steps.complete(3, "01234567", ["x"], lambda: None)
     require_checkpoints(run, True)
     steps.put_aside(3)
     require_checkpoints(run, True)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import time
 
 import numpy as np
@@ -13,6 +14,7 @@ from laep_jax.config import Config
 from laep_jax.data import sources
 from laep_jax.errors import StoppedError, UnavailableError, UserError
 from laep_jax.laep import command as plan_command
+from laep_jax.mirror import Mirror
 from laep_jax.report import command as report_command
 from laep_jax.storage import open_storage
 from laep_jax.training.check import check
@@ -114,6 +116,44 @@ def test_a_run_that_was_taken_over_ends_at_its_next_checkpoint_and_writes_nothin
     assert steps_on_disk(address) == [15, NUM_STEPS]
 
 
+def test_a_start_that_is_refused_or_only_looks_does_not_take_a_run_over(config, in_bucket):
+    bucket = open_storage(in_bucket)
+    bucket.write("run.lock", b"process 7 on another 0123\n")
+    before = bucket.files("")
+    with pytest.raises(UserError, match=r"another run than that of checkpoint .*seed 0 -> 1; use another workdir"):
+        train(change(config, train={"seed": 1}), in_bucket)
+    train(config, in_bucket)  # it is complete
+    assert bucket.read("run.lock", 99) == b"process 7 on another 0123\n"
+    assert bucket.files("") == before
+
+
+def test_placeholders_of_folders_and_what_else_lies_there_are_left_alone(config, address):
+    bucket = open_storage(address)
+    strange = {"tensorboard/": b"", "checkpoints/": b"", "notes.txt": b"mine", "old/loads/x.npy": b"another's"}
+    for name, content in strange.items():
+        bucket.write(name, content)
+    train(config, address)
+    assert any(name.startswith("events") for name in bucket.files("tensorboard"))
+    assert all(bucket.read(name, 99) == content for name, content in strange.items())
+
+
+def test_records_that_vanish_here_stay_in_the_bucket_but_for_dropped_loads(emulator, tmp_path):
+    """As where a program tidies up temporary folders while a run goes on for weeks."""
+    bucket = open_storage(new_folder())
+    for name in ("experts.json", "000000001.npy", "000000257.npy", "000000513.npy"):
+        bucket.write(f"loads/{name}", b"x")
+    bucket.write("config.json", b"{}")
+    mirror = Mirror(bucket, tmp_path)
+    for name in ("config.json", "loads/000000001.npy", "loads/000000513.npy"):
+        (tmp_path / name).unlink()
+    mirror.upload()
+    left = {"config.json", "loads/experts.json", "loads/000000001.npy", "loads/000000257.npy"}
+    assert bucket.files("").keys() == left
+    shutil.rmtree(tmp_path / "loads")
+    mirror.upload()
+    assert bucket.files("").keys() == left
+
+
 def test_records_without_their_checkpoints_are_not_wiped(config, in_bucket):
     bucket = open_storage(in_bucket)
     before = bucket.read("metrics.jsonl", 10**9)
@@ -131,7 +171,7 @@ def test_records_do_not_land_outside_their_folder(config, address):
 
 
 def test_a_bucket_that_is_not_there_is_refused_in_a_line(config, emulator):
-    message = r"^gs://nowhere/run/run\.lock cannot be written: NOT_FOUND: Not Found$"
+    message = r"^gs://nowhere/run/checkpoints/ cannot be listed: FileNotFoundError: b/nowhere/o$"
     with pytest.raises(UnavailableError, match=message) as error:
         train(config, "gs://nowhere/run")
     assert error.value.exit_code == 1  # started again it may be there
@@ -159,7 +199,7 @@ def test_text_in_a_bucket_is_read_once_into_the_local_cache(config, address, tmp
             tokens.append(dataset.train_batch(0)["tokens_BS"])
         if path == files[0]:
             bucket.remove("text/b/.hidden")
-            monkeypatch.setattr(sources, "open_stored", None)  # read once, though listed at each start
+            monkeypatch.setattr(sources, "fetched", None)  # read once, though listed at each start
             assert open_inputs(settings, on_disk)[0].fingerprint == dataset.fingerprint
             monkeypatch.undo()
     np.testing.assert_array_equal(tokens[:3], [tokens[0]] * 3)

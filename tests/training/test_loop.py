@@ -198,11 +198,11 @@ def test_a_prune_in_memory_does_not_need_its_save(run, config, tmp_path, monkeyp
     """The disk is full until the smaller model trains. Killed there, the run comes to the same prune from before it."""
     complete, begun = Steps.complete, []
 
-    def full_at_the_prune(self, step, folder):
+    def full_at_the_prune(self, step, *rest):
         begun.append(step)
         if step == PRUNE_STEP:
             raise OSError(28, "No space left on device")
-        complete(self, step, folder)
+        complete(self, step, *rest)
 
     monkeypatch.setattr(Steps, "complete", full_at_the_prune)
     in_memory = change(config, laep={"prune_via": "memory"})
@@ -237,11 +237,11 @@ def test_from_the_newest_checkpoint_that_validates_it_is_the_same_run_though_sav
     storage.write("13/manifest.json", make_manifest(storage, *folders[13].split("/")).encode())
     complete, failing = Steps.complete, [13, 18]
 
-    def full_now_and_then(self, step, folder):
+    def full_now_and_then(self, step, *rest):
         if step in failing:
             failing.remove(step)
             raise OSError(28, "No space left on device")
-        complete(self, step, folder)
+        complete(self, step, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Steps, "complete", full_now_and_then)
