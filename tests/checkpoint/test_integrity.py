@@ -13,6 +13,7 @@ import pytest
 
 from laep_jax.checkpoint import checkpointer, manifest, steps
 from laep_jax.checkpoint.checkpointer import Checkpoints, SaveError
+from laep_jax.checkpoint.lock import TakenOverError
 from laep_jax.checkpoint.manifest import DamagedError, check_files, sealed
 from laep_jax.checkpoint.steps import MANIFEST, Steps
 from laep_jax.errors import UserError
@@ -231,6 +232,46 @@ def test_a_save_that_does_not_open_is_a_failed_save(storage, checkpoints, monkey
     with pytest.raises(SaveError, match=r"checkpoint .*/1 could not be saved: ValueError: NOT_FOUND"):
         checkpoints.save(1, small(1), {}, {}, now=True)
     assert storage.entries() == []
+
+
+def test_a_folder_that_another_start_has_emptied_is_a_failed_save(storage):
+    """It took the folder for that of an interrupted save, a moment before the manifest."""
+    told, emptied = [], []
+
+    def take_over() -> None:
+        if emptied is not None and storage.entries("2") and not emptied:
+            [folder] = storage.entries("2")
+            emptied.append(folder)
+            storage.remove(f"2/{folder}")
+
+    with Checkpoints(storage.root, keep=1, report=told.append, publish=take_over) as checkpoints:
+        checkpoints.save(1, small(1), {}, {}, now=True)
+        checkpoints.save(2, small(2), {}, {})
+        checkpoints.save(3, small(3), {}, {}, now=True)
+        assert "checkpoints/2 could not be saved: DamagedError: " in told[0]
+        assert emptied
+        assert checkpoints.newest_valid() == 3
+
+
+@pytest.mark.parametrize("calls", [1, 2], ids=["before the manifest", "after it"])
+def test_a_run_that_was_taken_over_removes_nothing_of_the_other(storage, calls):
+    counted = []
+
+    def publish() -> None:
+        if storage.entries("2"):
+            counted.append(1)
+            if len(counted) >= calls:
+                raise TakenOverError("by another")
+
+    with Checkpoints(storage.root, keep=1, publish=publish) as checkpoints:
+        checkpoints.save(1, small(1), {}, {}, now=True)
+        storage.write("1/0123abcd/x", b"of the other")
+        storage.write("2/0123abcd/x", b"of the other")
+        checkpoints.save(2, small(2), {}, {})
+        with pytest.raises(TakenOverError, match=r"^by another$"):
+            checkpoints.wait()
+    assert complete_steps(storage) == ([1] if calls == 1 else [1, 2])
+    assert {"1/0123abcd/x", "2/0123abcd/x"} < storage.files("").keys()
 
 
 def full_disk(failing: list[bool], monkeypatch) -> None:
