@@ -142,7 +142,10 @@ def _is_to_train(config: Config, run: Storage, dataset: Dataset) -> bool:
     """
     if isinstance(run, Disk):
         return True
-    newest, meta, _ = peek(run)
+    try:
+        newest, meta, _ = peek(run)
+    except DamagedError:  # which only the run's owner puts aside
+        return True
     where = f"{run.path(CHECKPOINTS)}/{newest}"
     run_state, _ = find_run_state(config, dataset.fingerprint, where, meta, jax.device_count())
     return not run_state.is_complete(config)

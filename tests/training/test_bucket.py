@@ -19,6 +19,7 @@ from laep_jax.report import command as report_command
 from laep_jax.storage import open_storage
 from laep_jax.training.check import check
 from laep_jax.training.start import open_inputs, train
+from tests.fault_injection.damage import damage_file, flip_bit, folder_of
 from tests.support.emulator import new_folder
 from tests.support.tiny_run import change, differences, steps_on_disk, tiny_config
 from tests.support.watching import InterruptError, after, before, interrupt, terminate
@@ -93,6 +94,20 @@ def test_interrupted_and_told_to_stop_it_resumes_as_if_nothing_had_been(config, 
             train(config, address, watch=watch)
         assert max([0, *steps_on_disk(address)]) == newest
     train(config, address)
+    assert not differences(address, on_disk)
+
+
+def test_a_step_that_does_not_read_is_put_aside_and_the_run_resumes_from_the_one_before(
+    config, on_disk, address, capsys
+):
+    with pytest.raises(InterruptError):
+        train(config, address, watch=after("record", 12, interrupt))
+    checkpoints = open_storage(f"{address}/checkpoints")
+    damage_file(checkpoints, f"{folder_of(checkpoints, PRUNE_STEP)}/meta.json", flip_bit)
+    train(config, address)
+    shown = capsys.readouterr().out
+    assert f"meta.json is damaged: it does not read as JSON of laep_jax; step {PRUNE_STEP} is put aside" in shown
+    assert "resuming from step 5" in shown
     assert not differences(address, on_disk)
 
 
