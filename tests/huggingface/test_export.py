@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.numpy import load_file
@@ -21,6 +22,8 @@ from laep_jax.config import Config
 from laep_jax.errors import UserError
 from laep_jax.export import folder
 from laep_jax.export.command import main
+from laep_jax.export.tokenizer import _bytes_tokenizer
+from laep_jax.importers.safetensors_file import read_header
 from laep_jax.model.transformer import logits
 from laep_jax.sharding import make_mesh
 from laep_jax.state.tree import TrainState, init_state, initial_layout
@@ -156,6 +159,28 @@ def test_the_tokenizer_of_bytes(runs, tmp_path):
     assert tokenizer.eos_token_id == load(out).generation_config.eos_token_id == 256
 
 
+def test_a_tokenizer_adds_and_cuts_nothing_that_training_did_not(runs, tmp_path):
+    """As those of published models do: a token at the beginning and at the end, a length."""
+    own = tmp_path / "own.json"
+    tokenizer = tokenizers.Tokenizer.from_str(_bytes_tokenizer().decode())
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A <|endoftext|>", special_tokens=[("<s>", 257), ("<|endoftext|>", 256)]
+    )
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(own))
+    assert tokenizer.encode("abcdefgh").ids == [257, 97, 98, 99, 256, 0, 0, 0, 0]
+    out = export(runs("uniform"), tmp_path / "out", f"--tokenizer={own}")
+    loaded = transformers.AutoTokenizer.from_pretrained(out)
+    assert loaded("abcdefgh")["input_ids"] == list(b"abcdefgh")
+    assert loaded.eos_token == "<|endoftext|>"
+    tokenizer.add_tokens([f"word {number}" for number in range(200)])
+    tokenizer.save(str(own))
+    with pytest.raises(UserError, match=r"^--tokenizer='.*own\.json' has ids above the model's 384$"):
+        main([runs("uniform").root, f"--to={tmp_path / 'other'}", f"--tokenizer={own}"])
+
+
 TASK = """
 task: laep_local
 dataset_path: json
@@ -205,11 +230,19 @@ def test_shards_have_an_index_and_the_same_tensors(runs, tmp_path, monkeypatch):
     np.testing.assert_allclose(logits_of(load(out)), runs("hetero").logits(), rtol=0, atol=1e-4)
 
 
-def test_bfloat16_weights_are_the_rounded_ones(runs, tmp_path):
+def test_bfloat16_weights_are_the_rounded_ones_but_for_what_chooses_experts(runs, tmp_path):
     model = load(export(runs("uniform"), tmp_path / "out", "--dtype=bfloat16"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     want = torch.tensor(np.asarray(runs("uniform").state.params["embedding_VD"])).bfloat16().float()
     assert torch.equal(model.get_input_embeddings().weight, want)
+    header = read_header(export(runs("bias"), tmp_path / "bias", "--dtype=bfloat16") / "model.safetensors")
+    dtypes = {name.rpartition(".mlp.")[2]: of["dtype"] for name, of in header.items() if ".mlp." in name}
+    assert dtypes == {
+        "gate.weight": "BF16",
+        "gate.bias": "F32",
+        "experts.gate_up_proj": "BF16",
+        "experts.down_proj": "BF16",
+    }
 
 
 def test_the_card_says_what_the_run_was(runs, tmp_path):
