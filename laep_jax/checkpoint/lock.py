@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from laep_jax.errors import UserError
+from laep_jax.errors import UnavailableError, UserError
 from laep_jax.files import MAX_JSON
 from laep_jax.storage import Disk, Storage
 
@@ -43,9 +43,13 @@ def exclusive(run: Storage) -> Iterator[Callable[[], None]]:
     run.write(LOCK_FILE, claim)
 
     def require_ours() -> None:
-        if LOCK_FILE not in run.entries():  # somebody has tidied up
+        try:
+            found = run.read(LOCK_FILE, MAX_JSON)
+        except UnavailableError:
+            raise
+        except UserError:  # somebody has tidied up
             run.write(LOCK_FILE, claim)
-        found = run.read(LOCK_FILE, MAX_JSON)
+            return
         if found != claim:
             other = found.decode(errors="replace").rpartition(" ")[0]
             raise TakenOverError(f"{run.root} was taken over by {other}; this process ends")

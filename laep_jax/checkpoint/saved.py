@@ -3,6 +3,7 @@
 A run is read where it is, on a disk or in a bucket; every part that is read is compared with its fingerprint.
 """
 
+import functools
 import io
 import re
 from typing import Any
@@ -80,6 +81,11 @@ class Saved:
         if not np.array_equal(got, want if rows is None else want[rows]):
             raise DamagedError(f"checkpoint {self.where} is damaged: {key} is not what was saved")
         return array
+
+    @functools.cached_property
+    def has_bias(self) -> bool:
+        """Whether experts are chosen with a bias that the loss-free balancing has moved."""
+        return bool(np.any(self.read("router_bias.bias_N")))
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Of a leaf."""

@@ -13,7 +13,7 @@ import laep_jax
 from laep_jax.checkpoint.saved import Saved
 from laep_jax.errors import UserError, require
 from laep_jax.export.card import model_card
-from laep_jax.export.tensors import Spec, has_bias, model_specs
+from laep_jax.export.tensors import Spec, model_specs
 from laep_jax.export.tokenizer import tokenizer_files
 from laep_jax.importers.safetensors_file import Described, write_one_by_one
 
@@ -26,7 +26,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 def choose_form(saved: Saved, wanted: str) -> str:
     """The plainest form that is exact, or the wanted one. `UserError` where that one cannot hold the model."""
-    counts, model, bias = saved.num_experts, saved.config.model, has_bias(saved)
+    counts, model, bias = saved.num_experts, saved.config.model, saved.has_bias
     problems = {
         "localized filtering (ModelConfig.lfa)": model.lfa,
         "a bias of the loss-free balancing, added to logits": bias,
@@ -49,7 +49,7 @@ def loads_in(saved: Saved, form: str) -> str:
         return (
             "ERNIE-4.5-MoE with layers filled up: Transformers, and vLLM on GPU, load it; vLLM on CPU ignores the bias"
         )
-    own = saved.config.model.lfa or saved.config.model.top_k == 1 or has_bias(saved)
+    own = saved.config.model.lfa or saved.config.model.top_k == 1 or saved.has_bias
     stock = "" if own else " and vLLM with its Transformers backend"
     return f"a modelling file of its own: Transformers 5{stock}, with trust_remote_code=True"
 
@@ -121,7 +121,7 @@ def config_of(saved: Saved, form: str) -> dict[str, Any]:
         "experts_per_layer": list(saved.num_experts),
         "lfa": model.lfa,
         "lfa_bias": model.lfa_bias,
-        "router_bias": has_bias(saved),
+        "router_bias": saved.has_bias,
     }
 
 

@@ -87,7 +87,7 @@ def _together(saved: Saved, layer: int, name: str) -> Iterator[Spec]:
     model, rows = saved.config.model, saved.rows(layer)
     count, hidden, ffn = saved.num_experts[layer], model.hidden_size, model.ffn_size
     yield Spec(f"{name}mlp.gate.weight", (count, hidden), lambda: _router(saved, layer))
-    if has_bias(saved):
+    if saved.has_bias:
         yield Spec(f"{name}mlp.gate.bias", (count,), lambda: saved.read("router_bias.bias_N", rows))
     yield Spec(
         f"{name}mlp.experts.gate_up_proj",
@@ -99,11 +99,6 @@ def _together(saved: Saved, layer: int, name: str) -> Iterator[Spec]:
         (count, hidden, ffn),
         lambda: saved.read("params.experts.down_NFD", rows).swapaxes(1, 2),
     )
-
-
-def has_bias(saved: Saved) -> bool:
-    """Whether experts are chosen with a bias that the loss-free balancing has moved."""
-    return bool(np.any(saved.read("router_bias.bias_N")))
 
 
 def _numbered(saved: Saved, layer: int, expert: int, names: Sequence[str]) -> Iterator[Spec]:

@@ -92,4 +92,7 @@ def test_in_a_bucket_the_newest_start_wins(emulator):
             message = rf"{run.root} was taken over by process {os.getpid()} on {socket.gethostname()}; this process"
             with pytest.raises(TakenOverError, match=message):
                 first()
+        run.remove("run.lock")  # as by somebody who takes it for a leftover
+        second()
+        assert run.read("run.lock", 999).startswith(f"process {os.getpid()} on ".encode())
         second()
