@@ -29,7 +29,7 @@ from laep_jax.state.optimizer import make_optimizer
 class TrainState:
     """`step`: optimizer steps done (int32), those skipped left out. `router_bias`: {"bias_N": float32}.
 
-    The bias is added to the router's logits when experts are chosen, not when they are weighted: zero
+    The bias is added to the router's scores when experts are chosen, not when they are weighted: zero
     by default, moved by the loss-free balancing, minus infinity to mask an expert.
     """
 
