@@ -75,7 +75,7 @@ def _attention(x_D: jax.Array, weights: dict, cache: Cache, position: jax.Array,
         filtered_D, last_y_C = _filtered(x_D, weights["lfa"], cache, config)
         cache = cache._replace(last_x_LD=x_D, last_y_LC=last_y_C)
     query_HK, key_GK = (
-        _turned(weights[f"{name}_JD"] @ filtered_D, weights.get(f"{name}_norm"), position, config)
+        _turned(weights[f"{name}_JD"] @ filtered_D, weights.get(f"{name}_norm", {}), position, config)
         for name in ("query", "key")
     )
     keys_SGK = cache.key_LSGK.at[position].set(key_GK)
@@ -88,7 +88,7 @@ def _attention(x_D: jax.Array, weights: dict, cache: Cache, position: jax.Array,
     return mixed_J @ weights["output_JD"], cache._replace(key_LSGK=keys_SGK, value_LSGK=values_SGK)
 
 
-def _turned(x_J: jax.Array, norm: dict | None, position: jax.Array, config: ModelConfig) -> jax.Array:
+def _turned(x_J: jax.Array, norm: dict, position: jax.Array, config: ModelConfig) -> jax.Array:
     """Heads of queries or keys, normalised and with their rotary embedding, [heads, K]."""
     if config.qk_norm == "whole":
         x_J = _norm(x_J, norm, config)

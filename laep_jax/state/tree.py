@@ -62,6 +62,13 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
     return jax.jit(functools.partial(new_state, config), out_shardings=shardings)()
 
 
+def state_of(params: dict, router_bias: dict, config: Config, mesh: Mesh) -> TrainState:
+    """A state at step 0 that takes over parameters and bias, which have their shardings."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh).opt_state)
+    opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings)(params)
+    return TrainState(jax.device_put(jnp.int32(0), replicated(mesh)), params, opt_state, router_bias)
+
+
 def initial_maps(config: Config) -> tuple[SlotMap, ...]:
     """Of a model whose loads are not known. config: resolved."""
     assert config.mesh.expert is not None
