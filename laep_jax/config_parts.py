@@ -176,7 +176,9 @@ class DataConfig:
     def __post_init__(self):
         check_fields(self)
         of_source, fields = f"source={self.source!r}", self.source in SOURCES_WITH_FIELDS
-        require(fields or not self.domain_field, "DataConfig.domain_field", self.domain_field, f"is unused by {of_source}")
+        require(
+            fields or not self.domain_field, "DataConfig.domain_field", self.domain_field, f"is unused by {of_source}"
+        )
         if self.mixture is not None:
             self._check_mixture(self.mixture)
         else:

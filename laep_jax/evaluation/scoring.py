@@ -7,7 +7,6 @@ Axes: B rows, S sequence, M domains.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterable
 
 import jax
@@ -16,7 +15,7 @@ from jax.tree_util import tree_map_with_path
 
 from laep_jax.checkpoint.saved import Saved
 from laep_jax.config import Config, MeshConfig
-from laep_jax.data.corpus import domain, is_validation
+from laep_jax.data.corpus import is_validation
 from laep_jax.data.packing import document_indices, num_rows, pack, split_rows
 from laep_jax.data.sources import Document, read_documents
 from laep_jax.data.tokenizer import Tokenizer
@@ -25,7 +24,7 @@ from laep_jax.laep.plan import Plan
 from laep_jax.sharding import Mesh, make_mesh, put_batch
 from laep_jax.state.surgery import leaf_key
 from laep_jax.state.tree import TrainState, abstract_state, initial_layout
-from laep_jax.training.evaluate import masked_bias
+from laep_jax.training.evaluate import bits_per_byte, masked_bias
 from laep_jax.training.step import make_eval_step
 
 DOCUMENTS_CHUNK = 256  # tokenized together
@@ -46,7 +45,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.bytes
+        return bits_per_byte(self.nats, self.bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,7 @@ def load_model(saved: Saved, config: Config, mesh: Mesh) -> TrainState:
     return tree_map_with_path(read, abstract_state(config, mesh))
 
 
-def read_text(documents: Iterable[Document], source: str, tokenizer: Tokenizer, max_tokens: int) -> Text:
+def read_text(documents: Iterable[Document], tokenizer: Tokenizer, max_tokens: int) -> Text:
     """The text of documents, as many as are needed for `max_tokens`. `UserError` where there is none."""
     parts, names, sizes, total = list[np.ndarray](), list[str](), list[int](), 0
     remaining = iter(documents)
@@ -90,7 +89,7 @@ def read_text(documents: Iterable[Document], source: str, tokenizer: Tokenizer, 
         for tokens in tokenizer.encode([document.text for document in chunk]):
             parts.append(np.append(tokens, tokenizer.eod).astype(np.uint32))
             total += len(parts[-1])
-        names += [domain(document.name, source) for document in chunk]
+        names += [document.domain for document in chunk]
         sizes += [len(document.text) for document in chunk]
     require(bool(parts), "the text", names, "has no documents")
     domains, domain_R = np.unique(names, return_inverse=True)

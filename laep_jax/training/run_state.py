@@ -2,7 +2,6 @@
 
 import dataclasses
 import typing
-from typing import Any
 
 from laep_jax.config import Config
 from laep_jax.errors import UserError, require, require_type
