@@ -7,7 +7,7 @@ Axes: B rows, S sequence, M domains.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -16,7 +16,8 @@ from jax.tree_util import tree_map_with_path
 from laep_jax.checkpoint.saved import Saved
 from laep_jax.config import Config, MeshConfig
 from laep_jax.data.corpus import is_validation
-from laep_jax.data.packing import document_indices, num_rows, pack, split_rows
+from laep_jax.data.mixing import Rows
+from laep_jax.data.packing import pack
 from laep_jax.data.sources import Document, read_documents
 from laep_jax.data.tokenizer import Tokenizer
 from laep_jax.errors import require
@@ -50,10 +51,13 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Documents as one stream of tokens, in their order. ends_R: where the last token of each document is; domain_R."""
+    """Documents as streams of tokens, one for each corpus, in their order.
 
-    stream: np.ndarray
-    ends_R: np.ndarray
+    ends: for each stream where the last token of each document is. domain_R: of the documents of all streams.
+    """
+
+    streams: list[np.ndarray]
+    ends: list[np.ndarray]
     domain_R: np.ndarray
     domains: tuple[str, ...]
     bytes_M: np.ndarray
@@ -81,9 +85,25 @@ def load_model(saved: Saved, config: Config, mesh: Mesh) -> TrainState:
     return tree_map_with_path(read, abstract_state(config, mesh))
 
 
-def read_text(documents: Iterable[Document], tokenizer: Tokenizer, max_tokens: int) -> Text:
-    """The text of documents, as many as are needed for `max_tokens`. `UserError` where there is none."""
-    parts, names, sizes, total = list[np.ndarray](), list[str](), list[int](), 0
+def read_text(corpora: Sequence[Iterable[Document]], tokenizer: Tokenizer, max_tokens: int) -> Text:
+    """The text of corpora, of each as many documents as are needed for its part of `max_tokens`.
+
+    `UserError` where there is none.
+    """
+    read = [_read_stream(documents, tokenizer, max_tokens / len(corpora)) for documents in corpora]
+    names, sizes = ([value for each in read for value in each[i]] for i in (2, 3))
+    require(bool(names), "the text", names, "has no documents")
+    domains, domain_R = np.unique(names, return_inverse=True)
+    bytes_M = np.bincount(domain_R, sizes).astype(np.int64)
+    streams, ends = [each[0] for each in read], [each[1] for each in read]
+    return Text(streams, ends, domain_R.astype(np.int32), tuple(map(str, domains)), bytes_M)
+
+
+def _read_stream(
+    documents: Iterable[Document], tokenizer: Tokenizer, max_tokens: float
+) -> tuple[np.ndarray, np.ndarray, list[str], list[int]]:
+    """(tokens, where each document ends, its domain, its bytes)."""
+    parts, names, sizes, total = [np.empty(0, np.uint32)], list[str](), list[int](), 0
     remaining = iter(documents)
     while total < max_tokens and (chunk := list(itertools.islice(remaining, DOCUMENTS_CHUNK))):
         for tokens in tokenizer.encode([document.text for document in chunk]):
@@ -91,17 +111,17 @@ def read_text(documents: Iterable[Document], tokenizer: Tokenizer, max_tokens: i
             total += len(parts[-1])
         names += [document.domain for document in chunk]
         sizes += [len(document.text) for document in chunk]
-    require(bool(parts), "the text", names, "has no documents")
-    domains, domain_R = np.unique(names, return_inverse=True)
-    ends_R = np.cumsum([len(part) for part in parts]) - 1
-    bytes_M = np.bincount(domain_R, sizes).astype(np.int64)
-    return Text(np.concatenate(parts), ends_R, domain_R.astype(np.int32), tuple(map(str, domains)), bytes_M)
+    return np.concatenate(parts), np.cumsum([len(part) for part in parts[1:]], dtype=np.int64) - 1, names, sizes
 
 
-def validation_documents(config: Config) -> Iterable[Document]:
-    """Those that a run keeps for validation."""
-    fraction = config.data.validation_fraction
-    return (document for document in read_documents(config.data) if is_validation(document.name, fraction))
+def validation_corpora(config: Config) -> list[Iterable[Document]]:
+    """The documents that a run keeps for validation, of each source of a mixture: a row holds text of one source."""
+    data, fraction = config.data, config.data.validation_fraction
+    sources = [dataclasses.replace(data, mixture=(source,)) for source in data.mixture] if data.mixture else [data]
+    return [
+        (document for document in read_documents(source) if is_validation(document.name, fraction))
+        for source in sources
+    ]
 
 
 def score(saved: Saved, text: Text, tokenizer: Tokenizer, plan: Plan | None = None) -> dict[str, Score]:
@@ -112,12 +132,12 @@ def score(saved: Saved, text: Text, tokenizer: Tokenizer, plan: Plan | None = No
     bias = masked_bias(state.router_bias, plan) if plan else state.router_bias
     eval_step = make_eval_step(config, mesh, len(text.domains))
     nats_M, targets_M = np.zeros(len(text.domains)), np.zeros(len(text.domains), np.int64)
-    length, rows = config.data.sequence_length, config.data.batch_size
-    count = num_rows(text.stream, length)
+    text_rows, rows = Rows(text.streams, config.data.sequence_length), config.data.batch_size
+    count = sum(text_rows.counts_N)
     for first in range(0, count, rows):
         rows_B = np.minimum(np.arange(first, first + rows), count)  # rows past the last are padding
-        batch = pack(split_rows(text.stream, rows_B, length), tokenizer.eod)
-        domains_BS = text.domain_R[document_indices(text.ends_R, rows_B, length)]
+        batch = pack(text_rows.tokens(rows_B), tokenizer.eod)
+        domains_BS = text.domain_R[text_rows.runs(rows_B, text.ends)]
         loss_M, number_M, _ = eval_step(layout, state.params, bias, put_batch(batch | {"domains_BS": domains_BS}, mesh))
         nats_M += np.asarray(loss_M, np.float64)
         targets_M += np.asarray(number_M)
