@@ -3,7 +3,8 @@
 A `.tokens` file is named by the hash of the corpus and what its tokens depend on. It holds 64 hexadecimal digits, the
 SHA-256 of the header; the header, one JSON line of HEADER bytes in all; then the training and the validation tokens.
 A `.json` record is named by the settings and by the names, sizes and modification times of the corpus files. It holds
-what was found in them, and which tokens file is theirs, with its size and modification time.
+what was found in them, and which tokens file is theirs, with its size and modification time. A source of a mixture has
+the same two files as if it were the only corpus.
 
 Promised: the corpus is read and hashed when a record is made, and at no start after it, as long as no name, size or
 modification time differs; where one does, it is read again, and tokenized again only if its content differs.

@@ -56,7 +56,7 @@ def _data_files(file: File, config: DataConfig) -> list[str]:
     where = f"{corpus_text(config)}: {file.path}"
     with on_disk(file.path) as path:
         state: dict[str, Any] = read_json(path, where)
-    if state.get("_indices_data_files") or state.get("_indices_files"):  # by versions below 2
+    if state.get("_indices_data_files") or state.get("_indices_files"):  # by early versions
         rule = "selects rows by an index; save it again after dataset.flatten_indices()"
         raise UserError(f"{where} {rule}")
     try:
