@@ -61,9 +61,9 @@ def letters(*batches) -> Counter:
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (1, 3), (5, 1e-2), (1, 1)])
 def test_every_stretch_of_rows_has_the_sources_in_their_fractions(weights):
-    numbers = [range(10), range(10, 17)]
-    order = train_order(numbers, shares(weights), seed=3)
-    of_first = np.array([order[place] < 10 for place in range(3000)])
+    numbers = [range(1000), range(1000, 1700)]
+    order = train_order(numbers, shares(weights), seed=3).batch(1000)
+    of_first = np.concatenate([order[0], order[1], order[2]]) < 1000
     for first, last in ((0, 8), (0, 1000), (1000, 1100), (17, 3000)):
         want = (last - first) * weights[0] / sum(weights)
         assert abs(of_first[first:last].sum() - want) <= 1 + 0.005 * want
@@ -79,8 +79,7 @@ def test_a_mixture_of_one_is_the_corpus_itself():
 
 def test_every_epoch_of_every_source_holds_each_of_its_rows_once():
     numbers = [range(10), range(10, 17), range(17, 30)]
-    order = train_order(numbers, shares([0.5, 0.3, 0.2]), seed=1)
-    rows = [order[place] for place in range(300)]
+    rows = train_order(numbers, shares([0.5, 0.3, 0.2]), seed=1).batch(300)[0].tolist()
     for own in numbers:
         of_source = [row for row in rows if row in own]
         epochs = [of_source[i : i + len(own)] for i in range(0, len(of_source) - len(own) + 1, len(own))]
