@@ -175,15 +175,14 @@ class DataConfig:
 
     def __post_init__(self):
         check_fields(self)
-        of_source, fields = f"source={self.source!r}", self.source in SOURCES_WITH_FIELDS
-        require(
-            fields or not self.domain_field, "DataConfig.domain_field", self.domain_field, f"is unused by {of_source}"
-        )
+        unused = f"is unused by source={self.source!r}"
+        has_fields = self.source in SOURCES_WITH_FIELDS
+        require(has_fields or not self.domain_field, "DataConfig.domain_field", self.domain_field, unused)
         if self.mixture is not None:
             self._check_mixture(self.mixture)
         else:
             needs_path = self.source in SOURCES_WITH_PATH
-            rule = f"is needed: {of_source} reads files" if needs_path else f"is unused by {of_source}"
+            rule = f"is needed: source={self.source!r} reads files" if needs_path else unused
             require(bool(self.path) == needs_path, "DataConfig.path", self.path, rule)
 
     def _check_mixture(self, mixture: tuple[tuple[str, str, float], ...]) -> None:
@@ -201,7 +200,7 @@ class DataConfig:
 
     @property
     def parts(self) -> tuple[tuple[str, "DataConfig"], ...]:
-        """(name, its own config) of every corpus; a single one has no name."""
+        """(name, its own config) of every corpus; a single one has the name ""."""
         if self.mixture is None:
             return (("", self),)
         return tuple((name, dataclasses.replace(self, mixture=None, path=path)) for name, path, _ in self.mixture)

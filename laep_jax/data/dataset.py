@@ -83,9 +83,8 @@ class Dataset:
         self.train_rows = Rows([source.tokens.train for source in sources], config.sequence_length)
         self.validation_rows = Rows([source.tokens.validation for source in sources], config.sequence_length)
         self.train_order = train_order(self.train_rows.numbers(), shares_N, seed).batch(self.local_rows)
-        self.num_validation_batches = min(
-            eval_batches, math.ceil(sum(self.validation_rows.counts_N) / config.batch_size)
-        )
+        batches = math.ceil(sum(self.validation_rows.counts_N) / config.batch_size)
+        self.num_validation_batches = min(eval_batches, batches)
         measured = self.num_validation_batches * config.batch_size
         self.validation_order = validation_order(self.validation_rows.numbers(), shares_N, VALIDATION_SEED, measured)
         targets_R = self._count_targets()
@@ -183,9 +182,8 @@ def _open_sources(config: DataConfig, tokenizer: Tokenizer) -> list[Source]:
             tokens = open_tokens(part, listing, tokenizer)
             rule = "makes no training document longer than one token, so that there is nothing to predict"
             require(len(tokens.train) > tokens.corpus.num_train, "DataConfig.tokenizer", config.tokenizer, rule)
-        notes = (
-            [f"{name}, {share / sum(shares_N):.1%} of the training tokens: {_contents(part, tokens)}"] if name else []
-        )
+        fraction = f"{share / sum(shares_N):.1%} of the training tokens"
+        notes = [f"{printable(name)}, {fraction}: {_contents(part, tokens)}"] if name else []
         if listing.aliases:
             notes.append(f"read once, under another name: {some_names(listing.aliases)}")
         if part.source == "datasets" and (skipped := skipped_splits(listing.files)):

@@ -180,12 +180,12 @@ def _document(values: Mapping[str, Any], name: str, where: str, config: DataConf
     """The document that a record holds. values: by field or column."""
     for setting, field in _fields(config).items():
         require(isinstance(values[field], str), setting, field, f"holds no string in {where}")
-    stated = values[config.domain_field] if config.domain_field else domain(name, config.source)
-    require(bool(stated), "DataConfig.domain_field", config.domain_field, f"is empty in {where}")
+    of_domain = domain(name, config.source)
+    if config.domain_field:
+        of_domain = domain_name(values[config.domain_field])
+        require(bool(of_domain), "DataConfig.domain_field", config.domain_field, f"is empty in {where}")
     try:
-        return Document(
-            name, values[config.text_field].encode(), domain_name(stated) if config.domain_field else stated
-        )
+        return Document(name, values[config.text_field].encode(), of_domain)
     except UnicodeEncodeError as error:  # JSON can write one half of a surrogate pair
         raise UserError(f"{corpus_text(config)} holds a text that is not UTF-8: {where}: {error.reason}") from error
 
