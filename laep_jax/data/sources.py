@@ -238,7 +238,7 @@ def _arrow_errors(form: str, file: File, config: DataConfig) -> Iterator[None]:
     lib = import_extra("pyarrow", "parquet", "")
     try:
         yield
-    except (lib.ArrowException, UnicodeDecodeError) as error:
+    except (lib.ArrowException, UnicodeDecodeError, MemoryError) as error:  # of a length that no file has
         problem = f"{corpus_text(config)} holds no {form} or a damaged one: {file.path}"
         raise UserError(f"{problem}: {short(error)}") from error
 
@@ -255,6 +255,8 @@ def _rows(batches: Iterable[Any], file: File, config: DataConfig) -> Iterator[Do
     number, fields = 0, _fields(config).values()
     for batch in batches:
         _check_growth(batch.nbytes, MAX_GROWTH * file.size, file, config)
+        for field in fields:
+            batch.column(field).validate(full=True)  # places out of its bounds, which a damaged file may hold
         for first in range(0, batch.num_rows, RECORDS_CHUNK):
             columns = {field: batch.column(field).slice(first, RECORDS_CHUNK).to_pylist() for field in fields}
             for values in zip(*columns.values(), strict=True):

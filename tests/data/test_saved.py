@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pyarrow
 import pytest
 
@@ -111,6 +112,26 @@ def test_a_damaged_stream_is_refused(tmp_path, keep):
     path.write_bytes(b"x" * 1000)
     with pytest.raises(UserError, match=r"no Arrow stream or a damaged one: .*\.arrow"):
         documents(tmp_path)
+
+
+def test_with_flipped_bits_it_is_read_or_refused(tmp_path):
+    """Some flips change a text, and nothing shows it; none reads outside the file's own bytes."""
+    texts = ["a" * 50, "b" * 50, "c" * 50]
+    save(tmp_path, texts)
+    [path] = tmp_path.glob("*.arrow")
+    whole, refused = path.read_bytes(), 0
+    ends = b"".join(int(50 * i).to_bytes(4, "little") for i in range(3))  # of the texts of the first batch
+    places = [whole.index(ends) + 4 * i + 3 for i in (1, 2)]
+    for place in [*places, *np.random.default_rng(0).integers(0, len(whole), 200).tolist()]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        try:
+            assert sum(len(text) for _, text, _ in documents(tmp_path)) < len(whole)
+            assert place not in places
+        except UserError:
+            refused += 1
+    assert refused > 20
 
 
 def test_in_a_bucket_it_is_the_same(emulator, tmp_path):
