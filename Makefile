@@ -34,11 +34,11 @@ test-all: .venv/hf
 
 # Programs compiled for TPU; needs no TPU, but its compiler (0.7 GB).
 test-tpu: .venv/tpu
-	$(BIN)/python -m pytest tests/preflight
+	$(BIN)/python -m pytest -n 2 tests/preflight
 
 # Models that others load; needs torch and Transformers.
 test-hf: .venv/hf
-	$(BIN)/python -m pytest tests/huggingface
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/huggingface
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

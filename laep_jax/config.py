@@ -24,14 +24,36 @@ class ModelConfig:
     num_layers: int = fixed(4, "transformer layers", low=1, high=MAX_LAYERS)
     hidden_size: int = fixed(128, "width of the residual stream; even with lfa=True", low=1)
     num_heads: int = fixed(4, "attention heads", low=1)
+    num_kv_heads: int | None = fixed(
+        None, "heads of keys and values, each for as many query heads; None: one for each query head", low=1
+    )
     head_dim: int = fixed(32, "size of a head; even, for rotary embedding turns pairs", low=2)
+    qk_norm: str = fixed(
+        "none",
+        "RMSNorm of queries and keys before the rotary embedding: of each head as in Qwen3, or of all heads together as"
+        " in OLMoE",
+        choices=("none", "head", "whole"),
+    )
     ffn_size: int = fixed(256, "hidden size of one expert", low=1)
     num_experts: tuple[int, ...] | int = fixed(16, "routed experts: one number for all layers, or one a layer", low=1)
-    top_k: int = fixed(2, "experts that a token is sent to; 1: weighted by the softmax over all experts", low=1)
+    top_k: int = fixed(2, "experts that a token is sent to", low=1)
+    router_score: str = fixed(
+        "softmax",
+        "what experts are chosen and weighted by: the softmax over all experts, or as in DeepSeek-V3 a sigmoid of each",
+        choices=("softmax", "sigmoid"),
+    )
+    norm_topk_prob: bool = fixed(
+        True,
+        "weights of a token's experts add up to one; with top_k=1 they never do, since the router would learn nothing",
+    )
+    shared_ffn_size: int = fixed(
+        0, "hidden size of an expert that takes every token beside the routed ones; 0: none", low=0
+    )
     lfa: bool = fixed(True, "localized filtering-based attention: causal convolutions before queries and keys")
     lfa_bias: bool = fixed(False, "a bias in those convolutions")
     rope_base: float = fixed(1e6, "base of the rotary embedding's wavelengths", above=1)
     norm_eps: float = fixed(1e-6, "epsilon of RMSNorm", above=0)
+    tie_embeddings: bool = fixed(False, "one table for the input and, transposed, for the logits")
     router_init: float = fixed(
         0.02,
         "standard deviation of the router's initial weights; too small, and a few experts take nearly all tokens",
@@ -79,6 +101,12 @@ class ModelConfig:
             require(count >= self.top_k, f"ModelConfig.num_experts[{layer}]", count, f"is below top_k={self.top_k}")
         require(self.head_dim % 2 == 0, "ModelConfig.head_dim", self.head_dim, "must be even (rotary pairs)")
         require(
+            self.num_heads % self.kv_heads == 0,
+            "ModelConfig.num_kv_heads",
+            self.num_kv_heads,
+            f"does not divide num_heads={self.num_heads}",
+        )
+        require(
             not self.lfa or self.hidden_size % 2 == 0,
             "ModelConfig.hidden_size",
             self.hidden_size,
@@ -90,6 +118,11 @@ class ModelConfig:
         """`num_experts`, always as a tuple with one entry a layer."""
         assert isinstance(self.num_experts, tuple)
         return self.num_experts
+
+    @property
+    def kv_heads(self) -> int:
+        """`num_kv_heads`, always as a number."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,9 @@ import ast
 import codecs
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from gin import config_parser
@@ -100,9 +101,14 @@ def _as_literal(text: str, *, is_text: bool) -> str:
     return repr(text) if is_text and not isinstance(value, str) else text
 
 
-def load_config(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Config:
+def load_config(
+    gin_files: Sequence[str],
+    bindings: Sequence[str] = (),
+    defaults: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> Config:
     """The config that files and bindings describe, later ones over earlier ones.
 
+    defaults: by class and field, in the place of those of the dataclasses.
     `UserError` on a file that is missing or does not parse, on files and bindings of more than MAX_TEXT bytes, on
     unknown classes and fields (with the nearest names), a binding without effect, and whatever the dataclasses refuse.
     """
@@ -112,7 +118,8 @@ def load_config(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Confi
         statements.read_file(Path(file).absolute(), f"--gin_file={file!r}", ())
     statements.read("\n".join(bindings), COMMAND_LINE, ())
     statements.require_effect()
-    return Config(**{name: part(**statements.fields(part.__name__)) for name, part in PARTS.items()})
+    fields = {part: {**defaults.get(part, {}), **statements.fields(part)} for part in CLASSES}
+    return Config(**{name: part(**fields[part.__name__]) for name, part in PARTS.items()})
 
 
 class _Macro(typing.NamedTuple):

@@ -139,7 +139,7 @@ class PartialArrayHandler(type_handlers.ArrayHandler):
         opening = [_open(info) for info in infos]
         stored = [future.result() for future in opening]
         leaves = [arg.leaf for arg in args]
-        return stored if None in leaves else _read(leaves, stored)
+        return stored if None in leaves else read_opened(leaves, stored)
 
 
 def make_reader() -> ocp.Checkpointer:
@@ -189,7 +189,8 @@ def _open(info: type_handlers.ParamInfo) -> ts.Future:
     return ts.open(spec, open=True, read=True, context=info.ts_context)
 
 
-def _read(leaves: Sequence[Leaf], stored: Sequence[ts.TensorStore]) -> list[jax.Array]:
+def read_opened(leaves: Sequence[Leaf], stored: Sequence[ts.TensorStore]) -> list[jax.Array]:
+    """The leaves on their devices, of stored arrays that are open."""
     arrays, started = [], _start_leaf(leaves[0], stored[0])
     for index, leaf in enumerate(leaves, 1):
         shards, reads = started

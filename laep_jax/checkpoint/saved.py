@@ -8,19 +8,24 @@ import io
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
+from jax.tree_util import tree_flatten_with_path
 
-from laep_jax.checkpoint.arrays import make_reader, open_leaves, unreadable
+from laep_jax.checkpoint.arrays import Leaf, make_reader, open_leaves, read_opened, unreadable
 from laep_jax.checkpoint.checkpointer import FINGERPRINTS_FILE, META_FILE
 from laep_jax.checkpoint.lock import CHECKPOINTS
 from laep_jax.checkpoint.manifest import DamagedError, read_file, read_sealed
 from laep_jax.checkpoint.steps import Steps
 from laep_jax.config import Config
-from laep_jax.errors import UserError
+from laep_jax.distributed import raise_on_all_processes
+from laep_jax.errors import UnavailableError, UserError
 from laep_jax.files import MAX_ARRAY, parse_arrays
 from laep_jax.paths import require_path
 from laep_jax.state import fingerprint
+from laep_jax.state.surgery import leaf_key
 from laep_jax.storage import Storage, open_storage
 
 
@@ -58,14 +63,41 @@ class Saved:
         header = read_sealed(storage, f"{folder}/{META_FILE}")
         self.meta, self.num_experts = header["meta"], tuple(header["num_experts"])
         self.config = Config.from_dict(self.meta["config"]).with_num_experts(self.num_experts)
-        content = read_file(storage, f"{folder}/{FINGERPRINTS_FILE}", MAX_ARRAY, header["sha256"][FINGERPRINTS_FILE])
-        self._sums = fingerprint.from_arrays(parse_arrays(io.BytesIO(content), self.where))
-        self._reader = make_reader()
-        state = storage.path(f"{folder}/state")
+        self._storage, self._folder, self._header = storage, folder, header
+
+    @functools.cached_property
+    def _sums(self) -> fingerprint.Fingerprints:
+        sha256 = self._header["sha256"][FINGERPRINTS_FILE]
+        content = read_file(self._storage, f"{self._folder}/{FINGERPRINTS_FILE}", MAX_ARRAY, sha256)
+        return fingerprint.from_arrays(parse_arrays(io.BytesIO(content), self.where))
+
+    @functools.cached_property
+    def _stored(self) -> dict[str, ts.TensorStore]:
+        state = self._storage.path(f"{self._folder}/state")
         try:
-            self._stored = open_leaves(self._reader, state, header["leaves"])
+            return open_leaves(make_reader(), state, self._header["leaves"])
         except Exception as error:
             raise unreadable(state, error) from error
+
+    def restore(self, abstract):
+        """Arrays like `abstract`, a tree of `jax.ShapeDtypeStruct` with shardings that is a part of the saved state.
+
+        Each process reads what its devices hold. `DamagedError` where it is not what was saved; every process must call
+        it.
+        """
+        paths, targets = zip(*tree_flatten_with_path(abstract)[0], strict=True)
+        leaves = [Leaf(leaf_key(path), target, None) for path, target in zip(paths, targets, strict=True)]
+        with raise_on_all_processes(DamagedError, UnavailableError, UserError):
+            try:
+                arrays = read_opened(leaves, [self._stored[leaf.key] for leaf in leaves])
+            except (ValueError, OSError) as error:
+                raise unreadable(self.where, error) from error
+        tree = jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+        experts = [(layer, i) for layer, count in enumerate(self.num_experts) for i in range(count)]
+        want = {leaf.key: self._sums[leaf.key] for leaf in leaves}
+        if difference := fingerprint.first_difference(fingerprint.fingerprints(tree), want, experts):
+            raise DamagedError(f"checkpoint {self.where} is damaged: {difference} is not what was saved")
+        return tree
 
     def read(self, key: str, rows: slice | None = None) -> np.ndarray:
         """A leaf, or these rows of it: layers of one that is stacked, experts of all layers side by side.
@@ -86,12 +118,3 @@ class Saved:
     def has_bias(self) -> bool:
         """Whether experts are chosen with a bias that the loss-free balancing has moved."""
         return bool(np.any(self.read("router_bias.bias_N")))
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Of a leaf."""
-        return tuple(self._stored[key].shape)
-
-    def rows(self, layer: int) -> slice:
-        """Of the experts of a layer."""
-        first = sum(self.num_experts[:layer])
-        return slice(first, first + self.num_experts[layer])

@@ -2,8 +2,9 @@
 
 The same layers as `laep_jax.model.transformer`, whose forward pass it equals, without their batches, buffers and
 collectives: what a token needs of its experts is gathered.
-Axes: V vocabulary, D hidden, L layers, N experts of all layers, S positions of the cache, H heads, K head size,
-C half of D, J = H K, T chosen experts, F ffn, G = 2F.
+Axes: V vocabulary, D hidden, L layers, N experts of all layers, S positions of the cache, H heads, G heads of keys and
+values, R heads of queries for each of them, K head size, C half of D, J heads x head size, T chosen experts, F ffn; of
+expert matrices G = 2F.
 """
 
 import functools
@@ -16,15 +17,15 @@ import numpy as np
 
 from laep_jax.config import ModelConfig
 from laep_jax.errors import require
-from laep_jax.model.layers import rms_norm, rotary
+from laep_jax.model.layers import gated, rms_norm, rotary
 from laep_jax.model.router import route
 
 
 class Cache(NamedTuple):
     """Keys and values of all positions, and of the last one what the localized filters need."""
 
-    key_LSHK: jax.Array
-    value_LSHK: jax.Array
+    key_LSGK: jax.Array
+    value_LSGK: jax.Array
     last_x_LD: jax.Array
     last_y_LC: jax.Array
 
@@ -32,7 +33,7 @@ class Cache(NamedTuple):
 def new_cache(config: ModelConfig, positions: int) -> Cache:
     """Before the first token."""
     layers, hidden, dtype = config.num_layers, config.hidden_size, jnp.dtype(config.dtype)
-    keys = jnp.zeros((layers, positions, config.num_heads, config.head_dim), dtype)
+    keys = jnp.zeros((layers, positions, config.kv_heads, config.head_dim), dtype)
     return Cache(keys, keys, jnp.zeros((layers, hidden), dtype), jnp.zeros((layers, hidden // 2), dtype))
 
 
@@ -51,16 +52,21 @@ def decode_step(
         mixed_D, cache = _attention(normed_D, weights["attention"], cache, position, config)
         x_D = x_D + mixed_D
         own_bias_N = jnp.where(layer_of_N == layer, bias_N, -jnp.inf)
-        return x_D + _moe(_norm(x_D, weights["moe_norm"], config), params["experts"], own_bias_N, config), cache
+        normed_D = _norm(x_D, weights["moe_norm"], config)
+        y_D = _moe(normed_D, params["experts"], own_bias_N, config)
+        if config.shared_ffn_size:
+            y_D += gated(normed_D @ weights["shared"]["gate_up_DG"]) @ weights["shared"]["down_FD"]
+        return x_D + y_D, cache
 
     x_D = params["embedding_VD"][token].astype(dtype)
     x_D, cache = jax.lax.scan(body, x_D, (jnp.arange(config.num_layers), params["layers"], cache))
     x_D = _norm(x_D, params["final_norm"], config)
-    return jnp.matmul(x_D, params["unembedding_DV"].astype(dtype), preferred_element_type=jnp.float32), cache
+    unembedding_DV = params["embedding_VD"].T if config.tie_embeddings else params["unembedding_DV"]
+    return jnp.matmul(x_D, unembedding_DV.astype(dtype), preferred_element_type=jnp.float32), cache
 
 
 def _norm(x_D: jax.Array, weights: dict, config: ModelConfig) -> jax.Array:
-    return rms_norm(x_D[None, None], weights["scale_D"], config.norm_eps)[0, 0]
+    return rms_norm(x_D, weights["scale_D"], config.norm_eps)
 
 
 def _attention(x_D: jax.Array, weights: dict, cache: Cache, position: jax.Array, config: ModelConfig):
@@ -68,18 +74,28 @@ def _attention(x_D: jax.Array, weights: dict, cache: Cache, position: jax.Array,
     if config.lfa:
         filtered_D, last_y_C = _filtered(x_D, weights["lfa"], cache, config)
         cache = cache._replace(last_x_LD=x_D, last_y_LC=last_y_C)
-    shape, at = (1, 1, config.num_heads, config.head_dim), position[None, None]
-    query_HK, key_HK = (
-        rotary((weights[name] @ filtered_D).reshape(shape), at, config.rope_base)[0, 0]
-        for name in ("query_JD", "key_JD")
+    query_HK, key_GK = (
+        _turned(weights[f"{name}_JD"] @ filtered_D, weights.get(f"{name}_norm", {}), position, config)
+        for name in ("query", "key")
     )
-    keys_SHK = cache.key_LSHK.at[position].set(key_HK)
-    values_SHK = cache.value_LSHK.at[position].set((weights["value_JD"] @ x_D).reshape(shape[2:]))
-    scores_HS = jnp.einsum("hk,shk->hs", query_HK, keys_SHK, preferred_element_type=jnp.float32)
-    seen_S = jnp.arange(len(keys_SHK)) <= position
-    shares_HS = jax.nn.softmax(jnp.where(seen_S[None], scores_HS * config.head_dim**-0.5, -jnp.inf), axis=-1)
-    mixed_J = jnp.einsum("hs,shk->hk", shares_HS.astype(values_SHK.dtype), values_SHK).reshape(-1)
-    return mixed_J @ weights["output_JD"], cache._replace(key_LSHK=keys_SHK, value_LSHK=values_SHK)
+    keys_SGK = cache.key_LSGK.at[position].set(key_GK)
+    values_SGK = cache.value_LSGK.at[position].set((weights["value_JD"] @ x_D).reshape(key_GK.shape))
+    query_GRK = query_HK.reshape(config.kv_heads, -1, config.head_dim)
+    scores_GRS = jnp.einsum("grk,sgk->grs", query_GRK, keys_SGK, preferred_element_type=jnp.float32)
+    seen_S = jnp.arange(len(keys_SGK)) <= position
+    shares_GRS = jax.nn.softmax(jnp.where(seen_S[None, None], scores_GRS * config.head_dim**-0.5, -jnp.inf), axis=-1)
+    mixed_J = jnp.einsum("grs,sgk->grk", shares_GRS.astype(values_SGK.dtype), values_SGK).reshape(-1)
+    return mixed_J @ weights["output_JD"], cache._replace(key_LSGK=keys_SGK, value_LSGK=values_SGK)
+
+
+def _turned(x_J: jax.Array, norm: dict, position: jax.Array, config: ModelConfig) -> jax.Array:
+    """Heads of queries or keys, normalised and with their rotary embedding, [heads, K]."""
+    if config.qk_norm == "whole":
+        x_J = _norm(x_J, norm, config)
+    x_HK = x_J.reshape(-1, config.head_dim)
+    if config.qk_norm == "head":
+        x_HK = _norm(x_HK, norm, config)
+    return rotary(x_HK[None, None], position[None, None], config.rope_base)[0, 0]
 
 
 def _filtered(x_D: jax.Array, weights: dict, cache: Cache, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -96,11 +112,10 @@ def _filtered(x_D: jax.Array, weights: dict, cache: Cache, config: ModelConfig) 
 def _moe(x_D: jax.Array, experts: dict, bias_N: jax.Array, config: ModelConfig) -> jax.Array:
     """bias_N: minus infinity at the experts of other layers."""
     logits_N = jnp.matmul(experts["router_ND"], x_D.astype(jnp.float32), precision="highest")
-    ids_T, weights_T = route(logits_N, bias_N, jnp.bool_(True), config.top_k)
+    ids_T, weights_T = route(logits_N, bias_N, jnp.bool_(True), config)
     gate_up_TDG = experts["gate_up_NDG"][ids_T].astype(x_D.dtype)
-    gate_TF, up_TF = jnp.split(jnp.einsum("d,tdg->tg", x_D, gate_up_TDG), 2, axis=-1)
     down_TFD = experts["down_NFD"][ids_T].astype(x_D.dtype)
-    y_TD = jnp.einsum("tf,tfd->td", jax.nn.silu(gate_TF) * up_TF, down_TFD)
+    y_TD = jnp.einsum("tf,tfd->td", gated(jnp.einsum("d,tdg->tg", x_D, gate_up_TDG)), down_TFD)
     return jnp.einsum("t,td->d", weights_T.astype(x_D.dtype), y_TD)
 
 

@@ -22,11 +22,11 @@ def main(argv: list[str]) -> int:
     tokenizer = load_tokenizer(args.tokenizer or saved.config.data.tokenizer)
     [prompt] = tokenizer.encode([args.prompt.encode(errors="surrogateescape")])
     config = here(saved.config)
-    state = load_model(saved, config, make_mesh(config.mesh))
+    model = load_model(saved, config, make_mesh(config.mesh))
     tokens, shown = [int(token) for token in prompt], ""
     for token in generate(
-        state.params,
-        state.router_bias["bias_N"],
+        model["params"],
+        model["router_bias"]["bias_N"],
         tokens,
         config.model,
         max_tokens=args.max_tokens,

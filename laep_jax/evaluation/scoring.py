@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
-from jax.tree_util import tree_map_with_path
 
 from laep_jax.checkpoint.saved import Saved
 from laep_jax.config import Config, MeshConfig
@@ -23,8 +22,7 @@ from laep_jax.data.tokenizer import Tokenizer
 from laep_jax.errors import require
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import Mesh, make_mesh, put_batch
-from laep_jax.state.surgery import leaf_key
-from laep_jax.state.tree import TrainState, abstract_state, initial_layout
+from laep_jax.state.tree import abstract_state, initial_layout
 from laep_jax.training.evaluate import bits_per_byte, masked_bias
 from laep_jax.training.step import make_eval_step
 
@@ -75,14 +73,10 @@ def here(config: Config) -> Config:
     return dataclasses.replace(config, model=model, mesh=MeshConfig(), data=data, train=train).resolve(devices)
 
 
-def load_model(saved: Saved, config: Config, mesh: Mesh) -> TrainState:
-    """Parameters and router bias of a checkpoint on a mesh, leaf by leaf; without moments, which are left abstract."""
-
-    def read(path: tuple, leaf: jax.ShapeDtypeStruct):
-        key = leaf_key(path)
-        return leaf if key.startswith("opt_state") else jax.device_put(saved.read(key), leaf.sharding)
-
-    return tree_map_with_path(read, abstract_state(config, mesh))
+def load_model(saved: Saved, config: Config, mesh: Mesh) -> dict:
+    """ "params" and "router_bias" of a checkpoint on a mesh; without moments."""
+    abstract = abstract_state(config, mesh)
+    return saved.restore({"params": abstract.params, "router_bias": abstract.router_bias})
 
 
 def read_text(corpora: Sequence[Iterable[Document]], tokenizer: Tokenizer, max_tokens: int) -> Text:
@@ -128,8 +122,8 @@ def score(saved: Saved, text: Text, tokenizer: Tokenizer, plan: Plan | None = No
     """The score of each domain. plan: its pruned experts are masked, as the pruned model would be."""
     config = here(saved.config)
     mesh, layout = make_mesh(config.mesh), initial_layout(config)
-    state = load_model(saved, config, mesh)
-    bias = masked_bias(state.router_bias, plan) if plan else state.router_bias
+    model = load_model(saved, config, mesh)
+    bias = masked_bias(model["router_bias"], plan) if plan else model["router_bias"]
     eval_step = make_eval_step(config, mesh, len(text.domains))
     nats_M, targets_M = np.zeros(len(text.domains)), np.zeros(len(text.domains), np.int64)
     text_rows, rows = Rows(text.streams, config.data.sequence_length), config.data.batch_size
@@ -138,7 +132,9 @@ def score(saved: Saved, text: Text, tokenizer: Tokenizer, plan: Plan | None = No
         rows_B = np.minimum(np.arange(first, first + rows), count)  # rows past the last are padding
         batch = pack(text_rows.tokens(rows_B), tokenizer.eod)
         domains_BS = text.domain_R[text_rows.runs(rows_B, text.ends)]
-        loss_M, number_M, _ = eval_step(layout, state.params, bias, put_batch(batch | {"domains_BS": domains_BS}, mesh))
+        loss_M, number_M, _ = eval_step(
+            layout, model["params"], bias, put_batch(batch | {"domains_BS": domains_BS}, mesh)
+        )
         nats_M += np.asarray(loss_M, np.float64)
         targets_M += np.asarray(number_M)
     return {

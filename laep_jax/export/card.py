@@ -15,6 +15,7 @@ def model_card(saved: Saved, form: str, loads: str) -> str:
     length = base.data.sequence_length
     before, after = (model_size(config.model, sequence_length=length).total for config in (base, saved.config))
     rows = {
+        "parameters began as": summary["init_from"] or "random ones",
         "step, tokens": f"{saved.step:,}, {summary['tokens']:,}",
         "parameters": f"{after:,}" + (f", {before:,} before {_prunes(summary)}" if before != after else ""),
         "experts by layer": _short(saved.num_experts),

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         choices=FORMS,
         default="auto",
         help="auto: the plainest that is exact; hetero: layers of their own sizes, with a modelling file; padded: "
-        "ERNIE-4.5-MoE, filled up to the widest layer; uniform: Mixtral",
+        "ERNIE-4.5-MoE, filled up to the widest layer; uniform: Mixtral, Qwen3-MoE or OLMoE",
     )
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (%(default)s)")
     add("--tokenizer", metavar="FILE", help="the run's tokenizer.json, where it is no longer where the run had it")

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,44 +12,63 @@ import laep_jax
 from laep_jax.checkpoint.saved import Saved
 from laep_jax.errors import UserError, require
 from laep_jax.export.card import model_card
-from laep_jax.export.tensors import Spec, model_specs
 from laep_jax.export.tokenizer import tokenizer_files
-from laep_jax.importers.safetensors_file import Described, write_one_by_one
+from laep_jax.huggingface.architectures import ERNIE, OWN, config_json, plain_architecture
+from laep_jax.huggingface.places import Place, places
+from laep_jax.importers.safetensors_file import INDEX, SINGLE, Described, write_one_by_one
 
 FORMS = ("auto", "hetero", "padded", "uniform")
 DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
 SHARD_BYTES = 5 * 10**9  # of a file of weights, unless a single tensor has more
 REMOTE_CODE = Path(__file__).parent / "remote_code" / "modeling_laep.py"
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def choose_form(saved: Saved, wanted: str) -> str:
     """The plainest form that is exact, or the wanted one. `UserError` where that one cannot hold the model."""
-    counts, model, bias = saved.num_experts, saved.config.model, saved.has_bias
-    problems = {
-        "localized filtering (ModelConfig.lfa)": model.lfa,
-        "a bias of the loss-free balancing, added to logits": bias,
-        "the router's weights with ModelConfig.top_k=1": model.top_k == 1,
-    }
-    found = [name for name, there in problems.items() if there]
-    unequal = [f"layers of {min(counts)} to {max(counts)} experts"] if len({*counts}) > 1 else []
     if wanted == "auto":
-        return "hetero" if found or unequal else "uniform"
-    reasons = {"uniform": found + unequal, "padded": found, "hetero": []}[wanted]
+        return "hetero" if _obstacles(saved, "uniform") else "uniform"
+    reasons = _obstacles(saved, wanted)
     require(not reasons, "--form", wanted, f"cannot hold {' and '.join(reasons)}; use hetero")
     return wanted
+
+
+def _obstacles(saved: Saved, form: str) -> list[str]:
+    """What of the model a form has no place for."""
+    counts, model = saved.num_experts, saved.config.model
+    if form == "hetero":
+        return []
+    normed = f"ModelConfig.qk_norm={model.qk_norm!r} with norm_topk_prob={model.norm_topk_prob}"
+    problems = {
+        "localized filtering (ModelConfig.lfa)": model.lfa,
+        "the router's weights with ModelConfig.top_k=1": model.top_k == 1,
+        "the router's sigmoid (ModelConfig.router_score)": model.router_score != "softmax",
+        "a shared expert (ModelConfig.shared_ffn_size)": model.shared_ffn_size > 0,
+    }
+    if form == "padded":
+        problems[normed] = model.qk_norm != "none" or not model.norm_topk_prob
+    else:
+        problems["a bias of the loss-free balancing"] = saved.has_bias
+        problems[f"layers of {min(counts)} to {max(counts)} experts"] = len({*counts}) > 1
+        problems[normed] = not any(problems.values()) and plain_architecture(model) is None
+    return [name for name, there in problems.items() if there]
+
+
+def _kind(saved: Saved, form: str) -> str:
+    """The model_type of a form."""
+    return {"hetero": OWN, "padded": ERNIE}.get(form) or str(plain_architecture(saved.config.model))
 
 
 def loads_in(saved: Saved, form: str) -> str:
     """Which programs load a form, in words."""
     if form == "uniform":
-        return "a plain Mixtral: Transformers, vLLM, SGLang and llama.cpp load it"
+        return f"a plain {_kind(saved, form)}: Transformers, vLLM, SGLang and llama.cpp load it"
     if form == "padded":
         return (
             "ERNIE-4.5-MoE with layers filled up: Transformers, and vLLM on GPU, load it; vLLM on CPU ignores the bias"
         )
-    own = saved.config.model.lfa or saved.config.model.top_k == 1 or saved.has_bias
-    stock = "" if own else " and vLLM with its Transformers backend"
+    model = saved.config.model
+    own = model.lfa or model.top_k == 1 or not model.norm_topk_prob or model.router_score != "softmax"
+    stock = "" if own or model.shared_ffn_size or saved.has_bias else " and vLLM with its Transformers backend"
     return f"a modelling file of its own: Transformers 5{stock}, with trust_remote_code=True"
 
 
@@ -64,9 +82,12 @@ def write_folder(saved: Saved, out: Path, *, form: str, dtype: str, tokenizer: s
         out.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--to={out} cannot be made: {error.strerror}") from error
-    _write_weights(list(model_specs(saved, form)), out, *DTYPES[dtype])
+    model, kind = saved.config.model, _kind(saved, form)
+    _write_weights(saved, list(places(model, kind, has_bias=saved.has_bias)), out, *DTYPES[dtype])
     eod = json.loads(files["generation_config.json"])["eos_token_id"]
-    config = config_of(saved, form) | {"dtype": dtype, "eos_token_id": eod, "bos_token_id": None, "pad_token_id": None}
+    config = config_json(model, kind, saved.config.data.sequence_length, has_bias=saved.has_bias)
+    config |= {"laep_jax_version": laep_jax.__version__, "dtype": dtype}
+    config |= {"eos_token_id": eod, "bos_token_id": None, "pad_token_id": None}
     files["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
     files["README.md"] = model_card(saved, form, loads_in(saved, form)).encode()
     for name, content in files.items():
@@ -75,72 +96,31 @@ def write_folder(saved: Saved, out: Path, *, form: str, dtype: str, tokenizer: s
         shutil.copyfile(REMOTE_CODE, out / REMOTE_CODE.name)
 
 
-def config_of(saved: Saved, form: str) -> dict[str, Any]:
-    """config.json, but for what the tokenizer says."""
-    model = saved.config.model
-    common = {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_heads,
-        "head_dim": model.head_dim,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
-        "hidden_act": "silu",
-        "max_position_embeddings": saved.config.data.sequence_length,
-        "tie_word_embeddings": False,
-        "laep_jax_version": laep_jax.__version__,
-    }
-    if form == "padded":
-        return common | {
-            "model_type": "ernie4_5_moe",
-            "architectures": ["Ernie4_5_MoeForCausalLM"],
-            "moe_intermediate_size": model.ffn_size,
-            "moe_num_experts": max(saved.num_experts),
-            "moe_k": model.top_k,
-            "moe_num_shared_experts": 0,
-            "moe_layer_start_index": 0,
-            "moe_layer_end_index": model.num_layers - 1,
-            "moe_layer_interval": 1,
-            "use_bias": False,
-        }
-    mixtral = common | {"num_local_experts": max(saved.num_experts), "num_experts_per_tok": model.top_k}
-    if form == "uniform":
-        return mixtral | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
-    return mixtral | {
-        "model_type": "laep_mixtral",
-        "architectures": ["LaepMixtralForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "modeling_laep.LaepMixtralConfig",
-            "AutoModel": "modeling_laep.LaepMixtralModel",
-            "AutoModelForCausalLM": "modeling_laep.LaepMixtralForCausalLM",
-        },
-        "experts_per_layer": list(saved.num_experts),
-        "lfa": model.lfa,
-        "lfa_bias": model.lfa_bias,
-        "router_bias": saved.has_bias,
-    }
+def _tensor(saved: Saved, place: Place) -> np.ndarray:
+    if place.leaf is None:
+        return np.zeros(place.shape, np.float32)
+    rows = place.rows
+    array = saved.read(place.leaf, slice(rows, rows + 1) if isinstance(rows, int) else rows)
+    array = array[0] if isinstance(rows, int) else array
+    return place.out(array if place.columns is None else array[..., place.columns])
 
 
-def _write_weights(specs: Sequence[Spec], out: Path, dtype: str, numbers: np.dtype) -> None:
+def _write_weights(saved: Saved, wanted: Sequence[Place], out: Path, dtype: str, numbers: np.dtype) -> None:
     """In one file, or in several with an index."""
-    makers = {spec.name: spec.make for spec in specs}
+    by_name = {place.name: place for place in wanted}
     shards: list[dict[str, Described]] = [{}]
     dtypes: dict[str, np.dtype] = {}
-    for spec in specs:
-        of = ("F32", np.dtype(np.float32)) if spec.name.endswith("bias") else (dtype, numbers)  # biases choose experts
-        dtypes[spec.name] = of[1]
-        tensor = Described(of[0], spec.shape, int(np.prod(spec.shape)) * of[1].itemsize)
+    for name, place in by_name.items():
+        of = ("F32", np.dtype(np.float32)) if name.endswith("bias") else (dtype, numbers)  # biases choose experts
+        dtypes[name] = of[1]
+        tensor = Described(of[0], place.shape, int(np.prod(place.shape)) * of[1].itemsize)
         if shards[-1] and sum(of.size for of in shards[-1].values()) + tensor.size > SHARD_BYTES:
             shards.append({})
-        shards[-1][spec.name] = tensor
+        shards[-1][name] = tensor
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     for name, shard in zip(names, shards, strict=True):
-        write_one_by_one(out / name, shard, lambda tensor: makers[tensor]().astype(dtypes[tensor]))
+        write_one_by_one(out / name, shard, lambda name: _tensor(saved, by_name[name]).astype(dtypes[name]))
     if count > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(of.size for shard in shards for of in shard.values())

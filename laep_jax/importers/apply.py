@@ -16,10 +16,10 @@ import numpy as np
 from laep_jax.errors import UserError, require
 from laep_jax.files import read_json
 from laep_jax.importers.families import BIAS, COUNTS, FAMILIES, LAYER, NUMBERED, ROUTER, TOGETHER, TOP_K
-from laep_jax.importers.safetensors_file import Tensor, read_header, read_tensors, write_tensors
+from laep_jax.importers.safetensors_file import INDEX, Tensor, read_shards, read_tensors, write_tensors
 from laep_jax.laep.plan import Plan
 
-INDEX, SINGLE, LINEAGE = "model.safetensors.index.json", "model.safetensors", "laep_lineage.json"
+LINEAGE = "laep_lineage.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", INDEX)  # not copied
 BY_LAYER = "experts_per_layer"
 BEST_OF_GROUP = 2  # experts by which a router judges a group
@@ -50,19 +50,6 @@ def read_config(model: Path) -> dict[str, Any]:
     for name in (*TOP_K, *COUNTS, "n_group", "topk_group", "num_hidden_layers"):
         require(type(config.get(name, 1)) in (int, type(None)), f"{model}: {name}", config.get(name), "is no number")
     return config
-
-
-def read_shards(model: Path) -> dict[str, dict[str, Any]]:
-    """The header of each shard by its file name."""
-    if not (model / INDEX).exists():
-        return {SINGLE: read_header(model / SINGLE)}
-    weight_map = read_json(model / INDEX, str(model / INDEX)).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{model / INDEX} has no weight_map")
-    files = sorted({str(file) for file in weight_map.values()})
-    outside = [file for file in files if Path(file).name != file]
-    require(not outside, f"files of {model / INDEX}", outside, "lie outside the folder")
-    return {file: read_header(model / file) for file in files}
 
 
 def experts_of(shards: Mapping[str, Mapping[str, Any]], num_layers: int) -> dict[int, int]:

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from laep_jax.errors import UserError, require
-from laep_jax.files import MAX_JSON, open_regular, parse_json
+from laep_jax.files import MAX_JSON, open_regular, parse_json, read_json
 
 METADATA = "__metadata__"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,19 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     data: np.ndarray
+
+
+def read_shards(model: Path) -> dict[str, dict[str, Any]]:
+    """The header of each file of a folder by its name. `UserError` where it has none."""
+    if not (model / INDEX).exists():
+        return {SINGLE: read_header(model / SINGLE)}
+    weight_map = read_json(model / INDEX, str(model / INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{model / INDEX} has no weight_map")
+    files = sorted({str(file) for file in weight_map.values()})
+    outside = [file for file in files if Path(file).name != file]
+    require(not outside, f"files of {model / INDEX}", outside, "lie outside the folder")
+    return {file: read_header(model / file) for file in files}
 
 
 def read_header(path: Path) -> dict[str, Any]:

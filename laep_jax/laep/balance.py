@@ -35,31 +35,33 @@ def device_loads(loads_E: np.ndarray, num_groups: int) -> np.ndarray:
 def lower_bound(loads_E: np.ndarray, num_groups: int) -> float:
     """What the largest device load cannot be below, in the units of `loads_E`.
 
-    In equal groups of at most two experts, or of at most MAX_SEARCHED in all, the best placement has this load.
-    Otherwise it is the mean device load, or the heaviest expert with the lightest that fill its device, whichever is
-    more. Where E does not divide by G, experts without load fill the groups up.
+    In groups of at most two experts, or of at most MAX_SEARCHED in all, the best placement has this load. Otherwise it
+    is the mean device load, or the heaviest expert with the lightest that fill a smaller device, whichever is more.
 
     >>> lower_bound(np.array([9, 8, 7, 1, 1, 1]), num_groups=3)
     10.0
     """
-    size = -(-len(loads_E) // num_groups)
-    loads_E = np.append(loads_E, np.zeros(size * num_groups - len(loads_E), loads_E.dtype))
+    size, longer = divmod(len(loads_E), num_groups)
+    sizes = (size + 1,) * longer + (size,) * (num_groups - longer)
     ascending = np.sort(loads_E)
-    if size == 2:  # the heaviest with the lightest, and so on
-        return float((ascending + ascending[::-1]).max())
+    if max(sizes) == 2:  # the heaviest with the lightest, and so on; what is over alone
+        pairs = np.pad(ascending, (sizes.count(1), 0))
+        return float((pairs + pairs[::-1]).max())
     if len(loads_E) <= MAX_SEARCHED:
-        return float(_least_largest(ascending[::-1].tolist(), size, math.inf))
+        return float(_least_largest(ascending[::-1].tolist(), sizes, math.inf))
     return max(float(ascending.sum() / num_groups), float(ascending[-1] + ascending[: size - 1].sum()))
 
 
-def _least_largest(loads: list, size: int, below: float) -> float:
+def _least_largest(loads: list, sizes: tuple[int, ...], below: float) -> float:
     """The least that the largest group load can be, by trying all groups around the first load; at most `below`."""
     if not loads:
         return 0
     first, *others = loads
-    for group in itertools.combinations(range(len(others)), size - 1):
-        load = first + sum(others[i] for i in group)
-        if load < below:
-            rest = [other for i, other in enumerate(others) if i not in group]
-            below = min(below, max(load, _least_largest(rest, size, below)))
+    for size in {*sizes}:
+        at = sizes.index(size)
+        for group in itertools.combinations(range(len(others)), size - 1):
+            load = first + sum(others[i] for i in group)
+            if load < below:
+                rest = [other for i, other in enumerate(others) if i not in group]
+                below = min(below, max(load, _least_largest(rest, sizes[:at] + sizes[at + 1 :], below)))
     return below

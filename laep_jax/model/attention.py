@@ -4,7 +4,8 @@ Scores of all positions at once would be S x S for each head. On TPU they stay i
 (`jax.experimental.pallas.ops.tpu.splash_attention`, after FlashAttention, arXiv 2205.14135), on GPU inside cuDNN's.
 Arrays that do not fit the sizes of a kernel are padded: with zeros, which add nothing to a product, and with
 positions of a separate document. `attention_kernel` names the kernel that runs.
-Axes: B batch rows, S sequence, D hidden, H heads, K head size.
+With grouped queries (GQA, arXiv 2305.13245) a head of keys and values serves several heads of queries, side by side.
+Axes: B batch rows, S sequence, D hidden, H heads, of keys and values fewer perhaps, K head size, J heads x head size.
 """
 
 import typing
@@ -16,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from laep_jax.config import BATCH_AXES, Config, ModelConfig
-from laep_jax.model.layers import rotary
+from laep_jax.model.layers import RMSNorm, rotary
 from laep_jax.model.lfa import LocalFilter
 
 LANES = 128  # splash wants S and K in multiples of a vector register's lanes
@@ -27,7 +28,7 @@ PADDING = -1  # the segment of padded positions: that of no document, nor of the
 
 
 def attend(query_BSHK: jax.Array, key_BSHK: jax.Array, value_BSHK: jax.Array, segments_BS: jax.Array, mesh: Mesh):
-    """[B, S, H, K]: softmax(q k / sqrt(K)) v over the positions up to one's own with the same segment."""
+    """softmax(q k / sqrt(K)) v over the positions up to one's own with the same segment, like query_BSHK."""
     _, length, _, size = query_BSHK.shape
     attend_here, _ = _choose(length, size, query_BSHK.dtype, mesh.devices.flat[0])
     rows = PartitionSpec(BATCH_AXES)
@@ -99,6 +100,10 @@ def row_by_row(query_BSHK, key_BSHK, value_BSHK, segments_BS) -> jax.Array:
     length, size = query_BSHK.shape[1], query_BSHK.shape[3]
     block = max(CPU_BLOCK, -(-length // MAX_CPU_BLOCKS))
 
+    sharing = query_BSHK.shape[2] // key_BSHK.shape[2]
+    if sharing > 1:
+        key_BSHK, value_BSHK = (jnp.repeat(x, sharing, axis=2) for x in (key_BSHK, value_BSHK))
+
     def one_block(start, query_HSK, key_HSK, value_HSK, segments_S):
         end = min(start + block, length)
         scores_HQS = jnp.einsum(
@@ -154,29 +159,38 @@ class Attention(nnx.Module):
     """[B, S, D] -> [B, S, D]. Queries and keys are made from the filtered input, values from x."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        hidden, heads, size = config.hidden_size, config.num_heads, config.head_dim
+        hidden, size = config.hidden_size, config.head_dim
+        of_queries, of_keys = config.num_heads * size, config.kv_heads * size
         init = nnx.initializers.normal(0.02)
         residual_init = nnx.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
-        self.query_JD = nnx.Param(init(rngs.params(), (hidden, heads * size)).T)
-        self.key_JD = nnx.Param(init(rngs.params(), (hidden, heads * size)).T)
-        self.value_JD = nnx.Param(init(rngs.params(), (hidden, heads * size)).T)
-        self.output_JD = nnx.Param(residual_init(rngs.params(), (heads * size, hidden)))
-        self.heads_HK = heads, size
-        self.rope_base = config.rope_base
-        self.has_lfa = config.lfa
+        self.query_JD = nnx.Param(init(rngs.params(), (hidden, of_queries)).T)
+        self.key_JD = nnx.Param(init(rngs.params(), (hidden, of_keys)).T)
+        self.value_JD = nnx.Param(init(rngs.params(), (hidden, of_keys)).T)
+        self.output_JD = nnx.Param(residual_init(rngs.params(), (of_queries, hidden)))
+        if config.qk_norm != "none":
+            by_head = config.qk_norm == "head"
+            self.query_norm = RMSNorm(size if by_head else of_queries, config.norm_eps)
+            self.key_norm = RMSNorm(size if by_head else of_keys, config.norm_eps)
         if config.lfa:
             self.lfa = LocalFilter(config, rngs=rngs)
+        self.config = config
 
     def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, positions_BS: jax.Array, mesh: Mesh) -> jax.Array:
-        filtered_BSD = self.lfa(x_BSD, segments_BS) if self.has_lfa else x_BSD
-        inputs = ((filtered_BSD, self.query_JD), (filtered_BSD, self.key_JD), (x_BSD, self.value_JD))
+        qk_norm, rope_base = self.config.qk_norm, self.config.rope_base
+        filtered_BSD = self.lfa(x_BSD, segments_BS) if self.config.lfa else x_BSD
+        query_BSJ = jnp.einsum("bsd,jd->bsj", filtered_BSD, self.query_JD[...])
+        key_BSJ = jnp.einsum("bsd,jd->bsj", filtered_BSD, self.key_JD[...])
+        value_BSJ = jnp.einsum("bsd,jd->bsj", x_BSD, self.value_JD[...])
+        if qk_norm == "whole":
+            query_BSJ, key_BSJ = self.query_norm(query_BSJ), self.key_norm(key_BSJ)
         query_BSHK, key_BSHK, value_BSHK = (
-            jnp.einsum("bsd,jd->bsj", y_BSD, weight_JD[...]).reshape(*y_BSD.shape[:2], *self.heads_HK)
-            for y_BSD, weight_JD in inputs
+            x_BSJ.reshape(*x_BSJ.shape[:2], -1, self.config.head_dim) for x_BSJ in (query_BSJ, key_BSJ, value_BSJ)
         )
+        if qk_norm == "head":
+            query_BSHK, key_BSHK = self.query_norm(query_BSHK), self.key_norm(key_BSHK)
         mixed_BSHK = attend(
-            rotary(query_BSHK, positions_BS, self.rope_base),
-            rotary(key_BSHK, positions_BS, self.rope_base),
+            rotary(query_BSHK, positions_BS, rope_base),
+            rotary(key_BSHK, positions_BS, rope_base),
             value_BSHK,
             segments_BS,
             mesh,

@@ -12,17 +12,28 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 
+from laep_jax.config import ModelConfig
 from laep_jax.model.dispatch import BLOCK, Routes, combine, permute, sum_over_slots
+from laep_jax.model.layers import gated
 
 REST_BLOCK = 32  # rows, for what BLOCK leaves over
 ROW_TILE, COLUMN_TILE = 512, 512  # of the kernels: a weight that is read serves so many rows; larger ones compile long
 
 
-def _gated(both_BG: jax.Array) -> jax.Array:
-    gate_BF, up_BF = jnp.split(both_BG, 2, axis=-1)
-    return jax.nn.silu(gate_BF) * up_BF
+class SharedExpert(nnx.Module):
+    """[B, S, D] -> [B, S, D]: a SwiGLU of every token, which no router weights (DeepSeekMoE, arXiv 2401.06066)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        hidden, ffn = config.hidden_size, config.shared_ffn_size
+        residual_init = nnx.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
+        self.gate_up_DG = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (hidden, 2 * ffn)))
+        self.down_FD = nnx.Param(residual_init(rngs.params(), (ffn, hidden)))
+
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        return gated(x_BSD @ self.gate_up_DG[...]) @ self.down_FD[...]
 
 
 def _experts_by(
@@ -43,7 +54,7 @@ def _experts_by(
     x_RD = permute(x_TD, routes)
     with jax.named_scope("experts"):
         both_RG = product(x_RD, gate_up_EDG, sizes_E)
-        y_RD = product(_gated(jnp.where(in_use_R1, both_RG, 0)), down_EFD, sizes_E)
+        y_RD = product(gated(jnp.where(in_use_R1, both_RG, 0)), down_EFD, sizes_E)
     return combine(jnp.where(in_use_R1, y_RD, 0), weights_TK, routes)
 
 
@@ -127,7 +138,7 @@ def experts_by_blocks(
     def block_of_rows(block, start, _, matrices, sums, rows_RD):
         gate_up_DG, down_FD = matrices
         x_BD = x_TD[_slots(routes, start, block) // top_k]
-        y_BD = _gated(x_BD @ gate_up_DG) @ down_FD
+        y_BD = gated(x_BD @ gate_up_DG) @ down_FD
         return sums, jax.lax.dynamic_update_slice(rows_RD, y_BD, (start, 0))
 
     no_rows_RD = jnp.zeros((routes.slot_of_row_R.size, x_TD.shape[1]), x_TD.dtype)
@@ -151,7 +162,7 @@ def _blocks_backward(residuals, dy_TD: jax.Array):
         weights_B1 = weights_TK.reshape(-1)[slots_B][:, None].astype(x_TD.dtype)
         x_BD = x_TD[tokens_B]
         dy_BD = jnp.where(jnp.arange(block)[:, None] < rows_in_use, dy_TD[tokens_B], 0)
-        hidden_BF, of_both = jax.vjp(_gated, x_BD @ gate_up_DG)
+        hidden_BF, of_both = jax.vjp(gated, x_BD @ gate_up_DG)
         dhidden_BF = dy_BD @ down_FD.T  # of the row before its weight
         [dboth_BG] = of_both(dhidden_BF * weights_B1)
         dweights_B = jnp.sum(hidden_BF * dhidden_BF, axis=1, dtype=jnp.float32)

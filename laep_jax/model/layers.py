@@ -1,6 +1,6 @@
-"""RMS normalisation and rotary positions.
+"""RMS normalisation, rotary positions and the gate of SwiGLU.
 
-Axes: B batch rows, S sequence, H heads, K head size, D hidden.
+Axes: B batch rows, S sequence, H heads, K head size, D hidden, F ffn, G = 2F, gate first.
 """
 
 import jax
@@ -20,9 +20,10 @@ class RMSNorm(nnx.Module):
 
 
 def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """[..., D], whatever is in front."""
     x32 = x_BSD.astype(jnp.float32)
     inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * inverse_rms * scale_D[None, None]).astype(x_BSD.dtype)
+    return (x32 * inverse_rms * scale_D.reshape((1,) * (x32.ndim - 1) + (-1,))).astype(x_BSD.dtype)
 
 
 def rotary(x_BSHK: jax.Array, positions_BS: jax.Array, base: float) -> jax.Array:
@@ -37,3 +38,9 @@ def rotary(x_BSHK: jax.Array, positions_BS: jax.Array, base: float) -> jax.Array
     first, second = jnp.split(x_BSHK.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
     return turned.astype(x_BSHK.dtype)
+
+
+def gated(both_BG: jax.Array) -> jax.Array:
+    """silu(gate) * up (SwiGLU, arXiv 2002.05202)."""
+    gate_BF, up_BF = jnp.split(both_BG, 2, axis=-1)
+    return jax.nn.silu(gate_BF) * up_BF

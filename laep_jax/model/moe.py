@@ -76,7 +76,7 @@ class MoE(nnx.Module):
 
         Args:
           x_BSD: activations, rows split over every mesh axis. valid_BS: False for padding, which is
-            neither routed nor counted. bias_E: added to the logits when experts are chosen. layout: of this layer.
+            neither routed nor counted. bias_E: added to the scores when experts are chosen. layout: of this layer.
             domains_BSM: bool, which domain each token belongs to.
 
         Returns:
@@ -183,8 +183,8 @@ def _moe_on_device(
     with jax.named_scope("router"):
         logits_BSE = jnp.einsum("bsd,ed->bse", x_BSD.astype(jnp.float32), router_ED, precision="highest")
         bias_E = jnp.where(layout.is_own_W, bias_E, -jnp.inf)
-        ids_BSK, weights_BSK = route(logits_BSE, bias_E, valid_BS, config.top_k)
-        sums = balance_sums(logits_BSE, layout.is_own_W, ids_BSK, valid_BS, aux_losses)
+        ids_BSK, weights_BSK = route(logits_BSE, bias_E, valid_BS, config)
+        sums = balance_sums(logits_BSE, layout.is_own_W, ids_BSK, valid_BS, config.router_score, aux_losses)
         with jax.named_scope("counts"):
             sums["tokens_per_expert_E"] = count_tokens(ids_BSK, bias_E.size).sum(0, dtype=jnp.int32)
             if domains_BSM is not None:

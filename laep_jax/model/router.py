@@ -1,7 +1,7 @@
 """The router: the experts of each token, their weights, and the losses and bias that balance them.
 
-All arithmetic is float32. Choosing looks at logits + bias; weighting looks at the logits alone, of experts whose
-bias is not minus infinity: such a bias masks an expert exactly as pruning it would.
+All arithmetic is float32. Experts are chosen by score + bias and weighted by the score alone. A bias of minus infinity
+masks an expert exactly as pruning it would.
 Axes: B rows, S sequence, T tokens, E experts (of a layer, or of its window of W), K top-k slots, L layers, N experts
 of all layers, M domains.
 """
@@ -10,14 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from laep_jax.config import AuxLossConfig
+from laep_jax.config import AuxLossConfig, ModelConfig
+
+TINY = 1e-20  # of a sum of sigmoids, which may all be zero
+_SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 
 
-def route(logits_E: jax.Array, bias_E: jax.Array, valid: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
-    """Top-k on logits + bias, then softmax over the k chosen logits.
+def route(logits_E: jax.Array, bias_E: jax.Array, valid: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Top-k on score + bias; the weights are the scores of those k, divided by their sum with `norm_topk_prob`.
 
-    With k = 1 the softmax is over all experts (Switch, arXiv 2101.03961, eq. 2): over the chosen one it would be 1
-    whatever its logit, and the router would have no gradient.
+    The score is the softmax over all experts, or the sigmoid of each (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16).
+    With k = 1 nothing is divided (Switch, arXiv 2101.03961, eq. 2): the weight would be 1, and the router would have no
+    gradient.
 
     Args:
       logits_E: float32 [..., E]. bias_E: [E]. valid: bool [...], False for padding.
@@ -25,14 +29,19 @@ def route(logits_E: jax.Array, bias_E: jax.Array, valid: jax.Array, top_k: int) 
     Returns:
       ids int32 [..., K] (E, one past the last expert, for padding) and weights float32 [..., K].
     """
-    num_experts = logits_E.shape[-1]
+    num_experts, top_k = logits_E.shape[-1], config.top_k
     bias_1E = bias_E.reshape((1,) * (logits_E.ndim - 1) + (-1,))
-    ids_K = jax.lax.top_k(jax.lax.stop_gradient(logits_E) + bias_1E, top_k)[1]
-    if top_k == 1:
-        shares_E = jax.nn.softmax(jnp.where(jnp.isneginf(bias_1E), -jnp.inf, logits_E), axis=-1)
-        weights_K = jnp.take_along_axis(shares_E, ids_K, axis=-1)
-    else:
+    masked_E = jnp.where(jnp.isneginf(bias_1E), -jnp.inf, logits_E)
+    score_E = _SCORES[config.router_score](masked_E)
+    # Without a bias the logits have the same order, and rounding makes no two of them equal.
+    is_moved = jnp.any(jnp.isfinite(bias_E) & (bias_E != 0))
+    ids_K = jax.lax.top_k(jax.lax.stop_gradient(jnp.where(is_moved, score_E + bias_1E, masked_E)), top_k)[1]
+    if config.norm_topk_prob and top_k > 1 and config.router_score == "softmax":  # the sum over all experts drops out
         weights_K = jax.nn.softmax(jnp.take_along_axis(logits_E, ids_K, axis=-1), axis=-1)
+    else:
+        weights_K = jnp.take_along_axis(score_E, ids_K, axis=-1)
+        if config.norm_topk_prob and top_k > 1:
+            weights_K /= jnp.sum(weights_K, axis=-1, keepdims=True) + TINY
     return jnp.where(valid[..., None], ids_K, num_experts), jnp.where(valid[..., None], weights_K, 0.0)
 
 
@@ -52,19 +61,22 @@ def balance_sums(
     is_own_E: jax.Array | np.ndarray,
     ids_BSK: jax.Array,
     valid_BS: jax.Array,
+    router_score: str,
     aux_losses: AuxLossConfig,
 ) -> dict[str, jax.Array]:
     """Sums over this batch from which `balance_losses` makes the losses that are switched on.
 
     Sums over parts of a batch add up, but for `deepseek_v3`, which is a mean within each row. is_own_E: the layer's
-    experts, of those that there are logits of.
+    experts, of those that there are logits of. A token's probabilities are its scores, divided by their sum.
     """
     num_experts, top_k = jnp.sum(is_own_E), ids_BSK.shape[-1]
     logits_BSE = jnp.where(is_own_E[None, None], logits_BSE, -jnp.inf)
     valid_BS1 = valid_BS[..., None]
     tokens_B = jnp.sum(valid_BS, axis=1)
     sums = {"tokens": jnp.sum(tokens_B)}
-    probabilities_BSE = jax.nn.softmax(logits_BSE, axis=-1)
+    probabilities_BSE = _SCORES[router_score](logits_BSE)
+    if router_score == "sigmoid":
+        probabilities_BSE /= jnp.sum(probabilities_BSE, axis=-1, keepdims=True) + TINY
     if aux_losses.mixtral or aux_losses.mixtral_hf:
         sums["probability_E"] = jnp.sum(probabilities_BSE * valid_BS1, axis=(0, 1))
     if aux_losses.deepseek_v3:

@@ -19,6 +19,7 @@ from laep_jax.config import AuxLossConfig, ModelConfig
 from laep_jax.laep.layout import Layout
 from laep_jax.model.attention import Attention
 from laep_jax.model.dispatch import DISPATCH_NAMES
+from laep_jax.model.experts import SharedExpert
 from laep_jax.model.flat import pick, read_rows, read_window
 from laep_jax.model.layers import RMSNorm, rms_norm
 from laep_jax.model.moe import MoE, MoEAux
@@ -31,13 +32,14 @@ EXPERTS = {"router_ND": ROUTER, "gate_up_NDG": "gate_up_RDG", "down_NFD": "down_
 
 
 class Block(nnx.Module):
-    """One layer: x + attention(norm(x)), then x + moe(norm(x))."""
+    """One layer: x + attention(norm(x)), then x + moe(norm(x)), to which a shared expert adds."""
 
     def __init__(self, config: ModelConfig, num_experts: int, aux_losses: AuxLossConfig, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config, rngs=rngs)
         self.moe_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.moe = MoE(config, num_experts, aux_losses, rngs=rngs)
+        self.shared = SharedExpert(config, rngs=rngs) if config.shared_ffn_size else None
 
     def __call__(
         self, x_BSD: jax.Array, batch: dict, bias_E: jax.Array, layout: Layout, mesh: Mesh
@@ -45,7 +47,10 @@ class Block(nnx.Module):
         segments_BS = batch["segments_BS"]
         with jax.named_scope("attention"):
             x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), segments_BS, batch["positions_BS"], mesh)
-        y_BSD, aux = self.moe(self.moe_norm(x_BSD), segments_BS > 0, bias_E, layout, mesh, batch.get("domains_BSM"))
+        normed_BSD = self.moe_norm(x_BSD)
+        y_BSD, aux = self.moe(normed_BSD, segments_BS > 0, bias_E, layout, mesh, batch.get("domains_BSM"))
+        if self.shared is not None:
+            y_BSD += self.shared(normed_BSD)
         return x_BSD + y_BSD, aux
 
 
@@ -76,13 +81,13 @@ def init_params(config: ModelConfig, aux_losses: AuxLossConfig, key: jax.Array) 
     def of_all_layers(name: str) -> jax.Array:
         return jnp.concatenate([part[name].reshape(-1, *part[name].shape[2:]) for part in moe])
 
-    return {
+    params = {
         "embedding_VD": init(embedding_key, (vocab, hidden)),
         "layers": jax.tree.map(lambda *parts: jnp.concatenate(parts), *equal),
         "experts": {flat: of_all_layers(name) for flat, name in EXPERTS.items()},
         "final_norm": {"scale_D": jnp.ones((hidden,))},
-        "unembedding_DV": init(unembedding_key, (hidden, vocab)),
     }
+    return params if config.tie_embeddings else params | {"unembedding_DV": init(unembedding_key, (hidden, vocab))}
 
 
 def _gathered(tree, dtype, mesh: Mesh):
@@ -232,7 +237,7 @@ def hidden_states(
     table_VD = _gathered(params["embedding_VD"], dtype, mesh)
     x_BSD = jax.lax.with_sharding_constraint(table_VD[batch["tokens_BS"]], batch_sharding(mesh))
     with jax.named_scope("head"):
-        unembedding_DV = _gathered(params["unembedding_DV"], dtype, mesh)
+        unembedding_DV = table_VD.T if config.tie_embeddings else _gathered(params["unembedding_DV"], dtype, mesh)
         scale_D = _gathered(params["final_norm"]["scale_D"], dtype, mesh)
     if platform(mesh) == "cpu":
         x_BSD = _after(x_BSD, summed, unembedding_DV[0, 0], scale_D[0])

@@ -29,7 +29,7 @@ from laep_jax.state.optimizer import make_optimizer
 class TrainState:
     """`step`: optimizer steps done (int32), those skipped left out. `router_bias`: {"bias_N": float32}.
 
-    The bias is added to the router's logits when experts are chosen, not when they are weighted: zero
+    The bias is added to the router's scores when experts are chosen, not when they are weighted: zero
     by default, moved by the loss-free balancing, minus infinity to mask an expert.
     """
 
@@ -60,6 +60,13 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
     """A fresh state, made shard by shard on its devices."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     return jax.jit(functools.partial(new_state, config), out_shardings=shardings)()
+
+
+def state_of(params: dict, router_bias: dict, config: Config, mesh: Mesh) -> TrainState:
+    """A state at step 0 that takes over parameters and bias, which have their shardings."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh).opt_state)
+    opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings)(params)
+    return TrainState(jax.device_put(jnp.int32(0), replicated(mesh)), params, opt_state, router_bias)
 
 
 def initial_maps(config: Config) -> tuple[SlotMap, ...]:

@@ -11,6 +11,7 @@ class Summary:
     """The rows so far; docs/run_directory.md describes each field. None is not known yet, or not finite."""
 
     experts_before: list[int]
+    init_from: str = ""
     experts_after: list[int] | None = None
     parameters_before: int | None = None
     parameters_after: int | None = None

@@ -13,6 +13,7 @@ from laep_jax.paths import expanded, require_path
 from laep_jax.sharding import make_cpu_devices
 from laep_jax.switches import set_switches
 from laep_jax.training.check import check
+from laep_jax.training.initial import defaults
 from laep_jax.training.prune.compile_ahead import is_compiling
 from laep_jax.training.start import train
 from laep_jax.training.watch import Watch, unwatched
@@ -30,13 +31,15 @@ newest checkpoint. On several hosts each host runs this command; `laep-jax launc
 def main(argv: Sequence[str], watch: Watch = unwatched) -> int:
     gin_files, bindings, rest = parse_arguments(argv)
     arguments = _parser().parse_args(rest)
-    gin_files = or_default(gin_files)
-    config = load_config(gin_files, bindings)
+    init_from = arguments.init_from and expanded(arguments.init_from)
+    require(not init_from or arguments.workdir is not None, "--init-from", init_from, "needs --workdir")
+    gin_files = gin_files if init_from else or_default(gin_files)
+    workdir = f"runs/{Path(gin_files[-1]).stem}" if arguments.workdir is None else expanded(arguments.workdir)
+    require_path("--workdir", workdir, bucket=True)
+    config = load_config(gin_files, bindings, defaults(init_from, workdir) if init_from else {})
     if arguments.print_config:
         print(operative_config(config), end="")
         return 0
-    workdir = f"runs/{Path(gin_files[-1]).stem}" if arguments.workdir is None else expanded(arguments.workdir)
-    require_path("--workdir", workdir, bucket=True)
     devices, processes = config.mesh.cpu_devices, num_processes()
     require(devices % processes == 0, "MeshConfig.cpu_devices", devices, f"is not divisible by {processes} processes")
     set_switches()
@@ -44,9 +47,9 @@ def main(argv: Sequence[str], watch: Watch = unwatched) -> int:
     with exit_without_barrier(is_compiling):
         connect()
         if arguments.check:
-            print("\n".join(check(config, workdir, arguments.executable)))
+            print("\n".join(check(config, workdir, arguments.executable, init_from)))
         else:
-            train(config, workdir, executable=arguments.executable, watch=watch)
+            train(config, workdir, executable=arguments.executable, init_from=init_from, watch=watch)
     return 0
 
 
@@ -64,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         "--workdir",
         metavar="DIR",
         help="the run's folder, or gs://BUCKET/FOLDER (default: runs/ and the config's name)",
+    )
+    parser.add_argument(
+        "--init-from",
+        metavar="FOLDER",
+        help="begin with the parameters, the settings of the model and the tokenizer of a Hugging Face folder, a run or"
+        " one RUN/checkpoints/STEP of it; then there is no default config",
     )
     parser.add_argument("--executable", type=Path, metavar="FILE", help="the step as `preflight --save` compiled it")
     parser.add_argument("--print-config", action="store_true", help="print every setting as gin text, and end")

@@ -43,6 +43,7 @@ from laep_jax.tracking.console import RunConsole
 from laep_jax.tracking.pause import Pause
 from laep_jax.tracking.run_log import NoLog, RunLog
 from laep_jax.training.executable import load_step
+from laep_jax.training.initial import Source, open_source, read_state, require_same_architecture
 from laep_jax.training.loop import train_to_end
 from laep_jax.training.preemption import PreemptionGuard
 from laep_jax.training.prune.compile_ahead import make_steps
@@ -55,15 +56,20 @@ from laep_jax.training.watch import Watch, unwatched
 
 
 def train(
-    config: Config, run_dir: str | os.PathLike[str], *, executable: Path | None = None, watch: Watch = unwatched
+    config: Config,
+    run_dir: str | os.PathLike[str],
+    *,
+    executable: Path | None = None,
+    init_from: str | None = None,
+    watch: Watch = unwatched,
 ) -> dict:
     """Trains to `config.train.num_steps`, from the newest checkpoint in `run_dir` or from the start.
 
-    executable: a file of `preflight --save`, for the model that the run began with. watch: enters the stages of
-    `laep_jax.training.watch`. Returns what summary.json holds;
-    a complete run shows its table again and changes no file. `UserError`, before anything is compiled or written,
-    where the config does not fit the devices, the corpus or the checkpoint. `StoppedError` after SIGTERM or Ctrl-C,
-    when the step in flight is done and saved.
+    init_from: where a new run takes its parameters from (`initial.open_source`). executable: a file of
+    `preflight --save`, for the model that the run began with. watch: enters the stages of `laep_jax.training.watch`.
+    Returns what summary.json holds; a complete run shows its table again and changes no file. `UserError`, before
+    anything is compiled or written, where the config does not fit the devices, the corpus, the parameters or the
+    checkpoint. `StoppedError` after SIGTERM or Ctrl-C, when the step in flight is done and saved.
     run_dir: a folder that all processes see, or a gs:// address; then records are kept on this machine and go up before
     each checkpoint. With several processes (`laep_jax.distributed`) each calls it alike.
     """
@@ -101,10 +107,15 @@ def train(
                             _require_space(run, state_bytes)
                         make_controller(run_state.current(base), run_state, None)  # refuses a plan that does not fit
                         first_step = _first_step(executable, config, base, run_state)
+                        source = source_of(init_from, config, run_state)
                         log = attempt.enter_context(_open_log(records, base, run_state.step, console))
                     _announce(config, base, run_state, changed, dataset, log, console)
                     preemption = attempt.enter_context(PreemptionGuard(config.train.step_timeout))
-                    trainer = _make_trainer(base, run_state, first_step, dataset, checkpoints, log, console, watch)
+                    if source:
+                        run_state.summary.init_from = source.description
+                        console.event(f"parameters from {source.description}")
+                    rest = (dataset, checkpoints, log, console, watch)
+                    trainer = _make_trainer(base, run_state, first_step, source, *rest)
                     return train_to_end(trainer, preemption)
             except DamagedError as error:
                 checkpoints.put_aside(error)
@@ -130,6 +141,15 @@ def open_inputs(config: Config, run: Storage) -> tuple[Dataset, int]:
         )
     require_same_run(config, dataset.fingerprint)
     return dataset, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def source_of(init_from: str | None, config: Config, run_state: RunState) -> Source | None:
+    """What a new run begins with. `UserError` where it does not fit the model; a run that is resumed needs none."""
+    if init_from is None or run_state.step:
+        return None
+    source = open_source(init_from)
+    require_same_architecture(source, config.model)
+    return source
 
 
 def _nothing() -> None: ...
@@ -185,6 +205,7 @@ def _make_trainer(
     base: Config,
     run_state: RunState,
     first_step: jax.stages.Compiled | None,
+    source: Source | None,
     dataset: Dataset,
     checkpoints: Checkpoints,
     log: RunLog | NoLog,
@@ -197,7 +218,8 @@ def _make_trainer(
     rest = (dataset, checkpoints, log, console, run_state, watch)
     if not step:
         steps = make_steps(config, mesh, len(dataset.domains), first_step)
-        model = Model(config, mesh, init_state(config, mesh), initial_maps(config), steps)
+        state = read_state(source, config, mesh) if source else init_state(config, mesh)
+        model = Model(config, mesh, state, initial_maps(config), steps)
         run_state.summary.parameters_before = model.size.total
         return Trainer(model, None, *rest)
     again = f"; steps {step + 1} to {log.last_step} are done again" if log.last_step > step else ""

@@ -81,7 +81,7 @@ def test_bits_per_byte_are_the_sum_over_the_logits(run, tmp_path, capsys):
     saved = Saved(str(run))
     config = here(saved.config)
     mesh = make_mesh(config.mesh)
-    state, layout = load_model(saved, config, mesh), initial_layout(config)
+    model, layout = load_model(saved, config, mesh), initial_layout(config)
     forward = jax.jit(functools.partial(logits, config=config.model, mesh=mesh))
     nats = dict.fromkeys("xy", 0.0)
     for name, text in texts.items():
@@ -92,7 +92,7 @@ def test_bits_per_byte_are_the_sum_over_the_logits(run, tmp_path, capsys):
             "segments_BS": jnp.asarray((np.arange(32) < len(text)).astype(np.int32) * np.ones_like(row)),
             "positions_BS": jnp.broadcast_to(jnp.arange(32, dtype=jnp.int32), row.shape),
         }
-        shares = jax.nn.log_softmax(forward(state.params, state.router_bias, layout, batch)[0])
+        shares = jax.nn.log_softmax(forward(model["params"], model["router_bias"], layout, batch)[0])
         targets = [*text[1:], 256]
         nats[name[0]] -= float(sum(shares[place, target] for place, target in enumerate(targets)))
     for name, number in (("x", 19), ("y", 6)):

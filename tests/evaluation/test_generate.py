@@ -26,6 +26,15 @@ KINDS = {
     "lfa": {"num_experts": (8, 4, 6), "lfa": True, "lfa_bias": True},
     "plain": {"num_experts": 8, "lfa": False},
     "top 1": {"num_experts": 8, "top_k": 1},
+    "qwen3": {"num_experts": 8, "lfa": False, "num_kv_heads": 2, "qk_norm": "head", "top_k": 4},
+    "olmoe": {"num_experts": 8, "lfa": False, "qk_norm": "whole", "top_k": 4, "norm_topk_prob": False},
+    "deepseek": {
+        "num_experts": (8, 4, 6),
+        "num_kv_heads": 1,
+        "router_score": "sigmoid",
+        "shared_ffn_size": 12,
+        "tie_embeddings": True,
+    },
     "bfloat16": {"num_experts": (8, 4, 6), "dtype": "bfloat16"},
 }
 

@@ -40,7 +40,21 @@ KINDS = {  # what a model has that makes a form necessary or possible
     "lfa": {"num_experts": UNEQUAL, "lfa": True, "lfa_bias": True},
     "top_1": {"num_experts": EQUAL, "lfa": False, "top_k": 1},
     "bias": {"num_experts": UNEQUAL, "lfa": False},
+    "qwen3": {"num_experts": EQUAL, "lfa": False, "num_kv_heads": 2, "qk_norm": "head", "tie_embeddings": True},
+    "olmoe": {"num_experts": EQUAL, "lfa": False, "qk_norm": "whole", "norm_topk_prob": False, "top_k": 4},
+    "others": {
+        "num_experts": UNEQUAL,
+        "lfa": True,
+        "num_kv_heads": 1,
+        "qk_norm": "head",
+        "router_score": "sigmoid",
+        "shared_ffn_size": 12,
+        "tie_embeddings": True,
+    },
+    "whole_norm": {"num_experts": UNEQUAL, "lfa": False, "num_kv_heads": 2, "qk_norm": "whole"},
 }
+CLASSES = {"uniform": "MixtralForCausalLM", "qwen3": "Qwen3MoeForCausalLM", "olmoe": "OlmoeForCausalLM"}
+BIASED = ("bias", "others")
 
 
 class Run:
@@ -54,7 +68,7 @@ class Run:
         state = init_state(self.config, self.mesh)
         keys = iter(jax.random.split(jax.random.key(1), 99))
         noisy = jax.tree.map(lambda x: x + 0.15 * jax.random.normal(next(keys), x.shape), state.params)
-        noise_N = 0.4 * jax.random.normal(next(keys), (sum(self.counts),)) * (kind == "bias")
+        noise_N = 0.4 * jax.random.normal(next(keys), (sum(self.counts),)) * (kind in BIASED)
         bias_N = state.router_bias["bias_N"] + noise_N
         self.state: TrainState = dataclasses.replace(state, params=noisy, router_bias={"bias_N": bias_N})
         run_state = RunState.fresh(self.config.resolve(8), "sha of the corpus")
@@ -109,12 +123,12 @@ def test_transformers_has_the_logits_of_laep_jax(run, tmp_path, capsys):
     want = run.logits()
     assert want.std() > 0.3
     np.testing.assert_allclose(logits_of(model), want, rtol=0, atol=1e-4)
-    assert (type(model).__name__ == "MixtralForCausalLM") == (run.kind == "uniform")
-    assert ("vLLM" in capsys.readouterr().out) == (run.kind in ("uniform", "hetero"))
+    assert type(model).__name__ == CLASSES.get(run.kind, "LaepMixtralForCausalLM")
+    assert ("vLLM" in capsys.readouterr().out) == (run.kind in (*CLASSES, "hetero", "whole_norm"))
 
 
 def test_a_padded_model_is_exact_too(runs, tmp_path):
-    for kind in ("uniform", "hetero"):
+    for kind in ("uniform", "hetero", "bias"):
         model = load(export(runs(kind), tmp_path / kind, "--form=padded"))
         assert type(model).__name__ == "Ernie4_5_MoeForCausalLM"
         np.testing.assert_allclose(logits_of(model), runs(kind).logits(), rtol=0, atol=1e-4)
@@ -259,7 +273,9 @@ def test_the_card_says_what_the_run_was(runs, tmp_path):
         ("hetero", "uniform", "cannot hold layers of 4 to 8 experts; use hetero"),
         ("lfa", "uniform", r"localized filtering \(ModelConfig\.lfa\) and layers of 4 to 8 experts"),
         ("lfa", "padded", r"cannot hold localized filtering \(ModelConfig\.lfa\); use hetero"),
-        ("bias", "padded", "cannot hold a bias of the loss-free balancing, added to logits; use hetero"),
+        ("bias", "uniform", "cannot hold a bias of the loss-free balancing and layers of 4 to 8 experts; use hetero"),
+        ("whole_norm", "padded", r"cannot hold ModelConfig\.qk_norm='whole' with norm_topk_prob=True; use hetero"),
+        ("others", "padded", r"the router's sigmoid \(ModelConfig\.router_score\) and a shared expert"),
         ("top_1", "uniform", r"cannot hold the router's weights with ModelConfig\.top_k=1; use hetero"),
     ],
 )

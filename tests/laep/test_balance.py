@@ -25,6 +25,8 @@ def test_imbalance_and_device_loads_by_hand():
         ([8, 7, 6, 5, 4, 0], 2, 15),
         ([9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0, 0], 4, 12),  # 9 2 1, 8 3 0, 7 4 0, 6 5 0
         ([10] * 8 + [9] * 6, 7, 20),  # pairs: the mean of 19.14 is out of reach
+        ([344, 224, 132, 127, 69, 69, 30], 3, 374),  # two devices of two experts: none has 344 alone
+        ([9, 5, 4, 3], 3, 9),
         ([10] * 9 + [0] * 9, 6, 15),  # three a device: 20 at best, the bound is the mean
     ],
 )

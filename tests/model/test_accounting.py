@@ -56,7 +56,18 @@ def test_the_pruned_model_of_the_paper():
     assert size.experts_per_layer[16:85] == (48,) * 69
 
 
-@pytest.mark.parametrize("changes", [{}, {"lfa": False}, {"lfa_bias": True}, {"num_experts": (16, 8, 8, 24)}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lfa": False},
+        {"lfa_bias": True},
+        {"num_experts": (16, 8, 8, 24)},
+        {"num_kv_heads": 2, "qk_norm": "head", "tie_embeddings": True},
+        {"num_kv_heads": 1, "qk_norm": "whole", "shared_ffn_size": 24},
+    ],
+    ids=str,
+)
 def test_total_is_that_of_the_real_parameters(changes):
     config = ModelConfig(**changes)
     shapes = jax.eval_shape(functools.partial(init_params, config, AuxLossConfig()), jax.random.key(0))

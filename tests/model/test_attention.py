@@ -28,20 +28,25 @@ def cudnn_elsewhere(*arrays, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("form", "shape"),
+    ("form", "shape", "kv_heads"),
     [
-        ("splash", (1, 230, 2, 20)),
-        ("row_by_row", (2, 300, 2, 16)),
-        ("cudnn", (2, 231, 2, 12)),
+        ("splash", (1, 230, 2, 20), 2),
+        ("splash", (1, 230, 4, 20), 2),
+        ("row_by_row", (2, 300, 2, 16), 2),
+        ("row_by_row", (2, 300, 4, 16), 2),
+        ("cudnn", (2, 231, 2, 12), 2),
+        ("cudnn", (2, 231, 4, 12), 2),
     ],
 )
-def test_it_is_plain_attention_within_documents(form, shape, monkeypatch):
+def test_it_is_plain_attention_within_documents(form, shape, kv_heads, monkeypatch):
     forms = {
         "splash": functools.partial(attention.splash, interpret=True),
         "row_by_row": attention.row_by_row,
         "cudnn": functools.partial(cudnn_elsewhere, monkeypatch=monkeypatch),
     }
-    query, key, value = (jax.random.normal(k, shape) for k in jax.random.split(jax.random.key(0), 3))
+    shapes = (shape, *((*shape[:2], kv_heads, shape[3]),) * 2)
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key, value = (jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True))
     padding = shape[1] - 220
     segments_BS = jnp.asarray(np.repeat([[1, 2, 0]] * shape[0], [100, 120, padding], axis=1), jnp.int32)
 
@@ -56,6 +61,7 @@ def test_it_is_plain_attention_within_documents(form, shape, monkeypatch):
     plain, other = of(attention.all_at_once), of(forms[form])
     np.testing.assert_allclose(other[0], plain[0], rtol=1e-5)
     for gradient, expected in zip(other[1], plain[1], strict=True):
+        assert gradient.shape == expected.shape
         np.testing.assert_allclose(gradient, expected, atol=4e-5)  # float32 sums of 300 terms in another order
 
 

@@ -133,19 +133,29 @@ def test_counts_leave_padding_out_and_add_up_over_devices():
     assert counts_E.sum() == TOP_K * valid_BS.sum() < TOP_K * valid_BS.size
 
 
-@pytest.mark.parametrize(("expert_parallel", "top_k"), [(1, 2), (4, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("expert_parallel", "router"),
+    [
+        (1, {}),
+        (4, {}),
+        (4, {"top_k": 1}),
+        (4, {"top_k": 3, "router_score": "sigmoid"}),
+        (4, {"top_k": 3, "norm_topk_prob": False}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kept", [[0, 2, 4, 6], [0, 2, 4, 6, 7]], ids=len)
-def test_slicing_equals_masking_with_minus_infinity(expert_parallel, top_k, kept):
+def test_slicing_equals_masking_with_minus_infinity(expert_parallel, router, kept):
     """The small layer gives what the masked one gives, bit for bit in the routing; five do not divide by four."""
     mesh = make_mesh(MeshConfig(fsdp=8 // expert_parallel, expert=expert_parallel))
     params, x_BSD, _, valid_BS = _inputs()
-    masked = jax.jit(_layer(mesh, top_k=top_k))
+    masked = jax.jit(_layer(mesh, **router))
     bias_E = np.full(NUM_EXPERTS, -np.inf, np.float32)
-    bias_E[kept] = 0
+    bias_E[kept] = np.linspace(-0.2, 0.2, len(kept)) if router else 0
     masked_BSD, masked_counts_E = masked(params, x_BSD, valid_BS, bias_E)
     sliced = {name: leaf[np.array(kept)] for name, leaf in params.items()}
-    small = jax.jit(_layer(mesh, num_experts=len(kept), top_k=top_k))
-    y_BSD, counts_E = small(sliced, x_BSD, valid_BS, jnp.zeros(len(kept)))
+    small = jax.jit(_layer(mesh, num_experts=len(kept), **router))
+    y_BSD, counts_E = small(sliced, x_BSD, valid_BS, bias_E[kept])
     np.testing.assert_array_equal(counts_E, masked_counts_E[np.array(kept)])
     np.testing.assert_allclose(y_BSD, masked_BSD, rtol=1e-6, atol=1e-6)
 

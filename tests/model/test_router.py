@@ -3,19 +3,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from laep_jax.config import AuxLossConfig
+from laep_jax.config import AuxLossConfig, ModelConfig
 from laep_jax.laep.layout import windows
 from laep_jax.model.router import balance_losses, balance_sums, count_by_domain, count_tokens, route, update_bias
 
 ALL = AuxLossConfig(mixtral=1.0, mixtral_hf=1.0, deepseek_v3=1.0, router_z=1.0)
 
 
-def _losses(logits_BSE, valid_BS, top_k, is_own_E=None):
+def router(num_experts=4, **settings):
+    return ModelConfig(num_experts=num_experts, **settings)
+
+
+def _losses(logits_BSE, valid_BS, top_k, is_own_E=None, score="softmax"):
     logits_BSE = jnp.float32(logits_BSE)
     is_own_E = np.ones(logits_BSE.shape[-1], bool) if is_own_E is None else is_own_E
-    ids_BSK, _ = route(logits_BSE, jnp.where(is_own_E, 0, -jnp.inf), valid_BS, top_k)
+    ids_BSK, _ = route(logits_BSE, jnp.where(is_own_E, 0, -jnp.inf), valid_BS, router(top_k=top_k))
     counts_E = count_tokens(ids_BSK, logits_BSE.shape[-1]).sum(0)
-    sums = balance_sums(logits_BSE, is_own_E, ids_BSK, valid_BS, ALL)
+    sums = balance_sums(logits_BSE, is_own_E, ids_BSK, valid_BS, score, ALL)
     return counts_E, balance_losses(sums, counts_E, jnp.sum(is_own_E), top_k, ALL)
 
 
@@ -58,7 +62,7 @@ def test_padding_changes_no_loss():
 
 def test_weights_are_a_softmax_over_the_chosen_and_the_bias_only_chooses():
     logits_TE = jnp.array([[1.0, 3.0, 2.0, 0.0]])
-    ids_TK, weights_TK = route(logits_TE, jnp.array([9.0, 0.0, 0.0, 0.0]), jnp.array([True]), 2)
+    ids_TK, weights_TK = route(logits_TE, jnp.array([9.0, 0.0, 0.0, 0.0]), jnp.array([True]), router(top_k=2))
     assert sorted(ids_TK[0].tolist()) == [0, 1]
     by_id = dict(zip(ids_TK[0].tolist(), weights_TK[0].tolist(), strict=True))
     assert by_id[1] == pytest.approx(1 / (1 + np.exp(-2)))
@@ -74,7 +78,7 @@ def test_the_weight_of_a_single_expert_is_its_share_of_all_that_are_not_masked()
     )
 
     def weight(logits_TE):
-        ids_TK, weights_TK = route(logits_TE, bias_E, valid_T, 1)
+        ids_TK, weights_TK = route(logits_TE, bias_E, valid_T, router(top_k=1))
         return weights_TK[0, 0], ids_TK[0, 0]
 
     (share, chosen), gradient_TE = jax.value_and_grad(weight, has_aux=True)(logits_TE)
@@ -84,8 +88,40 @@ def test_the_weight_of_a_single_expert_is_its_share_of_all_that_are_not_masked()
     np.testing.assert_allclose(gradient_TE[0], [*(shares_E[2] * (np.array([0, 0, 1]) - shares_E)), 0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_experts_are_chosen_by_score_and_bias_and_weighted_by_the_score(score, norm_topk_prob):
+    logits_TE = np.random.default_rng(0).normal(size=(50, 6))
+    bias_E = np.linspace(-0.2, 0.2, 6)
+    score_TE = 1 / (1 + np.exp(-logits_TE)) if score == "sigmoid" else np.exp(logits_TE)
+    score_TE /= score_TE.sum(1, keepdims=True) if score == "softmax" else 1
+    config = router(6, top_k=3, router_score=score, norm_topk_prob=norm_topk_prob)
+    ids_TK, weights_TK = route(jnp.float32(logits_TE), jnp.float32(bias_E), jnp.ones(50, bool), config)
+    np.testing.assert_array_equal(ids_TK, np.argsort(-(score_TE + bias_E), axis=1)[:, :3])
+    assert (np.asarray(ids_TK) != np.argsort(-(logits_TE + bias_E), axis=1)[:, :3]).any()
+    want_TK = np.take_along_axis(score_TE, np.asarray(ids_TK), 1)
+    want_TK /= want_TK.sum(1, keepdims=True) if norm_topk_prob else 1
+    np.testing.assert_allclose(weights_TK, want_TK, rtol=1e-6)
+
+
+def test_logits_whose_scores_are_equal_after_rounding_keep_their_order_without_a_bias():
+    logits_TE = jnp.array([[-200.0, 0.0, -150.0, -190.0]])
+    ids_TK, _ = route(logits_TE, jnp.zeros(4), jnp.array([True]), router(top_k=3))
+    assert ids_TK[0].tolist() == [1, 2, 3]
+
+
+def test_sigmoids_enter_the_losses_as_shares_of_their_sum():
+    logits = [[[2, 1, 0, -1], [0, 2, 1, -1], [2, -1, 1, 0]]]
+    _, losses = _losses(logits, jnp.ones((1, 3), bool), top_k=2, score="sigmoid")
+    share_TE = 1 / (1 + np.exp(-np.array(logits[0], float)))
+    share_TE /= share_TE.sum(1, keepdims=True)
+    want = 4 * np.sum(np.array([2, 2, 2, 0]) / 6 * share_TE.mean(0))
+    assert losses["mixtral"] == pytest.approx(want, rel=1e-6)
+    assert losses["deepseek_v3"] == pytest.approx(want, rel=1e-6)
+
+
 def test_padding_is_routed_to_no_expert():
-    ids_TK, weights_TK = route(jnp.zeros((2, 4)), jnp.zeros(4), jnp.array([True, False]), 2)
+    ids_TK, weights_TK = route(jnp.zeros((2, 4)), jnp.zeros(4), jnp.array([True, False]), router(top_k=2))
     assert ids_TK[1].tolist() == [4, 4]
     assert weights_TK[1].tolist() == [0, 0]
     assert count_tokens(ids_TK, 4).sum() == 2

@@ -47,11 +47,20 @@ def _loss(params, batch, model, mesh):
 @functools.cache
 def _run(sizes=(1, 8), **changes):
     model = MODEL if not changes else ModelConfig(**{**_fields(MODEL), **changes})
-    mesh = make_mesh(MeshConfig(fsdp=sizes[0], expert=sizes[1]))
+    mesh = make_mesh(MeshConfig(fsdp=sizes[0], expert=sizes[1]), jax.devices()[: sizes[0] * sizes[1]])
     params = init_params(model, AuxLossConfig(), jax.random.key(0))
     params = jax.device_put(params, tree_shardings(params, mesh))
     step = jax.jit(jax.value_and_grad(functools.partial(_loss, model=model, mesh=mesh), has_aux=True))
     return jax.tree.map(np.asarray, step(params, put_batch(_batch(), mesh)))
+
+
+OTHERS = {  # what other models have
+    "num_kv_heads": 2,
+    "qk_norm": "head",
+    "router_score": "sigmoid",
+    "shared_ffn_size": 16,
+    "tie_embeddings": True,
+}
 
 
 def _fields(config):
@@ -70,6 +79,17 @@ def test_mesh_remat_and_unrolling_change_nothing(changes):
     np.testing.assert_array_equal(counts, expected_counts)
     assert [int(c.sum()) for c in counts] == [2 * 8 * 10] * 3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("qk_norm", ["head", "whole"])
+def test_what_other_models_have_is_the_same_on_every_mesh_and_learns(qk_norm):
+    others = OTHERS | {"qk_norm": qk_norm}
+    (loss, _), gradients = _run((2, 4), **others)
+    (expected, _), expected_gradients = _run((1, 1), **others)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, expected_gradients)
+    assert "unembedding_DV" not in gradients
+    assert all(np.any(gradient) for gradient in jax.tree.leaves(gradients))
 
 
 def test_layers_of_unequal_size_are_what_they_are_one_by_one():

@@ -1,8 +1,9 @@
 """A mixture of experts that laep_jax has trained, for Hugging Face Transformers 5: Mixtral, but for what it lacks.
 
-Each layer has its own number of experts (`experts_per_layer`). With `lfa`, queries and keys are made from inputs that
-two causal convolutions of width two have filtered (Yuan 2.0, arXiv 2311.15786). With `router_bias`, a bias is added to
-the router's logits when experts are chosen, not when they are weighted.
+Each layer has its own number of experts (`experts_per_layer`), whose scores are a softmax or sigmoids (`router_score`).
+With `router_bias`, a bias is added to them when experts are chosen, not when they are weighted. With `lfa`, queries and
+keys are made from inputs that two causal convolutions of width two have filtered (Yuan 2.0, arXiv 2311.15786); with
+`qk_norm` they are normalised, each head or all together. A shared expert of `shared_ffn_size` takes every token.
 
 `python -m laep_jax export` copies this file beside the weights; it needs no laep_jax.
 """
@@ -18,29 +19,65 @@ from transformers.models.mixtral import modeling_mixtral as mixtral
 class LaepMixtralConfig(MixtralConfig):
     model_type = "laep_mixtral"
 
-    def __init__(self, experts_per_layer=None, lfa=False, lfa_bias=False, router_bias=False, **kwargs):
-        self.experts_per_layer = experts_per_layer
-        self.lfa, self.lfa_bias, self.router_bias = lfa, lfa_bias, router_bias
+    def __init__(
+        self,
+        experts_per_layer=None,
+        lfa=False,
+        lfa_bias=False,
+        qk_norm="none",
+        router_score="softmax",
+        norm_topk_prob=True,
+        router_bias=False,
+        shared_ffn_size=0,
+        **kwargs,
+    ):
+        self.experts_per_layer, self.shared_ffn_size = experts_per_layer, shared_ffn_size
+        self.lfa, self.lfa_bias, self.qk_norm = lfa, lfa_bias, qk_norm
+        self.router_score, self.norm_topk_prob, self.router_bias = router_score, norm_topk_prob, router_bias
         super().__init__(**kwargs)
 
 
 class Router(mixtral.MixtralTopKRouter):
-    """The weights of the chosen experts add up to one, unless a token has one expert only."""
+    """With `norm_topk_prob` the weights of a token's experts add up to one, unless it has one expert only."""
 
     def __init__(self, config):
         super().__init__(config)
+        self.score, self.normalizes = config.router_score, config.norm_topk_prob and self.top_k > 1
         if config.router_bias:
             self.bias = nn.Parameter(torch.zeros(self.num_experts))
 
     def forward(self, hidden_states):
         logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim).float(), self.weight.float())
-        choosing = logits + self.bias.float() if hasattr(self, "bias") else logits
+        scores = logits.sigmoid() if self.score == "sigmoid" else logits.softmax(dim=-1)
+        choosing = scores + self.bias.float() if hasattr(self, "bias") else logits
         chosen = choosing.topk(self.top_k, dim=-1).indices
-        if self.top_k == 1:
-            weights = logits.softmax(dim=-1).gather(-1, chosen)
-        else:
-            weights = logits.gather(-1, chosen).softmax(dim=-1)
+        weights = scores.gather(-1, chosen)
+        if self.normalizes:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, weights, chosen
+
+
+class SharedExpert(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.shared_ffn_size, bias=False)
+        self.down_proj = nn.Linear(config.shared_ffn_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+
+class SparseMoeBlock(mixtral.MixtralSparseMoeBlock):
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = Router(config)
+        if config.shared_ffn_size:
+            self.shared_expert = SharedExpert(config)
+
+    def forward(self, hidden_states):
+        shared = self.shared_expert(hidden_states) if hasattr(self, "shared_expert") else 0
+        return super().forward(hidden_states) + shared
 
 
 class LocalFilter(nn.Module):
@@ -86,24 +123,32 @@ class Filtered:
 
 
 class Attention(mixtral.MixtralAttention):
-    """Queries and keys of the filtered input, values of the input itself."""
+    """Queries and keys of the filtered input, values of the input itself; queries and keys normalised."""
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        self.lfa = LocalFilter(config)
+        if config.lfa:
+            self.lfa = LocalFilter(config)
+        if config.qk_norm != "none":
+            by_head = config.qk_norm == "head"
+            sizes = [1, 1] if by_head else [config.num_attention_heads, config.num_key_value_heads]
+            self.q_norm, self.k_norm = (
+                mixtral.MixtralRMSNorm(size * self.head_dim, eps=config.rms_norm_eps) for size in sizes
+            )
 
     def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, position_ids=None, **kwargs):
         cache = kwargs.pop("past_key_values", cache)  # as older versions call it
-        if cache is not None and not hasattr(cache, "laep_filtered"):
-            cache.laep_filtered = Filtered(cache)
-        last = {} if cache is None else cache.laep_filtered.last
-        is_first = (position_ids == 0)[..., None]
-        filtered, last[self.layer_idx] = self.lfa(hidden_states, is_first, last.get(self.layer_idx))
+        filtered = self._filter(hidden_states, cache, position_ids) if self.config.lfa else hidden_states
+        query, key = self.q_proj(filtered), self.k_proj(filtered)
+        if self.config.qk_norm == "whole":
+            query, key = self.q_norm(query), self.k_norm(key)
 
         def heads(projected):
             return projected.view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
-        query, key = heads(self.q_proj(filtered)), heads(self.k_proj(filtered))
+        query, key = heads(query), heads(key)
+        if self.config.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
         value = heads(self.v_proj(hidden_states))
         query, key = mixtral.apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
@@ -111,6 +156,14 @@ class Attention(mixtral.MixtralAttention):
         attend = mixtral.ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, mixtral.eager_attention_forward)
         mixed, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
         return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _filter(self, hidden_states, cache, position_ids):
+        if cache is not None and not hasattr(cache, "laep_filtered"):
+            cache.laep_filtered = Filtered(cache)
+        last = {} if cache is None else cache.laep_filtered.last
+        is_first = (position_ids == 0)[..., None]
+        filtered, last[self.layer_idx] = self.lfa(hidden_states, is_first, last.get(self.layer_idx))
+        return filtered
 
 
 class LaepMixtralModel(MixtralModel):
@@ -121,9 +174,8 @@ class LaepMixtralModel(MixtralModel):
         for index, (layer, count) in enumerate(zip(self.layers, config.experts_per_layer, strict=True)):
             of_layer = copy.copy(config)
             of_layer.num_local_experts = count
-            layer.mlp = mixtral.MixtralSparseMoeBlock(of_layer)
-            layer.mlp.gate = Router(of_layer)
-            if config.lfa:
+            layer.mlp = SparseMoeBlock(of_layer)
+            if config.lfa or config.qk_norm != "none":
                 layer.self_attn = Attention(config, index)
         self.post_init()
 

@@ -1,0 +1,1 @@
+"""Models of Hugging Face Transformers, out and in: which there are, where their tensors are, and reading them."""
