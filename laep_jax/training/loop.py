@@ -86,6 +86,7 @@ def _fetch(trainer: Trainer, step: int, metrics: dict) -> tuple[bool, dict]:
         counts,
         seconds=trainer.model.step_seconds[-1],
         tokens=tokens,
+        epochs=max(trainer.dataset.epochs(step).values()),
         flops_per_token=trainer.model.size.flops_per_token,
     )
     return bool(metrics["finite"]), fields
@@ -108,9 +109,15 @@ def _check_loss(trainer: Trainer, step: int, loss: float, grad_norm: float, fini
         raise FloatingPointError(f"{run_state.skipped} steps in a row until step {step} were not finite, and skipped")
 
 
-def _few(rows: np.ndarray) -> str:
-    shown = ", ".join(map(str, rows[:4]))
-    return f"{shown}, ... ({len(rows)})" if len(rows) > 4 else shown
+def _few(rows: dict[str, np.ndarray]) -> str:
+    """The first rows of each source, and how many there are.
+
+    >>> _few({"web": np.arange(6), "code": np.array([7])})
+    'of web 0, 1, 2, 3, ... (6), of code 7'
+    """
+    shown = {name: ", ".join(map(str, some[:4])) for name, some in rows.items()}
+    more = {name: f", ... ({len(some)})" if len(some) > 4 else "" for name, some in rows.items()}
+    return ", ".join(f"of {name} {shown[name]}{more[name]}" for name in rows)
 
 
 def _boundary(trainer: Trainer, step: int, stopping: bool) -> None:
@@ -142,6 +149,7 @@ def _close(trainer: Trainer) -> dict:
         trainer.evaluate(step, "end")
         trainer.measure("after" if summary.prune_steps else "before")
         summary.steps = step
+        summary.epochs_by_source = trainer.dataset.epochs(step)
         window = trainer.config.laep.window
         summary.not_pruned = summary.not_pruned or f"the run ends before LaepConfig.window={window}"
         trainer.save(step, now=True)

@@ -21,7 +21,7 @@ from laep_jax.state.tree import TrainState, layout_of
 from laep_jax.tracking.console import RunConsole
 from laep_jax.tracking.pause import Pause
 from laep_jax.tracking.run_log import NoLog, RunLog
-from laep_jax.training.evaluate import ValidationLoss, validation_loss
+from laep_jax.training.evaluate import ValidationLoss, bits_per_byte, validation_loss
 from laep_jax.training.prune.compile_ahead import CompiledSteps
 from laep_jax.training.prune.controller import Controller
 from laep_jax.training.prune.guard import softened
@@ -147,19 +147,34 @@ class Trainer:
         with self.watch("evaluate", step):
             validation = validation_loss(self.model.evaluate, self.model.state, *self.measured_on)
         self.log_validation(step, when, validation)
-        self.console.event(f"step {step}: validation loss {validation.loss:.4f} ({when})")
+        bits = self.bits_per_byte(validation)
+        self.console.event(f"step {step}: validation loss {validation.loss:.4f}, {bits:.4f} bits per byte ({when})")
+
+    def bits_per_byte(self, validation: ValidationLoss) -> float:
+        """Of the measured validation text, whose bytes are known (see `Dataset`)."""
+        return bits_per_byte(validation.loss, self.dataset.bytes_per_target)
 
     def log_validation(self, step: int, when: str, validation: ValidationLoss) -> None:
         """Writes a measurement to the log and the summary."""
         loss, losses, targets = validation.loss, validation.loss_by_domain, validation.targets_by_domain
-        summary = self.run_state.summary
+        summary, bits = self.run_state.summary, self.bits_per_byte(validation)
         if summary.validation_targets_by_domain != targets:  # once, as long as the batches stay the same
             summary.validation_targets_by_domain = targets
             self.log.write("validation", step, targets_by_domain=targets)
-        self.log.write("eval", step, validation_loss=loss, validation_loss_by_domain=losses, when=when)
+        self.log.write(
+            "eval",
+            step,
+            validation_loss=loss,
+            validation_bits_per_byte=bits,
+            validation_loss_by_domain=losses,
+            epochs_by_source=self.dataset.epochs(step),
+            when=when,
+        )
         summary.validation_loss_by_domain[when] = dict(losses)
         if when != "periodic":
             setattr(summary, f"validation_loss_{when}", loss)
+        if when == "end":
+            summary.validation_bits_per_byte_end = bits
 
     @property
     def measured_on(self) -> tuple[list[dict[str, np.ndarray]], Mesh, tuple[str, ...]]:

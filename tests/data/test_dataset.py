@@ -216,7 +216,7 @@ def test_text_without_a_target_is_refused(config, texts, monkeypatch, side, mess
 def test_a_few_validation_batches_come_from_many_documents(config, texts):
     data = dataset(config(validation_fraction=0.5))
     first = data.validation_batch(0)["tokens_BS"]
-    in_order = data.tokens.validation[: 8 * 16].reshape(8, 16)
+    in_order = data.sources[0].tokens.validation[: 8 * 16].reshape(8, 16)
     assert not np.array_equal(first, in_order)
 
 
@@ -256,6 +256,11 @@ def test_standard_library_is_the_default(tmp_path):
 
 
 def test_refusals(config):
+    message = (
+        r"^DataConfig.validation_fraction=1e-09 leaves no validation document: DataConfig.path='.*texts' holds 40$"
+    )
+    with pytest.raises(UserError, match=message):
+        dataset(config(validation_fraction=1e-9))
     with pytest.raises(UserError, match=r"ModelConfig.vocab_size=256 is below the tokenizer's 257"):
         dataset(config(), vocab_size=256)
     with pytest.raises(UserError, match=r"DataConfig.batch_size=8 is not divisible by 3 processes"):
