@@ -17,7 +17,7 @@ from laep_jax.config import DataConfig
 from laep_jax.data.cache import Tokens, open_tokens
 from laep_jax.data.corpus import OTHER, some_names
 from laep_jax.data.listing import list_files
-from laep_jax.data.packing import document_indices, num_rows, pack, split_rows
+from laep_jax.data.packing import document_indices, num_rows, pack, split_rows, to_document_end
 from laep_jax.data.tokenizer import Tokenizer, load_tokenizer
 from laep_jax.errors import printable, require
 
@@ -45,6 +45,7 @@ class Dataset:
         process_count: int,
     ):
         self.tokens, self.eod, self.sequence_length = tokens, tokenizer.eod, config.sequence_length
+        self._decode = tokenizer.decode
         self.process_index, self.process_count = process_index, process_count
         self.local_rows = config.batch_size // process_count
         identity = f"{tokens.sha256} {len(tokens.train)} {tokenizer.identity}"
@@ -77,6 +78,16 @@ class Dataset:
         """(these rows of validation text, for each target the index of its run of documents, [B, S])."""
         batch = pack(split_rows(self.tokens.validation, rows_B, self.sequence_length), self.eod)
         return batch, document_indices(self.tokens.run_ends, rows_B, self.sequence_length)
+
+    def prompt(self, num_tokens: int) -> np.ndarray:
+        """The beginning, of at most so many tokens, of the first validation document that has any; int32."""
+        stream = self.tokens.validation
+        start = next(place for place, token in enumerate(stream) if token != self.eod)
+        return to_document_end(stream[start : start + num_tokens].astype(np.int32), self.eod)
+
+    def text(self, tokens: np.ndarray) -> str:
+        """What the tokens say, up to the end of their document."""
+        return self._decode(to_document_end(tokens, self.eod).tolist())
 
     def train_batch(self, step: int) -> dict[str, np.ndarray]:
         """tokens_BS, targets_BS, segments_BS, positions_BS (see `packing.pack`) of a step, from 0 on."""
