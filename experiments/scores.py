@@ -18,7 +18,7 @@ from laep_jax.files import read_json
 
 TASKS = Path(__file__).parent / "tasks"
 METRICS = {"laep_next_line": "acc", "laep_identifier": "acc", "laep_bits_per_byte": "bits_per_byte"}
-BATCH_SIZE = 32
+BATCH_SIZE = 128
 
 
 def require_lm_eval() -> None:
