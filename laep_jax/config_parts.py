@@ -240,6 +240,11 @@ class TrainConfig:
     log_every: int = free(10, "steps between lines of the log", low=1)
     eval_every: int = free(100, "steps between validations", low=1)
     eval_batches: int = free(8, "batches of a validation", low=1)
+    sample_every: int | None = free(
+        None,
+        "steps between samples in the log, text that the model writes; None: never",
+        low=1,
+    )
     checkpoint_every: int = free(100, "steps between checkpoints; a kill loses at most as many", low=1)
     keep_checkpoints: int = free(3, "newest checkpoints that are kept", low=1)
     max_skipped_steps: int = free(

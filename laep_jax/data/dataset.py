@@ -19,7 +19,7 @@ from laep_jax.data.corpus import some_names
 from laep_jax.data.domains import OTHER, domain_name
 from laep_jax.data.listing import corpus_field, list_files, of_mixture
 from laep_jax.data.mixing import Rows, shares, train_order, validation_order
-from laep_jax.data.packing import pack
+from laep_jax.data.packing import pack, to_document_end
 from laep_jax.data.saved import skipped_splits
 from laep_jax.data.tokenizer import Tokenizer, load_tokenizer
 from laep_jax.errors import printable, require
@@ -75,6 +75,7 @@ class Dataset:
         process_count: int,
     ):
         self.sources, self.eod, self.batch_size = sources, tokenizer.eod, config.batch_size
+        self._decode = tokenizer.decode
         self.process_index, self.process_count = process_index, process_count
         self.local_rows = config.batch_size // process_count
         self.fingerprint = _fingerprint(sources, tokenizer)
@@ -105,6 +106,17 @@ class Dataset:
         """(these rows of validation text, for each target the index of its run of documents, [B, S])."""
         ends = [source.tokens.run_ends for source in self.sources]
         return pack(self.validation_rows.tokens(rows_B), self.eod), self.validation_rows.runs(rows_B, ends)
+
+    def prompt(self, num_tokens: int) -> np.ndarray:
+        """The beginning, of at most so many tokens, of the first validation document that has any; int32."""
+        streams = (source.tokens.validation for source in self.sources)
+        found = ((stream, place) for stream in streams for place, token in enumerate(stream) if token != self.eod)
+        stream, start = next(found)
+        return to_document_end(stream[start : start + num_tokens].astype(np.int32), self.eod)
+
+    def text(self, tokens: np.ndarray) -> str:
+        """What the tokens say, up to the end of their document."""
+        return self._decode(to_document_end(tokens, self.eod).tolist())
 
     def train_batch(self, step: int) -> dict[str, np.ndarray]:
         """tokens_BS, targets_BS, segments_BS, positions_BS (see `packing.pack`) of a step, from 0 on."""

@@ -50,9 +50,14 @@ def train_to_end(trainer: Trainer, preemption: PreemptionGuard) -> dict:
 
 def _is_boundary(trainer: Trainer, step: int) -> bool:
     settings = trainer.config.train
-    due = step % settings.eval_every == 0 or step % settings.checkpoint_every == 0
+    due = step % settings.eval_every == 0 or step % settings.checkpoint_every == 0 or _samples(trainer, step)
     due = due or trainer.is_due(step) or _decides(trainer, step) or trainer.controller.rebalances(step)
     return due or step == settings.num_steps
+
+
+def _samples(trainer: Trainer, step: int) -> bool:
+    every = trainer.config.train.sample_every
+    return every is not None and step % every == 0
 
 
 def _decides(trainer: Trainer, step: int) -> bool:
@@ -121,7 +126,7 @@ def _few(rows: dict[str, np.ndarray]) -> str:
 
 
 def _boundary(trainer: Trainer, step: int, stopping: bool) -> None:
-    """Everything that is not training: evaluation, the stability test, rebalancing, saving, pruning.
+    """Everything that is not training: evaluation, a sample, the stability test, rebalancing, saving, pruning.
 
     What is due is done before the run stops, since it resumes behind it.
     """
@@ -130,6 +135,8 @@ def _boundary(trainer: Trainer, step: int, stopping: bool) -> None:
         return
     if step % settings.eval_every == 0:
         trainer.evaluate(step, "periodic")
+    if _samples(trainer, step):
+        trainer.sample(step)
     if _decides(trainer, step):
         with trainer.watch("decide", step):
             decide(trainer, step)
@@ -147,6 +154,8 @@ def _close(trainer: Trainer) -> dict:
     step, summary = trainer.run_state.step, trainer.run_state.summary
     if summary.steps != step:
         trainer.evaluate(step, "end")
+        if _samples(trainer, step):
+            trainer.sample(step)
         trainer.measure("after" if summary.prune_steps else "before")
         summary.steps = step
         summary.epochs_by_source = trainer.dataset.epochs(step)

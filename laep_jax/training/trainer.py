@@ -27,6 +27,7 @@ from laep_jax.training.prune.controller import Controller
 from laep_jax.training.prune.guard import softened
 from laep_jax.training.prune.smaller_model import SmallerModel
 from laep_jax.training.run_state import RunState
+from laep_jax.training.sample import lengths, make_sampler
 from laep_jax.training.step import Batch, Metrics
 from laep_jax.training.watch import Watch
 
@@ -66,6 +67,16 @@ class Model:
     def evaluate(self) -> Callable:
         """The eval step with the layout that is in use."""
         return functools.partial(self.steps.evaluate, self.layout)
+
+    @functools.cached_property
+    def sampler(self) -> Callable:
+        """`make_sampler` of this model, compiled at its first call."""
+        return make_sampler(self.config, self.mesh)
+
+    def sample(self, prompt: np.ndarray) -> np.ndarray:
+        """The most probable tokens after a prompt, which is the same on every process."""
+        prompt_P = jax.device_put(prompt, replicated(self.mesh))
+        return np.asarray(self.sampler(self.layout, self.state.params, self.state.router_bias, prompt_P))
 
     @property
     def compiles(self) -> bool:
@@ -175,6 +186,15 @@ class Trainer:
             setattr(summary, f"validation_loss_{when}", loss)
         if when == "end":
             summary.validation_bits_per_byte_end = bits
+
+    def sample(self, step: int) -> None:
+        """Shows and logs what the model writes, greedily, after the start of the validation text."""
+        prompt = self.dataset.prompt(lengths(self.config.data.sequence_length)[0])
+        with self.watch("sample", step):
+            written = self.model.sample(prompt)
+        before, text = self.dataset.text(prompt), self.dataset.text(written)
+        self.log.write("sample", step, prompt=before, text=text)
+        self.console.event(f"step {step}: after {before!r} the model writes {text!r}")
 
     @property
     def measured_on(self) -> tuple[list[dict[str, np.ndarray]], Mesh, tuple[str, ...]]:

@@ -131,6 +131,15 @@ def test_every_validation_token_is_counted_once(config, texts):
     assert (batches[-1]["segments_BS"] == 0).any(), "the corpus no longer tests the padding of the last batch"
 
 
+def test_the_prompt_is_the_beginning_of_the_first_validation_document(config, texts):
+    data = dataset(config())
+    first = texts[1][0]
+    for number in (1, 3, 10**6):
+        assert data.prompt(number).tolist() == [*first[:number]]
+        assert data.text(data.prompt(number)) == first[:number].decode(errors="replace")
+    assert data.text(np.array([*b"ab", 256, *b"cd"])) == "ab"
+
+
 def test_every_validation_target_has_the_domain_of_its_document(config, folder):
     data = dataset(config())
     assert data.domains == ("even", "odd")
