@@ -15,6 +15,7 @@ the code above is right by chance, in a quarter of the items. No item is longer 
 import builtins
 import collections
 import io
+import itertools
 import json
 import keyword
 import random
@@ -30,7 +31,7 @@ from laep_jax.config import Config
 from laep_jax.data.sources import Document
 from laep_jax.data.tokenizer import load_tokenizer
 from laep_jax.errors import UserError, run_main
-from laep_jax.evaluation.scoring import validation_documents
+from laep_jax.evaluation.scoring import validation_corpora
 
 FOLDER = Path("runs/tasks")  # where the tasks look for it, from the current directory
 MAX_ITEMS = 400  # of a task
@@ -69,6 +70,11 @@ def write_items(config: Config, folder: Path) -> dict[str, int]:
         lines = [json.dumps(item) + "\n" for item in of_task]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     return {name: len(of_task) for name, of_task in items.items()}
+
+
+def validation_documents(config: Config) -> Iterator[Document]:
+    """Those of all sources."""
+    return itertools.chain.from_iterable(validation_corpora(config))
 
 
 def make_items(documents: Iterable[Document], config: Config) -> dict[str, list[Item]]:

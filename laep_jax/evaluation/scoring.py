@@ -74,7 +74,7 @@ def here(config: Config) -> Config:
 
 
 def load_model(saved: Saved, config: Config, mesh: Mesh) -> dict:
-    """ "params" and "router_bias" of a checkpoint on a mesh; without moments."""
+    """A checkpoint's "params" and "router_bias" on a mesh; without moments."""
     abstract = abstract_state(config, mesh)
     return saved.restore({"params": abstract.params, "router_bias": abstract.router_bias})
 

@@ -13,13 +13,13 @@ import pytest
 
 from experiments import task_data
 from experiments.scores import METRICS, TASKS, score
-from experiments.task_data import CHOICES, FOLDER, make_items, write_items
+from experiments.task_data import CHOICES, FOLDER, make_items, validation_documents, write_items
 from laep_jax.checkpoint.saved import Saved
 from laep_jax.data.corpus import is_validation
 from laep_jax.data.sources import read_documents
 from laep_jax.data.tokenizer import BYTES
 from laep_jax.errors import UserError
-from laep_jax.evaluation.scoring import read_text, total, validation_documents
+from laep_jax.evaluation.scoring import read_text, total
 from laep_jax.evaluation.scoring import score as laep_score
 from tests.huggingface.test_export import Run, export
 
@@ -103,7 +103,7 @@ def test_lm_eval_scores_an_exported_model_as_laep_jax_does(run, items, monkeypat
         document._replace(text=item["text"].encode())
         for document, item in zip(validation_documents(run.config), items["laep_bits_per_byte"], strict=True)
     ]
-    want = total(laep_score(Saved(run.root), read_text(documents, "text", BYTES, 10**9), BYTES))
+    want = total(laep_score(Saved(run.root), read_text([documents], BYTES, 10**9), BYTES))
     assert found["laep_bits_per_byte"] == pytest.approx(want.bits_per_byte, rel=0.02)  # ends and rows lie elsewhere
 
 
