@@ -2,7 +2,8 @@
 
 Every parameter's name ends in its logical axes, one letter each: `down_NFD` is [experts, ffn,
 hidden]. Axes: V vocabulary, D hidden, C half of it (LFA), J heads times head size, E experts of a layer, N experts of
-all layers, F ffn, G twice that (gate and up side by side). A stack of layers has one more dimension in front.
+all layers, F ffn, G twice that (gate and up side by side), U hidden size of a shared expert, or twice that. A stack of
+layers has one more dimension in front.
 
 Every device holds a slice of every expert: ffn is split over `fsdp` and `expert` together, and no expert has a home. So
 placing experts, or pruning them, moves nothing between devices.
@@ -28,7 +29,14 @@ from laep_jax.errors import require
 THREADS_PER_DEVICE = 4
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # environment in which a process on CPU spends less on memory
 SLICES = ("fsdp", "expert")  # fsdp first: the slices that one all-to-all over `expert` brings lie side by side
-RULES: dict[str, tuple[str, ...]] = {"F": SLICES, "G": SLICES, "J": ("fsdp",), "V": ("expert",), "D": ("fsdp",)}
+RULES: dict[str, tuple[str, ...]] = {
+    "F": SLICES,
+    "G": SLICES,
+    "J": ("fsdp",),
+    "U": ("fsdp",),
+    "V": ("expert",),
+    "D": ("fsdp",),
+}
 
 
 def make_cpu_devices(number: int, *, processes: int = 1) -> None:

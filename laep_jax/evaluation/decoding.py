@@ -55,7 +55,7 @@ def decode_step(
         normed_D = _norm(x_D, weights["moe_norm"], config)
         y_D = _moe(normed_D, params["experts"], own_bias_N, config)
         if config.shared_ffn_size:
-            y_D += gated(normed_D @ weights["shared"]["gate_up_DG"]) @ weights["shared"]["down_FD"]
+            y_D += gated(weights["shared"]["gate_up_UD"] @ normed_D) @ weights["shared"]["down_UD"]
         return x_D + y_D, cache
 
     x_D = params["embedding_VD"][token].astype(dtype)

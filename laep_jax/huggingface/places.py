@@ -108,8 +108,8 @@ def _dense(model: ModelConfig, kind: str, layer: int) -> Iterator[Place]:
             yield place("self_attn.lfa.current_in.bias", "attention.lfa.bias_in_C", hidden // 2)
             yield place("self_attn.lfa.current_out.bias", "attention.lfa.bias_out_D", hidden)
     if shared := model.shared_ffn_size:
-        yield linear("mlp.shared_expert.gate_up_proj.weight", "shared.gate_up_DG", 2 * shared, hidden)
-        yield linear("mlp.shared_expert.down_proj.weight", "shared.down_FD", hidden, shared)
+        yield place("mlp.shared_expert.gate_up_proj.weight", "shared.gate_up_UD", 2 * shared, hidden)
+        yield linear("mlp.shared_expert.down_proj.weight", "shared.down_UD", hidden, shared)
 
 
 def _together(model: ModelConfig, layer: int, rows: slice, *, has_bias: bool) -> Iterator[Place]:

@@ -4,7 +4,7 @@ A block loop for CPU, JAX's megablox kernels for TPU, `ragged_dot` elsewhere. `j
 with every expert on XLA:CPU, and so does its weight gradient on TPU, which has no kernel there: the cost grows with the
 number of experts. The block loop and the kernels cost what the tokens cost.
 Axes: T tokens, K top-k slots, R rows by expert, D hidden, E experts of this device, F ffn, G = 2F, gate
-first, B rows of a block.
+first, B rows of a block; U hidden size of a shared expert, or twice that.
 """
 
 import functools
@@ -29,11 +29,11 @@ class SharedExpert(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         hidden, ffn = config.hidden_size, config.shared_ffn_size
         residual_init = nnx.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
-        self.gate_up_DG = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (hidden, 2 * ffn)))
-        self.down_FD = nnx.Param(residual_init(rngs.params(), (ffn, hidden)))
+        self.gate_up_UD = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (2 * ffn, hidden)))
+        self.down_UD = nnx.Param(residual_init(rngs.params(), (ffn, hidden)))
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        return gated(x_BSD @ self.gate_up_DG[...]) @ self.down_FD[...]
+        return gated(jnp.einsum("bsd,ud->bsu", x_BSD, self.gate_up_UD[...])) @ self.down_UD[...]
 
 
 def _experts_by(
