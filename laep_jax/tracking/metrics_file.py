@@ -12,7 +12,6 @@ from typing import Any
 
 from laep_jax.files import MAX_LINE, parse_record
 from laep_jax.tracking.growing_file import Attempts, GrowingFile
-from laep_jax.tracking.tracker import identity
 
 
 class MetricsFile:
@@ -25,21 +24,20 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int, attempt: Attempts):
         self._path, self._file = path, GrowingFile(path, attempt)
         self.last_step = 0  # of the run before it was interrupted
-        self.before: set[tuple] = set()  # identities of the records that it had from the resumed step on
         self._old: dict[tuple, int] = {}  # where the records of the resumed step begin
         self._new = bytearray()  # what has been written of it since
         if not resume_step:
             path.unlink(missing_ok=True)
         elif path.exists():
-            self.before, self._old = _cut(path, resume_step)
-            self.last_step = max((step for _, step, _ in self.before), default=0)
+            self.last_step, self._old = _cut(path, resume_step)
         self.is_complete = not resume_step or bool(self._old)  # there is a record of every step
         self._file.write(b"")
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         """Appends a record, on disk at once unless writing fails."""
-        line = (json.dumps({"kind": record["kind"], "step": step} | record, allow_nan=False) + "\n").encode()
-        start = self._old.get(identity(step, record))
+        record = {"kind": record["kind"], "step": step} | record
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        start = self._old.get(_identity(record))
         if start is not None:
             self._file.truncate(start)
             self._file.write(bytes(self._new))
@@ -54,25 +52,27 @@ class MetricsFile:
         self._file.close()
 
 
-def _cut(path: Path, step: int) -> tuple[set[tuple], dict[tuple, int]]:
-    """Truncates the file behind the records of `step`; returns what it had from there on, and where these begin.
+def _identity(record: dict) -> tuple:
+    return record["kind"], record["step"], record.get("when")
+
+
+def _cut(path: Path, step: int) -> tuple[int, dict[tuple, int]]:
+    """Truncates the file behind the records of `step`; returns the last step it had, and where these records begin.
 
     A torn last line goes in any case.
     """
-    size, before, places = None, set[tuple](), dict[tuple, int]()
+    size, last, places = None, 0, dict[tuple, int]()
     with path.open("rb") as file:
         for start, end, record in _backwards(file.fileno(), path):
-            size = end if size is None else size
+            size, last = end if size is None else size, max(last, record["step"])
             if record["step"] < step:
                 break
-            name = identity(record["step"], record)
-            before.add(name)
             if record["step"] > step:
                 size, places = start, {}
             else:
-                places[name] = start
+                places[_identity(record)] = start
     os.truncate(path, size or 0)
-    return before, places
+    return last, places
 
 
 def _backwards(descriptor: int, path: Path) -> Iterator[tuple[int, int, dict]]:

@@ -22,7 +22,7 @@ from laep_jax.gin_config import operative_config
 from laep_jax.laep.recorded_loads import FOLDER, METRICS_FILE, LoadsWriter
 from laep_jax.tracking.growing_file import Attempts
 from laep_jax.tracking.metrics_file import MetricsFile
-from laep_jax.tracking.services import FILE, open_service, read_identities
+from laep_jax.tracking.services import FILE, new_id, open_service, read_ids
 from laep_jax.tracking.tensorboard import EventFile
 from laep_jax.tracking.tracker import MAX_ENTRIES, Tracker
 
@@ -52,7 +52,7 @@ class RunLog:
         self._files: dict[Path, bytes] = {}  # that are still to be written
         self._shortened: set[str] = set()  # fields of which TensorBoard does not get everything
         self._resume_step, self._histogram_every = resume_step, 0
-        self._identities = read_identities(self._dir) if resume_step else {}
+        self._ids = read_ids(self._dir / FILE) if resume_step else {}
         self._loads = LoadsWriter(self._dir, num_experts, expert_parallel, resume_step)
         if (last := self._loads.last_saved) < resume_step:
             report(f"{self._dir / FOLDER}: the loads of steps {last + 1} to {resume_step} are missing")
@@ -99,16 +99,10 @@ class RunLog:
         self.write_file("operative.gin", operative_config(config))
         self._events.text(self._resume_step, "settings/operative.gin", operative_config(config))
         self._histogram_every = config.laep.window
-        rest = (self._dir, run_name, config.to_dict(), self._identities, self._metrics.before, self._report)
-        services = [open_service(name, *rest) for name in config.train.tracker_names]
-        for service in services:
-            kept = self._identities.get(service.name, {"step": 0})
-            if service.is_open:
-                step = max(kept["step"], self.last_step)
-                self._identities[service.name] = {"id": service.id, "step": step}
-        if services:
-            self.write_file(FILE, json.dumps(self._identities, indent=1) + "\n")
-        self._trackers += services
+        for name in config.train.tracker_names:
+            id = self._ids.setdefault(name, new_id())
+            self.write_file(FILE, json.dumps(self._ids, indent=1) + "\n")
+            self._trackers.append(open_service(name, self._dir, run_name, id, config.to_dict(), self._report))
 
     def record_counts(
         self, step: int, tokens_per_expert: Sequence[np.ndarray], lineage: Sequence[Sequence[int]]

@@ -17,11 +17,6 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def identity(step: int, record: dict[str, Any]) -> tuple:
-    """What no two records of a run share."""
-    return record["kind"], step, record.get("when")
-
-
 def scalars(record: dict[str, Any]) -> dict[str, float]:
     """The numbers of a record by their tags, KIND/FIELD; numbers by layer as least, mean and largest.
 
