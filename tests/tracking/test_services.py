@@ -14,7 +14,7 @@ from laep_jax.config import Config, TrainConfig
 from laep_jax.errors import UserError
 from laep_jax.files import refuse_links
 from laep_jax.tracking.run_log import RunLog
-from laep_jax.training.start import train
+from laep_jax.training.check import check
 
 BLOCK = 2**15  # bytes, of the records in W&B's file
 
@@ -122,10 +122,10 @@ def test_a_service_that_fails_is_reported_once_and_the_run_continues(tmp_path, s
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
 
 
-def test_a_missing_package_is_reported_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"^TrainConfig\.trackers='wandb' needs the package wandb: pip install 'laep_j"):
-        train(config_with("wandb"), tmp_path / "run")
+        check(config_with("wandb"), tmp_path / "run")  # which opens what `train` opens
     assert not (tmp_path / "run").exists()
 
 
