@@ -49,7 +49,7 @@ class FakeService:
 
     def fail_if(self, call):
         if self.failing == call:
-            raise ConnectionError(f"{call} is not\npossible")
+            raise RuntimeError(f"{call} is not\npossible")
 
 
 @pytest.fixture
