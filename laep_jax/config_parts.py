@@ -253,6 +253,22 @@ class TrainConfig:
     step_timeout: float | None = free(
         600.0, "seconds until a step counts as hung and the process ends; None: never", low=1, high=7 * 24 * 3600
     )
+    trackers: tuple[str, ...] | str = free(
+        (),
+        "services that get the numbers of TensorBoard too: one, or several as ('wandb', 'trackio'); each is an extra",
+        choices=("wandb", "trackio"),
+    )
 
     def __post_init__(self):
         check_fields(self)
+        require(
+            len(set(self.tracker_names)) == len(self.tracker_names),
+            "TrainConfig.trackers",
+            self.trackers,
+            "has one twice",
+        )
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """`trackers`, always as a tuple."""
+        return (self.trackers,) if isinstance(self.trackers, str) else self.trackers

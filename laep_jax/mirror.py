@@ -15,7 +15,7 @@ from laep_jax.files import MAX_ARRAY
 from laep_jax.paths import is_bucket, require_path
 from laep_jax.storage import Disk, Storage, open_storage
 
-FILES = ("metrics.jsonl", "summary.json", "config.json", "operative.gin", "model.gin")
+FILES = ("metrics.jsonl", "summary.json", "config.json", "operative.gin", "model.gin", "trackers.json")
 FOLDERS = ("loads", "plans", "tensorboard", "figures")
 
 
@@ -39,10 +39,11 @@ class Mirror:
         paths = {path.relative_to(self.folder).as_posix(): path for path in sorted(self.folder.rglob("*"))}
         paths = {name: path for name, path in paths.items() if path.is_file() and path.suffix != ".part"}
         for name, path in paths.items():
-            state = _state(path)
-            if self._same.get(name) != state:
-                self._run.write(name, path.read_bytes())
-                self._same[name] = state
+            with contextlib.suppress(FileNotFoundError):  # a tracker's own file that is gone by now
+                state = _state(path)
+                if self._same.get(name) != state:
+                    self._run.write(name, path.read_bytes())
+                    self._same[name] = state
         for name in self._dropped(set(paths)):
             self._run.remove(name)
             del self._same[name]

@@ -8,6 +8,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from laep_jax.files import MAX_LINE, parse_record
 from laep_jax.tracking.growing_file import Attempts, GrowingFile
@@ -32,8 +33,9 @@ class MetricsFile:
         self.is_complete = not resume_step or bool(self._old)  # there is a record of every step
         self._file.write(b"")
 
-    def write(self, record: dict) -> None:
+    def log(self, step: int, record: dict[str, Any]) -> None:
         """Appends a record, on disk at once unless writing fails."""
+        record = {"kind": record["kind"], "step": step} | record
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         start = self._old.get(_identity(record))
         if start is not None:

@@ -14,6 +14,7 @@ from laep_jax.sharding import make_cpu_devices
 from laep_jax.switches import set_switches
 from laep_jax.training.check import check
 from laep_jax.training.initial import defaults
+from laep_jax.training.profile import parse_steps
 from laep_jax.training.prune.compile_ahead import is_compiling
 from laep_jax.training.start import train
 from laep_jax.training.watch import Watch, unwatched
@@ -37,6 +38,9 @@ def main(argv: Sequence[str], watch: Watch = unwatched) -> int:
     workdir = f"runs/{Path(gin_files[-1]).stem}" if arguments.workdir is None else expanded(arguments.workdir)
     require_path("--workdir", workdir, bucket=True)
     config = load_config(gin_files, bindings, defaults(init_from, workdir) if init_from else {})
+    profile_steps = (
+        parse_steps(arguments.profile_steps, config.train.num_steps) if arguments.profile_steps else range(0)
+    )
     if arguments.print_config:
         print(operative_config(config), end="")
         return 0
@@ -49,7 +53,8 @@ def main(argv: Sequence[str], watch: Watch = unwatched) -> int:
         if arguments.check:
             print("\n".join(check(config, workdir, arguments.executable, init_from)))
         else:
-            train(config, workdir, executable=arguments.executable, init_from=init_from, watch=watch)
+            options = {"executable": arguments.executable, "init_from": init_from, "profile_steps": profile_steps}
+            train(config, workdir, **options, watch=watch)
     return 0
 
 
@@ -75,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         " one RUN/checkpoints/STEP of it; then there is no default config",
     )
     parser.add_argument("--executable", type=Path, metavar="FILE", help="the step as `preflight --save` compiled it")
+    parser.add_argument(
+        "--profile-steps", metavar="FIRST:LAST", help="trace these steps with jax.profiler into RUN/profile"
+    )
     parser.add_argument("--print-config", action="store_true", help="print every setting as gin text, and end")
     parser.add_argument("--check", action="store_true", help="do everything but the training: exit code 0 or 2")
     parser.add_argument("--version", action="version", version=f"laep_jax {laep_jax.__version__}")

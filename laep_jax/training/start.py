@@ -26,7 +26,6 @@ from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
 from laep_jax.distributed import raise_on_all_processes
 from laep_jax.files import refuse_links, replace_file
-from laep_jax.gin_config import operative_config
 from laep_jax.laep.layout import from_arrays
 from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.recorded_loads import METRICS_FILE
@@ -42,10 +41,12 @@ from laep_jax.switches import require_switches
 from laep_jax.tracking.console import RunConsole
 from laep_jax.tracking.pause import Pause
 from laep_jax.tracking.run_log import NoLog, RunLog
+from laep_jax.tracking.services import require_services
 from laep_jax.training.executable import load_step
 from laep_jax.training.initial import Source, open_source, read_state, require_same_architecture
 from laep_jax.training.loop import train_to_end
 from laep_jax.training.preemption import PreemptionGuard
+from laep_jax.training.profile import profiling
 from laep_jax.training.prune.compile_ahead import make_steps
 from laep_jax.training.prune.smaller_model import SmallerModel
 from laep_jax.training.prune.transition import finish, restore_survivors, schedule
@@ -61,12 +62,14 @@ def train(
     *,
     executable: Path | None = None,
     init_from: str | None = None,
+    profile_steps: range = range(0),
     watch: Watch = unwatched,
 ) -> dict:
     """Trains to `config.train.num_steps`, from the newest checkpoint in `run_dir` or from the start.
 
     init_from: where a new run takes its parameters from (`initial.open_source`). executable: a file of
-    `preflight --save`, for the model that the run began with. watch: enters the stages of `laep_jax.training.watch`.
+    `preflight --save`, for the model that the run began with. profile_steps: that process 0 traces into
+    `run_dir`/profile, as `laep_jax.training.profile` does. watch: enters the stages of `laep_jax.training.watch`.
     Returns what summary.json holds; a complete run shows its table again and changes no file. `UserError`, before
     anything is compiled or written, where the config does not fit the devices, the corpus, the parameters or the
     checkpoint. `StoppedError` after SIGTERM or Ctrl-C, when the step in flight is done and saved.
@@ -109,12 +112,15 @@ def train(
                         first_step = _first_step(executable, config, base, run_state)
                         source = source_of(init_from, config, run_state)
                         log = attempt.enter_context(_open_log(records, base, run_state.step, console))
-                    _announce(config, base, run_state, changed, dataset, log, console)
+                    log.write_settings(config, Path(run_dir).absolute().name)
+                    _announce(base, run_state, changed, dataset, log, console)
                     preemption = attempt.enter_context(PreemptionGuard(config.train.step_timeout))
                     if source:
                         run_state.summary.init_from = source.description
                         console.event(f"parameters from {source.description}")
-                    rest = (dataset, checkpoints, log, console, watch)
+                    steps, folder = profile_steps if first else range(0), records / "profile"
+                    traced = profiling(watch, steps, run_state.step, folder, console.event)
+                    rest = (dataset, checkpoints, log, console, attempt.enter_context(traced))
                     trainer = _make_trainer(base, run_state, first_step, source, *rest)
                     return train_to_end(trainer, preemption)
             except DamagedError as error:
@@ -129,6 +135,7 @@ def open_inputs(config: Config, run: Storage) -> tuple[Dataset, int]:
             require_directory(run.root)
             refuse_links(run.root)
         require_savable(run)
+        require_services(config.train.tracker_names if jax.process_index() == 0 else ())
         resolved = config.resolve(jax.device_count())
         leaves = jax.tree.leaves(abstract_state(resolved, make_mesh(resolved.mesh)))
         dataset = make_dataset(
@@ -264,7 +271,6 @@ def _open_log(records: Path, base: Config, resume_step: int, console: RunConsole
 
 
 def _announce(
-    config: Config,
     base: Config,
     run_state: RunState,
     changed: Sequence[str],
@@ -272,9 +278,7 @@ def _announce(
     log: RunLog | NoLog,
     console: RunConsole,
 ) -> None:
-    """The settings beside the run, and what a person should know before the first step."""
-    log.write_file("config.json", json.dumps(config.to_dict(), indent=1) + "\n")
-    log.write_file("operative.gin", operative_config(config))
+    """What a person should know before the first step."""
     for line in (f"{dataset.description}; {mesh_text(base)}", schedule_text(base), *dataset.notes):
         console.event(line)
     if changed:

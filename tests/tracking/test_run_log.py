@@ -2,11 +2,9 @@ import errno
 import json
 import os
 import shutil
-import struct
 
 import numpy as np
 import pytest
-from tensorboardX.proto import event_pb2
 
 from laep_jax.errors import UserError
 from laep_jax.files import parse_record, read_records, replace_file
@@ -14,6 +12,7 @@ from laep_jax.laep import recorded_loads
 from laep_jax.laep.recorded_loads import read_loads
 from laep_jax.tracking import metrics_file, run_log
 from laep_jax.tracking.run_log import RunLog
+from tests.support.event_files import event_files, read_events
 
 LAYERS = 2
 EXPERTS = 4
@@ -60,12 +59,9 @@ def contents(run_dir):
 def events(run_dir):
     """(purge step or None, {tag: [(step, value), ...]}) of every TensorBoard file, oldest first."""
     files = []
-    for path in sorted((run_dir / "tensorboard").iterdir(), key=lambda path: path.name.split(".")[-1]):
-        data, scalars, purge = path.read_bytes(), {}, None
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            event = event_pb2.Event.FromString(data[12 : 12 + length])
-            data = data[16 + length :]
+    for path in event_files(run_dir):
+        scalars, purge = {}, None
+        for event in read_events(path):
             if event.HasField("session_log"):
                 purge = event.step
             for value in event.summary.value:

@@ -59,6 +59,12 @@ def test_what_train_can_say_without_training(capsys, tmp_path):
     assert capsys.readouterr().out == f"laep_jax {laep_jax.__version__}\n"
 
 
+def test_a_range_of_steps_to_profile_is_checked_before_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"^--profile-steps='279:281' ends after TrainConfig\.num_steps=280$"):
+        command.main([f"--workdir={tmp_path}/x", "--profile-steps=279:281"])
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(("name", "value"), [("jax_enable_x64", True), ("jax_numpy_dtype_promotion", "strict")])
 def test_a_switch_that_changes_types_is_refused_by_train_and_set_by_the_command(name, value, tmp_path):
     before = getattr(jax.config, name)
