@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from laep_jax.errors import UserError
 from laep_jax.files import refuse_links
 from laep_jax.mirror import readable
-from laep_jax.report import figures
+from laep_jax.report import figures, loss_figures
 from laep_jax.report.run_data import read_run
 
 FIGURES = {
@@ -17,8 +17,8 @@ FIGURES = {
     "device_loads.png": figures.draw_device_loads,
     "load_heatmap.png": figures.draw_load_heatmap,
     "stability.png": figures.draw_stability,
-    "loss.png": figures.draw_loss,
-    "domains.png": figures.draw_domains,
+    "loss.png": loss_figures.draw_loss,
+    "domains.png": loss_figures.draw_domains,
 }
 DPI = 110
 

@@ -41,13 +41,14 @@ class Transition:
 class RunData:
     """A run as its figures need it.
 
-    steps: [N], ascending. tokens_NLE: by original id, 0 where an expert is not there. num_experts: of each layer before
-    any prune. window: steps that a mean load is taken over. alpha, beta, max_moved: of the config. train, evals:
-    records in the order they were written. targets: how many validation targets each domain has, empty before the first
-    evaluation. pruned_share: of each domain's tokens, what the experts had that the last prune took, mean over the
-    layers.
+    name: of its folder. steps: [N], ascending. tokens_NLE: by original id, 0 where an expert is not there. num_experts:
+    of each layer before any prune. window: steps that a mean load is taken over. alpha, beta, max_moved: of the config.
+    train, evals: records in the order they were written. targets: how many validation targets each domain has, empty
+    before the first evaluation. pruned_share: of each domain's tokens, what the experts had that the last prune took,
+    mean over the layers.
     """
 
+    name: str
     steps: np.ndarray
     tokens_NLE: np.ndarray
     num_experts: tuple[int, ...]
@@ -97,8 +98,11 @@ class RunData:
         return self.tokens_NLE[rows].mean(0)
 
 
-def read_run(run_dir: Path) -> RunData:
-    """Everything the figures show; `UserError` naming the file that is missing or does not fit."""
+def read_run(run_dir: Path, name: str = "") -> RunData:
+    """Everything the figures show; `UserError` naming the file that is missing or does not fit.
+
+    name: of the run, where it is not that of the folder, as of one that is in a bucket.
+    """
     if not run_dir.is_dir():
         raise UserError(f"run directory {run_dir} does not exist")
     records = list(read_records(run_dir / METRICS_FILE))
@@ -109,6 +113,7 @@ def read_run(run_dir: Path) -> RunData:
     try:
         laep = read_json(run_dir / "config.json", str(run_dir / "config.json"))["laep"]
         return RunData(
+            name=name or run_dir.resolve().name,
             steps=loads.steps,
             tokens_NLE=np.maximum(loads.tokens_NLE, 0),
             num_experts=loads.num_experts,
