@@ -15,7 +15,7 @@ from laep_jax.report.run_data import RunData, Transition
 BLUE, ORANGE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#999999"
 MAX_LAYERS = 8  # that get a panel of their own
 MAX_DOMAINS = 40  # that get a line of their own
-TOKENS = FuncFormatter(lambda value, _: f"{value:,.0f}" if value < 1e4 else f"{value:,.3g}")
+TOKENS = FuncFormatter(lambda value, _: f"{value:,.0f}" if value < 1e6 else f"{value / 1e6:,g} M")
 PLAN_LINE: dict[str, Any] = {"color": GREY, "linestyle": "--", "linewidth": 1.2}
 PRUNE_LINE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2}
 

@@ -111,9 +111,9 @@ def step_bins(run: RunData, limit: int = 150) -> list[slice]:
     ]
 
 
-def expert_lines(run: RunData, layer: int) -> list[ExpertLine]:
-    """Figure 1, left: a line for each expert of the layer, by ascending id."""
-    bins = step_bins(run)
+def expert_lines(run: RunData, layer: int, limit: int = 150) -> list[ExpertLine]:
+    """Figure 1, left: a line for each expert of the layer, by ascending id. limit: as of `step_bins`."""
+    bins = step_bins(run, limit)
     last_steps = np.array([run.steps[rows.stop - 1] for rows in bins])
     tokens_E = [run.tokens_NLE[rows, layer].mean(0) for rows in bins]
     pruned_at_E = run.pruned_at_LE[layer]

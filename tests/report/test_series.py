@@ -29,6 +29,9 @@ def small_run(**changes):
         evals=(),
         targets={"a": 30, "b": 10, "c": 5},
         pruned_share={},
+        events=(),
+        config={},
+        summary={},
     )
     return dataclasses.replace(run, **changes)
 
