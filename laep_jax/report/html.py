@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from laep_jax.errors import printable
 
-MAX_WORD = 18  # characters
+MAX_WORD = 12  # characters
 
 
 def escaped(text: str) -> str:

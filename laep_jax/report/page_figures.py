@@ -72,7 +72,7 @@ def draw_devices(run: RunData, layer: int) -> Figure:
     axes.axhline((loads.before if loads.placed is None else loads.placed)[layer].mean(), **_MEAN)
     axes.yaxis.set_major_formatter(TOKENS)
     axes.set_ylim(0, None)
-    _finish(axes, title=f"layer {layer}: tokens per step", xlabel="device of the expert axis")
+    _finish(axes, title=f"layer {layer}: tokens per step of each device", xlabel="device of the expert axis")
     return figure
 
 

@@ -55,7 +55,10 @@ def _story_text(run: RunData, layer: int) -> str:
 def _settings(run: RunData, name: str) -> Blocks:
     changed = facts.changed_settings(run)[: facts.MAX_ROWS]
     listed = table(("setting", "value", "default"), changed) if changed else paragraph("All settings are the defaults.")
-    return [_titled(run.name, table(("", ""), facts.surroundings(run))), _titled("Not the defaults", listed)]
+    return [
+        _titled(run.name, table(("", ""), facts.surroundings(run))),
+        _titled("Settings that differ from the defaults", listed),
+    ]
 
 
 def layers(run: RunData, name: str) -> Blocks:
@@ -81,12 +84,13 @@ def _plan(run: RunData, name: str) -> Blocks:
     last, chosen = run.prunes[-1], layers_of(run)
     keys = (key("vermillion", "pruned", "box"), key("blue", "kept, the stronger the more tokens", "box"))
     image = _figure(page_figures.draw_experts(run), f"{name}-experts", run, "which experts went, by layer", keys)
-    head = ("layer", "experts", "pruned", "their tokens", "imbalance before", "after")
+    head = ("layer", "experts", "pruned", "tokens", "before", "after")
     some = f" ({len(chosen)} of {run.num_layers} layers)" if len(chosen) < run.num_layers else ""
-    by_layer = table(head, facts.plan_by_layer(run, last, chosen))
+    meaning = "tokens: the share that the pruned experts had; before, after: imbalance of the devices, without replicas"
+    by_layer = table(head, facts.plan_by_layer(run, last, chosen)) + paragraph(meaning)
     return [
         image,
-        _titled(f"Plan of step {last.plan_step:,}, and imbalance of the devices{some}", by_layer),
+        _titled(f"{run.name}: plan of step {last.plan_step:,}{some}", by_layer),
         *_losing(run),
     ]
 
