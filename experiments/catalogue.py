@@ -51,6 +51,15 @@ WITHOUT_LFA = (
     Entry("no_lfa_alpha_0.4", "α = 0.4, without LFA", None, 1.733, "no_lfa"),
     Entry("no_lfa_alpha_0.6", "α = 0.6, without LFA", None, 1.741, "no_lfa"),
 )
+TABLE3 = (
+    Entry("tasks", "base", 19.909, 1.565, "tasks"),
+    Entry("tasks_deepseek_0.0001", "DeepSeek-V3 loss 0.0001", 19.909, 1.563, "tasks"),
+    Entry("tasks_alpha_0.2", "α = 0.2", 19.186, 1.551, "tasks"),
+    Entry("tasks_alpha_hybrid", "α hybrid", 17.776, 1.556, "tasks"),
+    Entry("tasks_alpha_0.4", "α = 0.4", 16.448, 1.559, "tasks"),
+    Entry("tasks_alpha_0.6", "α = 0.6", 14.624, 1.567, "tasks"),
+)
+SCORED = {entry.row for entry in TABLE3}  # of which the model at the end is scored by lm_eval
 TABLE4 = (
     Entry("base", "64 experts", 19.91, 1.565),
     Entry("alpha_hybrid", "64, LAEP", 17.50, 1.556),
@@ -97,6 +106,7 @@ EXPERIMENTS = {
     "phases": Experiment("Two phases (Figure 1, section 3.1)", PHASES),
     "table1": Experiment("Pruning coefficients and balancing losses (Table 1, Figure 4)", TABLE1),
     "table2": Experiment("With and without LFA (Table 2)", (BASE, *TABLE1[-4:], *WITHOUT_LFA)),
+    "table3": Experiment("Scores in tasks (Table 3)", TABLE3),
     "table4": Experiment("64, 128 and 256 experts (Table 4)", TABLE4),
     "table5": Experiment("Balancing by losses or by LAEP (Table 5)", TABLE5),
     "baselines": Experiment("What any prune of that size would do", BASELINES),

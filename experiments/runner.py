@@ -1,19 +1,20 @@
 """Runs rows as ordinary training runs, each in a process of its own, and keeps what they end with."""
 
-import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from experiments import processes
+from experiments.catalogue import SCORED
 from experiments.corpus import PATH, make_corpus
 from experiments.derived import DERIVED
 from experiments.results import Result, append, find, read_results, result_of
 from experiments.rows import Row, base_of, has_branches
+from experiments.scores import require_lm_eval, score
 from laep_jax.data.command import train_tokenizer
 from laep_jax.errors import UserError
 from laep_jax.laep.recorded_loads import FOLDER, METRICS_FILE
@@ -24,10 +25,12 @@ RESTARTS = 3  # of a row after a crash
 
 
 class RunFailedError(Exception):
-    """A row's run ended with another exit code than 0; what it has saved stays."""
+    """A row's run, or lm_eval after it, ended with another exit code than 0; what the run has saved stays."""
 
     def __init__(self, row: Row, code: int):
-        super().__init__(f"row {row.name}, seed {row.seed}: its run ended with code {code}; started again it goes on")
+        super().__init__(
+            f"row {row.name}, seed {row.seed}: its run or its scoring ended with code {code}; started again it goes on"
+        )
         self.code = code
 
 
@@ -58,6 +61,8 @@ class Runner:
     def run(self, rows: Sequence[Row]) -> None:
         """Runs what is missing. `RunFailedError` at the first that does not end well."""
         missing = self.missing(rows)
+        if any(row.name in SCORED for row in missing):
+            require_lm_eval()
         for index, row in enumerate(missing):
             left = sum(self._length(other) for other in missing[index:])
             about = f", about {left * self._seconds / self._steps / 60:.0f} min left" if self._steps else ""
@@ -92,7 +97,16 @@ class Runner:
             if code in FINAL or not restarts_left:
                 raise RunFailedError(row, code)
             print(f"row {row.name}, seed {row.seed}: code {code}; restarts left: {restarts_left}", flush=True)
-        return result_of(row, run_dir)
+        return result_of(row, run_dir) | self._scores(row)
+
+    def _scores(self, row: Row) -> Result:
+        """What is kept of the scores of a row that has some."""
+        if row.name not in SCORED:
+            return {}
+        try:
+            return {"scores": score(self._run_dir(row))}
+        except subprocess.CalledProcessError as error:
+            raise RunFailedError(row, error.returncode) from error
 
     def _run_dir(self, row: Row) -> Path:
         return self._out / "runs" / f"{row.name}-{row.seed}-{row.digest}"
@@ -150,20 +164,4 @@ def _train(gin_files: Sequence[Path], bindings: Sequence[str], run_dir: Path, co
     files = [f"--gin_file={file}" for file in gin_files]
     command = [sys.executable, "-m", "laep_jax", "train", *files, *settings, f"--workdir={run_dir}"]
     variables = {"JAX_COMPILATION_CACHE_DIR": str(compiled.absolute())} | HUGE_PAGES
-    with _passing_signals_on() as children:
-        children.append(subprocess.Popen(command, env=variables | os.environ))
-        code = children[0].wait()
-    return 128 - code if code < 0 else code
-
-
-@contextlib.contextmanager
-def _passing_signals_on() -> Iterator[list[subprocess.Popen]]:
-    """SIGTERM goes to the children; so does Ctrl-C, by the terminal itself. They save and end, and so do we."""
-    children: list[subprocess.Popen] = []
-    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: [child.terminate() for child in children]}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield children
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return processes.run(command, variables)

@@ -11,6 +11,8 @@ from experiments.catalogue import Entry, Experiment
 from experiments.results import PRUNED_SHARE, Result
 
 MISSING = "–"
+ACCURACIES, BITS = ("laep_next_line", "laep_identifier"), "laep_bits_per_byte"
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # by number of seeds
 BySeed = dict[int, Result]
 Table = dict[str, BySeed]  # by row
 
@@ -49,6 +51,52 @@ def _cells(entry: Entry, experiment: Experiment, table: Table) -> list[str]:
         spread(changes(ours, base), "+.4f") if not of_itself else MISSING,
         str(len(ours)) if ours else "0",
     ]
+
+
+def scores_table(experiment: Experiment, table: Table, paper: Mapping[str, float]) -> str:
+    """Accuracies in %, and bits per byte, of the rows that are scored. paper: its average over tasks by row, in %."""
+    rows = [
+        _score_cells(entry, table.get(entry.row, {}), table.get(entry.base, {}), paper) for entry in experiment.entries
+    ]
+    head = ("", "paper: average", "change", "next line", "identifier", "average", "change", "as in the paper?")
+    return markdown((*head, "bits per byte", "change", "seeds"), rows)
+
+
+def _score_cells(entry: Entry, ours: BySeed, base: BySeed, paper: Mapping[str, float]) -> list[str]:
+    of_itself, theirs = entry.row == entry.base, paper[entry.row] - paper[entry.base]
+    average = [accuracy(result) - accuracy(other) for result, other in _pairs(ours, base)]
+    bits = [result["scores"][BITS] - other["scores"][BITS] for result, other in _pairs(ours, base)]
+    return [
+        entry.label,
+        f"{paper[entry.row]:.2f}",
+        MISSING if of_itself else f"{theirs:+.2f}",
+        *(spread([100 * result["scores"][task] for result in ours.values()], ".1f") for task in ACCURACIES),
+        spread([accuracy(result) for result in ours.values()], ".1f"),
+        MISSING if of_itself else spread(average, "+.1f"),
+        MISSING if of_itself or not average else verdict(theirs, average),
+        spread([result["scores"][BITS] for result in ours.values()], ".3f"),
+        MISSING if of_itself else spread(bits, "+.3f"),
+        str(len(ours)),
+    ]
+
+
+def accuracy(result: Result) -> float:
+    """Mean over the tasks that have one, in %."""
+    return 100 * statistics.fmean(result["scores"][task] for task in ACCURACIES)
+
+
+def verdict(paper: float, ours: Sequence[float]) -> str:
+    """Whether changes, by seed, have the sign of the paper's, where their mean differs from zero.
+
+    That is by Student's t at 5 %, two-sided.
+
+    >>> [verdict(0.2, ours) for ours in ([1.0, 1.1, 1.2], [-1.0, -1.1, -1.2], [1.0, -0.1, 1.2], [1.0])]
+    ['agrees', 'disagrees', 'cannot tell', 'cannot tell']
+    """
+    number, mean = len(ours), statistics.fmean(ours)
+    if number < 2 or abs(mean) <= T_95.get(number, min(T_95.values())) * statistics.stdev(ours) / number**0.5:
+        return "cannot tell"
+    return "agrees" if mean * paper > 0 else "disagrees"
 
 
 def phases_table(experiment: Experiment, table: Table) -> str:

@@ -10,7 +10,9 @@ from laep_jax.errors import require
 from laep_jax.fields import check_fields, fixed, free
 
 PLACEMENTS = ("greedy", "refined")
-SOURCES_WITH_PATH = ("text", "jsonl", "parquet", "array_record")
+SOURCES_WITH_PATH = ("text", "jsonl", "parquet", "datasets", "array_record")
+SOURCES_WITH_FIELDS = ("jsonl", "parquet", "datasets")
+MAX_RATIO = 1e6  # of two weights of a mixture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +145,8 @@ class DataConfig:
 
     source: str = fixed(
         "stdlib",
-        "the running Python's own sources, files of text, JSON lines, Parquet, ArrayRecord, or random tokens",
+        "the running Python's own sources, files of text, JSON lines, Parquet, folders of Hugging Face datasets,"
+        " ArrayRecord, or made-up text",
         choices=("stdlib", *SOURCES_WITH_PATH, "synthetic"),
     )
     path: str = free(
@@ -152,7 +155,18 @@ class DataConfig:
         path=True,
         bucket=True,
     )
-    text_field: str = fixed("text", "the field of a JSON line, or the column of a Parquet file, that holds the text")
+    text_field: str = fixed("text", "the field of a JSON line, or the column of a row, that holds the text")
+    domain_field: str = free(
+        "", "the field or column that names the domain; empty: the first folder below the path, or the file"
+    )
+    mixture: tuple[tuple[str, str, float], ...] | None = free(
+        None,
+        "several corpora instead of `path`: (name, path, weight) of each; weights are fractions of the training tokens,"
+        " whatever their sum; names, weights and what lies at the paths are compared by hash",
+        path=True,
+        bucket=True,
+        above=0,
+    )
     tokenizer: str = free("bytes", "bytes, or the path of a Hugging Face tokenizer.json; compared by hash", path=True)
     sequence_length: int = fixed(128, "tokens of a sequence", low=2)
     batch_size: int = fixed(32, "sequences of an optimizer step, over all devices and processes", low=1)
@@ -161,11 +175,35 @@ class DataConfig:
 
     def __post_init__(self):
         check_fields(self)
-        needs_path = self.source in SOURCES_WITH_PATH
-        rule = (
-            f"is needed: source={self.source!r} reads files" if needs_path else f"is unused by source={self.source!r}"
-        )
-        require(bool(self.path) == needs_path, "DataConfig.path", self.path, rule)
+        unused = f"is unused by source={self.source!r}"
+        has_fields = self.source in SOURCES_WITH_FIELDS
+        require(has_fields or not self.domain_field, "DataConfig.domain_field", self.domain_field, unused)
+        if self.mixture is not None:
+            self._check_mixture(self.mixture)
+        else:
+            needs_path = self.source in SOURCES_WITH_PATH
+            rule = f"is needed: source={self.source!r} reads files" if needs_path else unused
+            require(bool(self.path) == needs_path, "DataConfig.path", self.path, rule)
+
+    def _check_mixture(self, mixture: tuple[tuple[str, str, float], ...]) -> None:
+        names, weights = [name for name, _, _ in mixture], [weight for _, _, weight in mixture]
+        rule = f"is unused by source={self.source!r}, which reads no files"
+        require(self.source in SOURCES_WITH_PATH, "DataConfig.mixture", mixture, rule)
+        require(bool(mixture), "DataConfig.mixture", mixture, "must not be empty; None is a single corpus")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, "DataConfig.mixture", names, f"has a name twice: {', '.join(twice)}")
+        rule = f"must not differ by more than {MAX_RATIO:,.0f} times"
+        require(max(weights) <= MAX_RATIO * min(weights), "weights of DataConfig.mixture", weights, rule)
+        require(not self.path, "DataConfig.path", self.path, "is unused with DataConfig.mixture")
+        rule = "is unused with DataConfig.mixture, whose names are the domains"
+        require(not self.domain_field, "DataConfig.domain_field", self.domain_field, rule)
+
+    @property
+    def parts(self) -> tuple[tuple[str, "DataConfig"], ...]:
+        """(name, its own config) of every corpus; a single one has the name ""."""
+        if self.mixture is None:
+            return (("", self),)
+        return tuple((name, dataclasses.replace(self, mixture=None, path=path)) for name, path, _ in self.mixture)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +240,11 @@ class TrainConfig:
     log_every: int = free(10, "steps between lines of the log", low=1)
     eval_every: int = free(100, "steps between validations", low=1)
     eval_batches: int = free(8, "batches of a validation", low=1)
+    sample_every: int | None = free(
+        None,
+        "steps between samples in the log, text that the model writes; None: never",
+        low=1,
+    )
     checkpoint_every: int = free(100, "steps between checkpoints; a kill loses at most as many", low=1)
     keep_checkpoints: int = free(3, "newest checkpoints that are kept", low=1)
     max_skipped_steps: int = free(

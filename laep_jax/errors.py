@@ -70,7 +70,7 @@ def require(condition: bool, field: str, value: object, rule: str) -> None:
 
 
 def require_type(field: str, value: object, hint: object) -> None:
-    """Raises `UserError` unless `value` is what an annotation says: plain types, unions, collections of one type."""
+    """Raises `UserError` unless `value` is what an annotation says: plain types, unions, collections, fixed tuples."""
     require(_has_type(value, hint), field, value, f"must be of type {type_name(hint)}{_remedy(value, hint)}")
 
 
@@ -96,6 +96,9 @@ def _has_type(value: object, hint: object) -> bool:
     if isinstance(hint, types.UnionType):
         return any(_has_type(value, part) for part in typing.get_args(hint))
     origin = typing.get_origin(hint)
+    if origin is tuple and ... not in typing.get_args(hint):
+        hints = typing.get_args(hint)
+        return isinstance(value, tuple) and len(value) == len(hints) and all(map(_has_type, value, hints))
     if origin in (tuple, list):
         return isinstance(value, origin) and all(_has_type(v, typing.get_args(hint)[0]) for v in value)
     if origin is dict:

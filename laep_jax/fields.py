@@ -7,7 +7,7 @@
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from laep_jax.errors import require, require_type
@@ -21,8 +21,8 @@ class Setting:
     """What a field states beside its type and default.
 
     `low`, `high`: bounds of a number that include the bound; `above`, `below`: that do not. `choices`: the texts that
-    have a meaning. `path`: a text that names a file or folder; an empty one names none where that is the default.
-    `bucket`: a path that may be in a bucket of Cloud Storage.
+    have a meaning. `path`: a text that names a file or folder; an empty one names none where that is the default. Of a
+    tuple every text keeps the rules of a path. `bucket`: a path that may be in a bucket of Cloud Storage.
     """
 
     meaning: str
@@ -88,15 +88,26 @@ def settings_of(config: Any) -> Mapping[str, Setting]:
 
 
 def check_fields(config: Any) -> None:
-    """Types as annotated (lists become tuples, an int serves as a float), then what each field allows."""
+    """Types as annotated (lists become tuples at any depth, an int serves as a float), then what each field allows."""
     hints = typing.get_type_hints(type(config))
     for field, setting in settings_of(config).items():
-        name, value = f"{type(config).__name__}.{field}", getattr(config, field)
-        if isinstance(value, list):
-            value = tuple(value)
-            object.__setattr__(config, field, value)
+        name, value = f"{type(config).__name__}.{field}", tuples(getattr(config, field))
+        object.__setattr__(config, field, value)
         require_type(name, value, hints[field])
-        for item in value if isinstance(value, tuple) else (value,):
+        for item in _leaves(value):
             setting.check(name, item)
-        if setting.path and value != getattr(type(config), field):
-            require_path(name, value, bucket=setting.bucket)
+            if setting.path and isinstance(item, str) and value != getattr(type(config), field):
+                require_path(name, item, bucket=setting.bucket)
+
+
+def tuples(value: Any) -> Any:
+    """JSON's lists as tuples, at any depth."""
+    return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value

@@ -228,8 +228,7 @@ class _Statements(config_parser.ParserDelegate):
         """The values of a class, macros replaced and paths expanded."""
         settings = settings_of(CLASSES[selector])
         values = {field: self._resolve(value) for field, value in self._bound[selector].items()}
-        paths = [field for field, value in values.items() if settings[field].path and isinstance(value, str)]
-        return values | {field: expanded(values[field]) for field in paths}
+        return {field: _expanded(value) if settings[field].path else value for field, value in values.items()}
 
     def _resolve(self, value: Any) -> Any:
         if isinstance(value, _Macro):
@@ -243,6 +242,13 @@ def _macros_in(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _macros_in(item)
+
+
+def _expanded(value: Any) -> Any:
+    """Every text in a value as a path."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_expanded, value))
+    return expanded(value) if isinstance(value, str) else value
 
 
 def _fields(name: str) -> list[str]:

@@ -84,7 +84,10 @@ def _type_schema(hint: Any, setting: Setting) -> dict[str, Any]:
     if isinstance(hint, types.UnionType):
         return {"anyOf": [_type_schema(part, setting) for part in typing.get_args(hint)]}
     if typing.get_origin(hint) is tuple:
-        return {"type": "array", "items": _type_schema(typing.get_args(hint)[0], setting)}
+        items = [_type_schema(part, setting) for part in typing.get_args(hint) if part is not ...]
+        if ... in typing.get_args(hint):
+            return {"type": "array", "items": items[0]}
+        return {"type": "array", "prefixItems": items, "items": False, "minItems": len(items)}
     schema: dict[str, Any] = {"type": JSON_TYPES[hint]}
     if hint is str and setting.choices:
         schema["enum"] = list(setting.choices)

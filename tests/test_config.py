@@ -12,6 +12,13 @@ from laep_jax.fields import settings_of
 def test_dictionary_form_round_trips_through_json():
     config = Config(model=ModelConfig(num_experts=(16, 8, 12, 16)), laep=LaepConfig(alpha=(0.1, 0.2, 0.3, 0.4)))
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    mixed = Config(data=DataConfig("jsonl", mixture=[["web", "a/*.jsonl", 0.7], ("code", "gs://b/code", 3)]))
+    assert mixed.data.mixture == (("web", "a/*.jsonl", 0.7), ("code", "gs://b/code", 3))
+    assert Config.from_dict(json.loads(json.dumps(mixed.to_dict()))) == mixed
+    assert [(name, part.path, part.mixture, part.source) for name, part in mixed.data.parts] == [
+        ("web", "a/*.jsonl", None, "jsonl"),
+        ("code", "gs://b/code", None, "jsonl"),
+    ]
 
 
 def test_every_field_states_its_meaning():
@@ -19,6 +26,10 @@ def test_every_field_states_its_meaning():
     for part in typing.get_type_hints(Config).values():
         for name, setting in settings_of(part).items():
             assert len(setting.meaning.split()) > 1, name
+
+
+def mixture(*sources, source="jsonl", **fields) -> DataConfig:
+    return DataConfig(source, mixture=sources, **fields)
 
 
 def test_one_number_of_experts_serves_every_layer():
@@ -47,6 +58,22 @@ def test_one_number_of_experts_serves_every_layer():
         (lambda: DataConfig(cache_dir="a\n"), "DataConfig.cache_dir='a\\n' must not begin or end with white space"),
         (lambda: DataConfig(cache_dir=""), "DataConfig.cache_dir='' must not be empty"),
         (lambda: DataConfig("text", "a\udcff"), "DataConfig.path='a\\udcff' must be valid UTF-8"),
+        (lambda: mixture(("a", "x", 1.0), ("a", "y", 1.0)), "DataConfig.mixture=['a', 'a'] has a name twice: a"),
+        (lambda: mixture(("a", "x", 0.0)), "DataConfig.mixture=0.0 must be positive"),
+        (lambda: mixture(("a", "x", -1)), "DataConfig.mixture=-1 must be positive"),
+        (lambda: mixture(("a", "x", float("inf"))), "DataConfig.mixture=inf must be a finite number"),
+        (lambda: mixture(("a", "x", 1), ("b", "y", 1e-9)), "weights of DataConfig.mixture=[1, 1e-09] must not differ"),
+        (lambda: mixture(), "DataConfig.mixture=() must not be empty; None is a single corpus"),
+        (lambda: mixture(("a", "x")), "DataConfig.mixture=(('a', 'x'),) must be of type tuple[tuple[str, str, float]"),
+        (lambda: mixture(("a", "x", 1.0), path="z"), "DataConfig.path='z' is unused with DataConfig.mixture"),
+        (lambda: mixture(("a", "s3://x", 1.0)), "DataConfig.mixture='s3://x' must be a path or gs://BUCKET/FOLDER"),
+        (lambda: mixture(("a", "", 1.0)), "DataConfig.mixture='' must not be empty"),
+        (lambda: mixture(("a", "x", 1.0), source="stdlib"), "is unused by source='stdlib', which reads no files"),
+        (
+            lambda: mixture(("a", "x", 1.0), domain_field="d"),
+            "DataConfig.domain_field='d' is unused with DataConfig.mix",
+        ),
+        (lambda: DataConfig("text", "x", domain_field="d"), "DataConfig.domain_field='d' is unused by source='text'"),
         (lambda: OptimizerConfig(learning_rate=0.0), "OptimizerConfig.learning_rate=0.0 must be positive"),
         (lambda: AuxLossConfig(mixtral=-1.0), "AuxLossConfig.mixtral=-1.0 must be at least 0"),
         (lambda: Config(laep=LaepConfig(alpha=(0.1,))), "needs one entry for each of num_layers=4"),

@@ -165,6 +165,21 @@ def test_numbers_are_text_where_text_is_meant():
     assert (data.path, data.text_field, data.tokenizer) == ("2024", "None", "bytes")
 
 
+def test_a_mixture_is_a_literal_whose_paths_are_expanded(write, monkeypatch):
+    monkeypatch.setenv("CORPORA", "/corpora")
+    text = """
+        WEB = 0.7
+        DataConfig.source = 'jsonl'
+        DataConfig.mixture = (('web', '$CORPORA/web/*.jsonl', %WEB), ('code', 'gs://bucket/code', 0.3))
+    """
+    want = (("web", "/corpora/web/*.jsonl", 0.7), ("code", "gs://bucket/code", 0.3))
+    config = load_config(write(text))
+    assert config.data.mixture == want
+    assert load_config(write(operative_config(config))) == config
+    argument = '--gin.DataConfig.mixture=(("web","$CORPORA/web/*.jsonl",0.7),("code","gs://bucket/code",0.3))'
+    assert load_config(*parse_arguments(["--gin.DataConfig.source=jsonl", argument])[:2]) == config
+
+
 def test_files_and_bindings_have_one_limit(write):
     write("# " * 10_000, "b.gin")
     with pytest.raises(UserError, match=r"b.gin: the config as a whole is above 32768 characters"):

@@ -31,7 +31,7 @@ ORDER = [
     {"tests"},
 ]
 TRAINING_ORDER = [
-    {"preemption", "run_state", "watch", "guard", "controller", "step", "evaluate"},
+    {"preemption", "run_state", "watch", "guard", "controller", "step", "evaluate", "sample"},
     {"resume", "executable", "compile_ahead"},
     {"smaller_model"},
     {"trainer"},

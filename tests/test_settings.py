@@ -11,7 +11,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from laep_jax.config import Config
+from laep_jax.config import Config, DataConfig
 from laep_jax.errors import UserError
 from laep_jax.gin_config import CLASSES, load_config
 from laep_jax.settings import config_schema, main
@@ -46,12 +46,17 @@ def test_the_schema_describes_every_config(capsys):
     validator = jsonschema.Draft202012Validator(schema)
     for config in [Config(), *(load_config([str(path)]) for path in sorted((ROOT / "configs").rglob("*.gin")))]:
         validator.validate(json.loads(json.dumps(config.to_dict())))
+    mixed = Config(data=DataConfig("jsonl", mixture=(("web", "a", 0.7), ("code", "b", 3))))
+    validator.validate(json.loads(json.dumps(mixed.to_dict())))
     for part, field, value in [
         ("model", "num_layers", 0),
         ("model", "rope_base", 1),
         ("model", "dtype", "float16"),
         ("laep", "alpha", "abc"),
         ("train", "sedd", 1),
+        ("data", "mixture", [["a", "x"]]),
+        ("data", "mixture", [["a", "x", 0.0]]),
+        ("data", "mixture", [["a", "x", 1.0, 1]]),
     ]:
         values = copy.deepcopy(json.loads(json.dumps(Config().to_dict())))
         values[part][field] = value

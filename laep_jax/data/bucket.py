@@ -1,8 +1,8 @@
 """A corpus in a bucket of Cloud Storage, read with gcsfs: once, to make the local cache of tokens."""
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,9 +36,13 @@ def list_bucket(path: str) -> tuple[str, list[Stored]]:
     return root.rstrip("/"), files
 
 
-@contextmanager
-def fetched(address: str) -> Iterator[Path]:
-    """A copy of a file on disk, as long as it is read."""
+def on_disk(path: Path | str) -> contextlib.AbstractContextManager[Path]:
+    """The file, or as long as it is read a copy of one that lies in a bucket and whose address is a text."""
+    return _fetched(path) if isinstance(path, str) else contextlib.nullcontext(path)
+
+
+@contextlib.contextmanager
+def _fetched(address: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="laep_jax-") as folder:
         try:
             _open_store(address).get_file(address, f"{folder}/fetched")

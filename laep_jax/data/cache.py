@@ -3,7 +3,8 @@
 A `.tokens` file is named by the hash of the corpus and what its tokens depend on. It holds 64 hexadecimal digits, the
 SHA-256 of the header; the header, one JSON line of HEADER bytes in all; then the training and the validation tokens.
 A `.json` record is named by the settings and by the names, sizes and modification times of the corpus files. It holds
-what was found in them, and which tokens file is theirs, with its size and modification time.
+what was found in them, and which tokens file is theirs, with its size and modification time. A source of a mixture has
+the same two files as if it were the only corpus.
 
 Promised: the corpus is read and hashed when a record is made, and at no start after it, as long as no name, size or
 modification time differs; where one does, it is read again, and tokenized again only if its content differs.
@@ -38,6 +39,7 @@ from laep_jax.errors import UserError, require
 from laep_jax.paths import is_bucket
 
 VERSION = 2  # of both files, of reading, of domains and of tokenizing: another one makes every cache anew
+RECORD_VERSION = 3  # of what a record holds: another one reads every corpus once more, and tokenizes none
 DIGEST, HEADER = 64, 4096  # bytes
 DOCUMENTS_CHUNK, BYTES_CHUNK = 256, 1 << 24  # tokenized together
 CHUNK = 1 << 22  # bytes hashed at a time
@@ -64,8 +66,9 @@ def open_tokens(config: DataConfig, listing: Listing, tokenizer: Tokenizer) -> T
     """The tokens of a corpus from the cache, which is made where it is missing, out of date or damaged."""
     cache_dir = Path(config.cache_dir)
     files = [(os.fsencode(file.name), file.size, file.mtime_ns) for file in listing.files]
-    corpus = config.source, _absolute(config.path), config.text_field, files
-    record = cache_dir / f"{_key(*corpus, *_token_settings(config, tokenizer))}.json"
+    corpus = config.source, _absolute(config.path), config.text_field, config.domain_field, files
+    key = (VERSION, RECORD_VERSION, *corpus, *_token_settings(config, tokenizer))
+    record = cache_dir / f"{_hash(key)}.json"
     try:
         if tokens := _open_recorded(record, tokenizer):
             return tokens
@@ -81,8 +84,8 @@ def _absolute(path: str) -> str:
     return os.path.abspath(path) if path and not is_bucket(path) else path
 
 
-def _key(*parts: Any) -> str:
-    return hashlib.sha256(repr((VERSION, *parts)).encode()).hexdigest()[:32]
+def _hash(key: tuple) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
 
 
 def _token_settings(config: DataConfig, tokenizer: Tokenizer) -> tuple:
@@ -93,7 +96,7 @@ def _open_recorded(record: Path, tokenizer: Tokenizer) -> Tokens | None:
     """The content of a record and its tokens; None if either is missing or damaged."""
     try:
         values = _unsealed(record.read_bytes())
-        runs = tuple((name, number) for name, number in values["corpus"].pop("validation_runs"))
+        runs = tuple((name, number, size) for name, number, size in values["corpus"].pop("validation_runs"))
         unheld = tuple(values["corpus"].pop("unheld_domains"))
         corpus = Corpus(**values["corpus"], validation_runs=runs, unheld_domains=unheld)
         path = record.with_name(values["tokens"])
@@ -112,9 +115,7 @@ def _make(record: Path, config: DataConfig, tokenizer: Tokenizer) -> Tokens:
     if record.exists():
         log.warning("cache %s is damaged or without its tokens: reading the corpus anew", record)
     corpus = survey(config)
-    # As before there were records, so that tokens made then are found.
-    parts = (VERSION, corpus.sha256, *_token_settings(config, tokenizer))
-    path = record.with_name(f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.tokens")
+    path = record.with_name(f"{_hash((VERSION, corpus.sha256, *_token_settings(config, tokenizer)))}.tokens")
     try:
         streams = _read_tokens(path, tokenizer.dtype, check=True)
     except ValueError as error:
@@ -128,7 +129,7 @@ def _make(record: Path, config: DataConfig, tokenizer: Tokenizer) -> Tokens:
     ends = np.flatnonzero(streams[1] == tokenizer.eod)
     rule = f"writes the end of a document, token {tokenizer.eod}, also inside one for validation"
     require(len(ends) == corpus.num_validation, "DataConfig.tokenizer", config.tokenizer, rule)
-    run_ends = ends[np.cumsum([number for _, number in corpus.validation_runs]) - 1]
+    run_ends = ends[np.cumsum([number for _, number, _ in corpus.validation_runs], dtype=np.int64) - 1]
     _write_record(record, path, corpus, run_ends.tolist())
     return Tokens(*streams, corpus, run_ends)
 
@@ -242,7 +243,7 @@ def _tokenize(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> Itera
     """(name, tokens closed by the end of document) of every document, in order."""
     sha = hashlib.sha256()
     for some in _batches(read_documents(config)):
-        for document, tokens in zip(some, tokenizer.encode([text for _, text in some]), strict=True):
+        for document, tokens in zip(some, tokenizer.encode([document.text for document in some]), strict=True):
             add_to_hash(sha, document)
             yield document.name, np.append(tokens.astype(tokenizer.dtype), tokenizer.dtype.type(tokenizer.eod))
     require(sha.hexdigest() == corpus.sha256, *corpus_field(config), "changed while it was read")

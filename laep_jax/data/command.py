@@ -54,9 +54,9 @@ def train_tokenizer(config: DataConfig, vocab_size: int):
 
 
 def _training_texts(config: DataConfig) -> Iterator[str]:
-    for name, text in read_documents(config):
-        if not is_validation(name, config.validation_fraction):
-            yield text.decode()
+    for document in read_documents(config):
+        if not is_validation(document.name, config.validation_fraction):
+            yield document.text.decode()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,25 +10,21 @@ from laep_jax.data.listing import corpus_field
 from laep_jax.data.sources import Document, read_documents
 from laep_jax.errors import printable, require
 
-OTHER = "(other)"  # the domain that small ones are pooled in; no folder is called so
-SHARD = re.compile(  # what differs between the names of shards: a UUID, a hash, a number
-    r"(?<![^\W_])(?:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?=[a-f]*\d)[0-9a-f]{8,})(?![^\W_])|\d+", re.IGNORECASE
-)
 MAX_NAMED = 8  # in a message
 
 
 class Corpus(NamedTuple):
     """The contents of a corpus.
 
-    sha256: of names and texts, in order. validation_runs: (domain, number of documents) of the validation documents, in
-    order, neighbours of one domain together. unheld_domains: those without any, sorted.
+    sha256: of names and texts, in order. validation_runs: (domain, number of documents, bytes of their text) of the
+    validation documents, in order, neighbours of one domain together. unheld_domains: those without any, sorted.
     """
 
     sha256: str
     num_train: int
     num_validation: int
     num_bytes: int
-    validation_runs: tuple[tuple[str, int], ...]
+    validation_runs: tuple[tuple[str, int, int], ...]
     unheld_domains: tuple[str, ...]
 
 
@@ -40,24 +35,6 @@ def is_validation(name: str, share: float) -> bool:
     50
     """
     return int.from_bytes(hashlib.sha256(_name_bytes(name)).digest()[:8]) < share * 2**64
-
-
-def domain(name: str, source: str) -> str:
-    """The domain of a document: the first folder of its name.
-
-    Outside any folder it is the file that holds it, where all shards of one name are one. What lies there in `stdlib`,
-    single modules, is one domain, and so are the single files of `text`. Always printable.
-
-    >>> domain("json/decoder.py", "stdlib"), domain("abc.py", "stdlib"), domain("web.jsonl#7", "jsonl")
-    ('json', '(modules)', 'web.jsonl')
-    >>> domain("part-00001-of-01024.jsonl#7", "jsonl")
-    'part-*-of-*.jsonl'
-    """
-    first, in_folder, _ = name.partition("/")
-    if in_folder:
-        return printable(first) if first != OTHER else f"./{OTHER}"
-    single = {"stdlib": "(modules)", "text": "."}.get(source)
-    return single or printable(SHARD.sub("*", first.rpartition("#")[0]))
 
 
 def some_names(names: Iterable[str]) -> str:
@@ -79,27 +56,27 @@ def add_to_hash(sha, document: Document) -> None:
 
 
 def survey(config: DataConfig) -> Corpus:
-    """Reads the corpus once. `UserError` where one side of the split would have no document."""
-    sha, num_documents, num_bytes, validation, domains = hashlib.sha256(), 0, 0, [], set()
+    """Reads the corpus once. `UserError` where it has no document to train on."""
+    sha, num_documents, num_bytes, validation, domains = hashlib.sha256(), 0, 0, list[tuple[str, int]](), set()
     for document in read_documents(config):
         add_to_hash(sha, document)
         num_documents += 1
         num_bytes += len(document.text)
-        domains.add(name := domain(document.name, config.source))
+        domains.add(document.domain)
         if is_validation(document.name, config.validation_fraction):
-            validation.append(name)
+            validation.append((document.domain, len(document.text)))
     field, value = corpus_field(config)
     require(num_documents > 0, field, value, "holds no text")
-    for side, count in (("training", num_documents - len(validation)), ("validation", len(validation))):
-        rule = f"leaves no {side} document: {field}={value!r} holds {num_documents}"
-        require(count > 0, "DataConfig.validation_fraction", config.validation_fraction, rule)
+    rule = f"leaves no training document: {field}={value!r} holds {num_documents}"
+    require(num_documents > len(validation), "DataConfig.validation_fraction", config.validation_fraction, rule)
+    runs = [(name, [size for _, size in run]) for name, run in itertools.groupby(validation, lambda pair: pair[0])]
     return Corpus(
         sha.hexdigest(),
         num_documents - len(validation),
         len(validation),
         num_bytes,
-        tuple((name, len(list(run))) for name, run in itertools.groupby(validation)),
-        tuple(sorted(domains.difference(validation))),
+        tuple((name, len(sizes), sum(sizes)) for name, sizes in runs),
+        tuple(sorted(domains.difference(name for name, _ in runs))),
     )
 
 

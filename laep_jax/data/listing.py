@@ -4,6 +4,7 @@ Links are followed. A file that several names or links lead to is read once, und
 is one; what is passed over for that is listed. Hidden files are left out, unless a glob asks for them.
 """
 
+import contextlib
 import fnmatch
 import glob
 import os
@@ -50,7 +51,20 @@ class Listing(NamedTuple):
 
 def corpus_field(config: DataConfig) -> tuple[str, str]:
     """The setting that says which corpus it is, and its value."""
+    if config.mixture is not None:
+        return "DataConfig.mixture", ", ".join(name for name, _, _ in config.mixture)
     return ("DataConfig.path", config.path) if config.path else ("DataConfig.source", config.source)
+
+
+@contextlib.contextmanager
+def of_mixture(name: str) -> Iterator[None]:
+    """What is wrong with a source of `DataConfig.mixture` is raised with its name; "" is a single corpus."""
+    try:
+        yield
+    except UserError as error:
+        if not name:
+            raise
+        raise type(error)(f"{name!r} of DataConfig.mixture: {error}") from error
 
 
 def corpus_text(config: DataConfig) -> str:

@@ -32,6 +32,11 @@ def document_indices(ends: np.ndarray, rows_B: np.ndarray, sequence_length: int)
     return np.searchsorted(ends, np.minimum(places_BS, ends[-1]))
 
 
+def to_document_end(tokens: np.ndarray, eod: int) -> np.ndarray:
+    """The tokens before the first end of a document, all of them where there is none."""
+    return tokens[: np.argmax(tokens == eod)] if eod in tokens else tokens
+
+
 def pack(tokens_BT: np.ndarray, eod: int) -> dict[str, np.ndarray]:
     """Model inputs and targets of rows, each int32 [B, S].
 

@@ -1,6 +1,7 @@
 """Where text comes from: named documents of UTF-8 bytes, always in the same order.
 
-A document's name is that of its file in the `Listing`, with "#" and its number where a file holds several.
+A document's name is that of its file in the `Listing`, with "#" and its number where a file holds several. Its domain
+is what `DataConfig.domain_field` says, the name of its source in a mixture, else as `domains.domain` says.
 Files compressed with gzip, bzip2, xz or zstd are unpacked, whatever their names. What cannot be read stops the run, and
 so does what is too long or grows out of all proportion when unpacked; only blank lines and empty texts are passed over.
 """
@@ -13,14 +14,15 @@ import lzma
 import os
 import sys
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from laep_jax.config import DataConfig
-from laep_jax.data.bucket import fetched
-from laep_jax.data.listing import File, corpus_text, list_files
+from laep_jax.data.bucket import on_disk
+from laep_jax.data.domains import domain, domain_name
+from laep_jax.data.listing import File, corpus_text, list_files, of_mixture
 from laep_jax.data.optional import import_extra
+from laep_jax.data.saved import arrow_files
 from laep_jax.data.synthetic import synthetic_documents
 from laep_jax.errors import UserError, require, short
 from laep_jax.files import open_regular, parse_json
@@ -42,46 +44,53 @@ HEAD = 512  # bytes from which a file is known
 
 
 class Document(NamedTuple):
-    """One text: its name in the corpus and its UTF-8 bytes, at least one."""
+    """One text: its name in the corpus, its UTF-8 bytes, at least one, and its domain."""
 
     name: str
     text: bytes
+    domain: str
 
 
 def read_documents(config: DataConfig) -> Iterator[Document]:
-    """Every document with any text in it. `UserError` at the first that cannot be read."""
-    for name, text in _read(config):
-        if text:
-            yield Document(name, text)
+    """Every document with any text in it, of a mixture those of each source in turn, each source its own domain.
+
+    `UserError` at the first that cannot be read.
+    """
+    for source, part in config.parts:
+        with of_mixture(source):
+            for document in _read(part):
+                if document.text:
+                    yield document._replace(domain=domain_name(source)) if source else document
 
 
-def _read(config: DataConfig) -> Iterator[tuple[str, bytes]]:
+def _read(config: DataConfig) -> Iterator[Document]:
     if config.source == "synthetic":
-        yield from synthetic_documents()
+        for name, text in synthetic_documents():
+            yield Document(name, text, domain(name, config.source))
         return
-    by_record = {"jsonl": _read_jsonl, "array_record": _read_array_record, "parquet": _read_parquet}
-    read = by_record.get(config.source, _read_text)
-    for file in list_files(config).files:
+    read = READERS.get(config.source, _read_text)
+    files = list_files(config).files
+    for file in arrow_files(files, config) if config.source == "datasets" else files:
         try:
             yield from read(file, config)
         except OSError as error:
             raise UserError(f"{corpus_text(config)} cannot be read: {file.path}: {error.strerror or error}") from error
 
 
-def _read_text(file: File, config: DataConfig) -> Iterator[tuple[str, bytes]]:
+def _read_text(file: File, config: DataConfig) -> Iterator[Document]:
     with _opened(file, config) as (opened, most):
         text = opened.read(min(MAX_TEXT, most) + 1)
         _check_growth(len(text), most, file, config)
         if len(text) > MAX_TEXT:
             raise UserError(f"{corpus_text(config)} holds a text of more than {MAX_TEXT} bytes: {file.path}")
-    yield file.name, _utf8(text, file.name, config)
+    yield Document(file.name, _utf8(text, file.name, config), domain(file.name, config.source))
 
 
-def _read_jsonl(file: File, config: DataConfig) -> Iterator[tuple[str, bytes]]:
+def _read_jsonl(file: File, config: DataConfig) -> Iterator[Document]:
     """One document a line, named by its line."""
     for number, line in enumerate(_lines(file, config), 1):
         if line.strip():
-            yield f"{file.name}#{number}", _json_text(line, f"line {number} of {file.name}", config)
+            yield _json_document(line, f"{file.name}#{number}", f"line {number} of {file.name}", config)
 
 
 def _lines(file: File, config: DataConfig) -> Iterator[bytes]:
@@ -109,7 +118,7 @@ def _opened(file: File, config: DataConfig) -> Iterator[tuple[BinaryIO, int]]:
     """(the file, unpacked and behind its byte order mark, the most bytes that it may have)."""
     where, most = f"{corpus_text(config)}: {file.path}", 2**63
     with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(open_regular(stack.enter_context(_on_disk(file)), where))
+        opened = stack.enter_context(open_regular(stack.enter_context(on_disk(file.path)), where))
         try:
             if unpack := next((UNPACK[magic] for magic in UNPACK if _head(opened).startswith(magic)), None):
                 most = MAX_GROWTH * file.size
@@ -148,67 +157,112 @@ def _check_growth(size: int, most: int, file: File, config: DataConfig) -> None:
         raise UserError(f"{corpus_text(config)} {rule}: {file.path}")
 
 
-def _json_text(line: bytes, where: str, config: DataConfig) -> bytes:
+def _json_document(line: bytes, name: str, where: str, config: DataConfig) -> Document:
     """The document in one line of JSON."""
     try:
         value = parse_json(line, f"{corpus_text(config)}: {where}")
     except UserError as error:
         raise UserError(f"{error}; mend or remove the line, or leave its file out by a glob") from error
-    field = ("DataConfig.text_field", config.text_field)
-    require(isinstance(value, dict), *field, f"is not in {where}, which is no JSON object")
-    require(config.text_field in value, *field, f"is not in {where}, which has the fields {short(list(value))}")
-    text = value[config.text_field]
-    require(isinstance(text, str), *field, f"holds no string in {where}")
+    rule = f"is not in {where}, which is no JSON object"
+    require(isinstance(value, dict), "DataConfig.text_field", config.text_field, rule)
+    for setting, field in _fields(config).items():
+        require(field in value, setting, field, f"is not in {where}, which has the fields {short(list(value))}")
+    return _document(value, name, where, config)
+
+
+def _fields(config: DataConfig) -> dict[str, str]:
+    """The fields that a record must have, by their settings."""
+    fields = {"DataConfig.text_field": config.text_field, "DataConfig.domain_field": config.domain_field}
+    return {setting: field for setting, field in fields.items() if field}
+
+
+def _document(values: Mapping[str, Any], name: str, where: str, config: DataConfig) -> Document:
+    """The document that a record holds. values: by field or column."""
+    for setting, field in _fields(config).items():
+        require(isinstance(values[field], str), setting, field, f"holds no string in {where}")
+    of_domain = domain(name, config.source)
+    if config.domain_field:
+        of_domain = domain_name(values[config.domain_field])
+        require(bool(of_domain), "DataConfig.domain_field", config.domain_field, f"is empty in {where}")
     try:
-        return text.encode()
+        return Document(name, values[config.text_field].encode(), of_domain)
     except UnicodeEncodeError as error:  # JSON can write one half of a surrogate pair
         raise UserError(f"{corpus_text(config)} holds a text that is not UTF-8: {where}: {error.reason}") from error
 
 
-def _read_array_record(file: File, config: DataConfig) -> Iterator[tuple[str, bytes]]:
+def _read_array_record(file: File, config: DataConfig) -> Iterator[Document]:
     """One document a record, named by its index."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     problem = f"{corpus_text(config)} holds no ArrayRecord file or a damaged one: {file.path}"
-    with _on_disk(file) as path:
+    with on_disk(file.path) as path:
         open_regular(path, f"{corpus_text(config)}: {path}").close()
         try:
             reader = ArrayRecordReader(os.fsencode(path))
             number = reader.num_records()
             for first in range(0, number, RECORDS_CHUNK):
                 for index, record in enumerate(reader.read(first, min(first + RECORDS_CHUNK, number)), first):
-                    yield f"{file.name}#{index}", _utf8(record, f"record {index} of {file.name}", config)
+                    name = f"{file.name}#{index}"
+                    text = _utf8(record, f"record {index} of {file.name}", config)
+                    yield Document(name, text, domain(name, config.source))
         except (RuntimeError, IndexError) as error:
             raise UserError(problem) from error
         if not reader.ok():  # without a footer it has no records, and says no more
             raise UserError(problem)
 
 
-def _read_parquet(file: File, config: DataConfig) -> Iterator[tuple[str, bytes]]:
-    """One document a row, named by its index. Only the column of the text is read, a group of rows at a time."""
+def _read_parquet(file: File, config: DataConfig) -> Iterator[Document]:
+    """Only the columns that are needed are read, a group of rows at a time."""
     parquet = import_extra("pyarrow.parquet", "parquet", f"{corpus_text(config)}: {file.path}")
-    lib, field, number = import_extra("pyarrow", "parquet", ""), config.text_field, 0
-    with _on_disk(file) as path:
+    with on_disk(file.path) as path, _arrow_errors("Parquet file", file, config):
         open_regular(path, f"{corpus_text(config)}: {path}").close()
-        try:
-            with parquet.ParquetFile(path) as opened:
-                names = opened.schema_arrow.names
-                rule = f"is not in {file.path}, which has the columns {short(names)}"
-                require(field in names, "DataConfig.text_field", field, rule)
-                for batch in opened.iter_batches(RECORDS_CHUNK, columns=[field]):
-                    _check_growth(batch.nbytes, MAX_GROWTH * file.size, file, config)
-                    for value in batch.column(0).to_pylist():
-                        where = f"row {number} of {file.name}"
-                        require(isinstance(value, str), "DataConfig.text_field", field, f"holds no string in {where}")
-                        yield f"{file.name}#{number}", value.encode()
-                        number += 1
-        except (lib.ArrowException, UnicodeDecodeError) as error:
-            problem = f"{corpus_text(config)} holds no Parquet file or a damaged one: {file.path}"
-            raise UserError(f"{problem}: {short(error)}") from error
+        with parquet.ParquetFile(path) as opened:
+            columns = _columns(opened.schema_arrow.names, file, config)
+            yield from _rows(opened.iter_batches(RECORDS_CHUNK, columns=columns), file, config)
 
 
-def _on_disk(file: File) -> contextlib.AbstractContextManager[Path]:
-    return fetched(file.path) if isinstance(file.path, str) else contextlib.nullcontext(file.path)
+def _read_arrow(file: File, config: DataConfig) -> Iterator[Document]:
+    arrow = import_extra("pyarrow.ipc", "parquet", f"{corpus_text(config)}: {file.path}")
+    with (
+        on_disk(file.path) as path,
+        _arrow_errors("Arrow stream", file, config),
+        open_regular(path, f"{corpus_text(config)}: {path}") as opened,
+        arrow.open_stream(opened) as batches,
+    ):
+        _columns(batches.schema.names, file, config)
+        yield from _rows(batches, file, config)
+
+
+@contextlib.contextmanager
+def _arrow_errors(form: str, file: File, config: DataConfig) -> Iterator[None]:
+    lib = import_extra("pyarrow", "parquet", "")
+    try:
+        yield
+    except (lib.ArrowException, UnicodeDecodeError, MemoryError) as error:  # of a length that no file has
+        problem = f"{corpus_text(config)} holds no {form} or a damaged one: {file.path}"
+        raise UserError(f"{problem}: {short(error)}") from error
+
+
+def _columns(names: list[str], file: File, config: DataConfig) -> list[str]:
+    """Those that hold what is read."""
+    for setting, field in _fields(config).items():
+        require(field in names, setting, field, f"is not in {file.path}, which has the columns {short(names)}")
+    return [*_fields(config).values()]
+
+
+def _rows(batches: Iterable[Any], file: File, config: DataConfig) -> Iterator[Document]:
+    """One document a row of pyarrow's batches, named by its index."""
+    number, fields = 0, _fields(config).values()
+    for batch in batches:
+        _check_growth(batch.nbytes, MAX_GROWTH * file.size, file, config)
+        for field in fields:
+            batch.column(field).validate(full=True)  # places out of its bounds, which a damaged file may hold
+        for first in range(0, batch.num_rows, RECORDS_CHUNK):
+            columns = {field: batch.column(field).slice(first, RECORDS_CHUNK).to_pylist() for field in fields}
+            for values in zip(*columns.values(), strict=True):
+                named = dict(zip(columns, values, strict=True))
+                yield _document(named, f"{file.name}#{number}", f"row {number} of {file.name}", config)
+                number += 1
 
 
 def _utf8(data: bytes, where: str, config: DataConfig) -> bytes:
@@ -217,3 +271,11 @@ def _utf8(data: bytes, where: str, config: DataConfig) -> bytes:
     except UnicodeDecodeError as error:
         raise UserError(f"{corpus_text(config)} holds a text that is not UTF-8: {where}, byte {error.start}") from error
     return data
+
+
+READERS = {
+    "jsonl": _read_jsonl,
+    "array_record": _read_array_record,
+    "parquet": _read_parquet,
+    "datasets": _read_arrow,
+}

@@ -4,17 +4,17 @@ python -m laep_jax evaluate RUN --data 'law/*.txt' --masked plan.json
 """
 
 import argparse
-import dataclasses
 import json
 import os
 from pathlib import Path
 
 from laep_jax.checkpoint.saved import Saved
+from laep_jax.config import DataConfig
 from laep_jax.config_parts import SOURCES_WITH_PATH
 from laep_jax.data.sources import read_documents
 from laep_jax.data.tokenizer import load_tokenizer
 from laep_jax.errors import require
-from laep_jax.evaluation.scoring import Score, read_text, score, total, validation_documents
+from laep_jax.evaluation.scoring import Score, read_text, score, total, validation_corpora
 from laep_jax.files import MAX_JSON, read_bytes
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import make_cpu_devices
@@ -40,11 +40,10 @@ def main(argv: list[str]) -> int:
     data = saved.config.data
     tokenizer = load_tokenizer(args.tokenizer or data.tokenizer)
     if args.data:
-        data = dataclasses.replace(data, source=args.source, path=args.data, text_field=args.text_field)
-        documents = read_documents(data)
+        corpora = [read_documents(DataConfig(args.source, args.data, args.text_field))]
     else:
-        documents = validation_documents(saved.config)
-    text = read_text(documents, data.source, tokenizer, args.max_tokens)
+        corpora = validation_corpora(saved.config)
+    text = read_text(corpora, tokenizer, args.max_tokens)
     scores = score(saved, text, tokenizer, plan)
     print(as_json(saved, scores) if args.json else table(saved, scores, bool(plan)))
     return 0

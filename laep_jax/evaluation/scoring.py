@@ -7,23 +7,23 @@ Axes: B rows, S sequence, M domains.
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
 
 from laep_jax.checkpoint.saved import Saved
 from laep_jax.config import Config, MeshConfig
-from laep_jax.data.corpus import domain, is_validation
-from laep_jax.data.packing import document_indices, num_rows, pack, split_rows
+from laep_jax.data.corpus import is_validation
+from laep_jax.data.mixing import Rows
+from laep_jax.data.packing import pack
 from laep_jax.data.sources import Document, read_documents
 from laep_jax.data.tokenizer import Tokenizer
 from laep_jax.errors import require
 from laep_jax.laep.plan import Plan
 from laep_jax.sharding import Mesh, make_mesh, put_batch
 from laep_jax.state.tree import abstract_state, initial_layout
-from laep_jax.training.evaluate import masked_bias
+from laep_jax.training.evaluate import bits_per_byte, masked_bias
 from laep_jax.training.step import make_eval_step
 
 DOCUMENTS_CHUNK = 256  # tokenized together
@@ -44,15 +44,18 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.bytes
+        return bits_per_byte(self.nats, self.bytes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Documents as one stream of tokens, in their order. ends_R: where the last token of each document is; domain_R."""
+    """Documents as streams of tokens, one for each corpus, in their order.
 
-    stream: np.ndarray
-    ends_R: np.ndarray
+    ends: for each stream where the last token of each document is. domain_R: of the documents of all streams.
+    """
+
+    streams: list[np.ndarray]
+    ends: list[np.ndarray]
     domain_R: np.ndarray
     domains: tuple[str, ...]
     bytes_M: np.ndarray
@@ -71,32 +74,48 @@ def here(config: Config) -> Config:
 
 
 def load_model(saved: Saved, config: Config, mesh: Mesh) -> dict:
-    """ "params" and "router_bias" of a checkpoint on a mesh; without moments."""
+    """A checkpoint's "params" and "router_bias" on a mesh; without moments."""
     abstract = abstract_state(config, mesh)
     return saved.restore({"params": abstract.params, "router_bias": abstract.router_bias})
 
 
-def read_text(documents: Iterable[Document], source: str, tokenizer: Tokenizer, max_tokens: int) -> Text:
-    """The text of documents, as many as are needed for `max_tokens`. `UserError` where there is none."""
-    parts, names, sizes, total = list[np.ndarray](), list[str](), list[int](), 0
+def read_text(corpora: Sequence[Iterable[Document]], tokenizer: Tokenizer, max_tokens: int) -> Text:
+    """The text of corpora, of each as many documents as are needed for its part of `max_tokens`.
+
+    `UserError` where there is none.
+    """
+    read = [_read_stream(documents, tokenizer, max_tokens / len(corpora)) for documents in corpora]
+    names, sizes = ([value for each in read for value in each[i]] for i in (2, 3))
+    require(bool(names), "the text", names, "has no documents")
+    domains, domain_R = np.unique(names, return_inverse=True)
+    bytes_M = np.bincount(domain_R, sizes).astype(np.int64)
+    streams, ends = [each[0] for each in read], [each[1] for each in read]
+    return Text(streams, ends, domain_R.astype(np.int32), tuple(map(str, domains)), bytes_M)
+
+
+def _read_stream(
+    documents: Iterable[Document], tokenizer: Tokenizer, max_tokens: float
+) -> tuple[np.ndarray, np.ndarray, list[str], list[int]]:
+    """(tokens, where each document ends, its domain, its bytes)."""
+    parts, names, sizes, total = [np.empty(0, np.uint32)], list[str](), list[int](), 0
     remaining = iter(documents)
     while total < max_tokens and (chunk := list(itertools.islice(remaining, DOCUMENTS_CHUNK))):
         for tokens in tokenizer.encode([document.text for document in chunk]):
             parts.append(np.append(tokens, tokenizer.eod).astype(np.uint32))
             total += len(parts[-1])
-        names += [domain(document.name, source) for document in chunk]
+        names += [document.domain for document in chunk]
         sizes += [len(document.text) for document in chunk]
-    require(bool(parts), "the text", names, "has no documents")
-    domains, domain_R = np.unique(names, return_inverse=True)
-    ends_R = np.cumsum([len(part) for part in parts]) - 1
-    bytes_M = np.bincount(domain_R, sizes).astype(np.int64)
-    return Text(np.concatenate(parts), ends_R, domain_R.astype(np.int32), tuple(map(str, domains)), bytes_M)
+    return np.concatenate(parts), np.cumsum([len(part) for part in parts[1:]], dtype=np.int64) - 1, names, sizes
 
 
-def validation_documents(config: Config) -> Iterable[Document]:
-    """Those that a run keeps for validation."""
-    fraction = config.data.validation_fraction
-    return (document for document in read_documents(config.data) if is_validation(document.name, fraction))
+def validation_corpora(config: Config) -> list[Iterable[Document]]:
+    """The documents that a run keeps for validation, of each source of a mixture: a row holds text of one source."""
+    data, fraction = config.data, config.data.validation_fraction
+    sources = [dataclasses.replace(data, mixture=(source,)) for source in data.mixture] if data.mixture else [data]
+    return [
+        (document for document in read_documents(source) if is_validation(document.name, fraction))
+        for source in sources
+    ]
 
 
 def score(saved: Saved, text: Text, tokenizer: Tokenizer, plan: Plan | None = None) -> dict[str, Score]:
@@ -107,12 +126,12 @@ def score(saved: Saved, text: Text, tokenizer: Tokenizer, plan: Plan | None = No
     bias = masked_bias(model["router_bias"], plan) if plan else model["router_bias"]
     eval_step = make_eval_step(config, mesh, len(text.domains))
     nats_M, targets_M = np.zeros(len(text.domains)), np.zeros(len(text.domains), np.int64)
-    length, rows = config.data.sequence_length, config.data.batch_size
-    count = num_rows(text.stream, length)
+    text_rows, rows = Rows(text.streams, config.data.sequence_length), config.data.batch_size
+    count = sum(text_rows.counts_N)
     for first in range(0, count, rows):
         rows_B = np.minimum(np.arange(first, first + rows), count)  # rows past the last are padding
-        batch = pack(split_rows(text.stream, rows_B, length), tokenizer.eod)
-        domains_BS = text.domain_R[document_indices(text.ends_R, rows_B, length)]
+        batch = pack(text_rows.tokens(rows_B), tokenizer.eod)
+        domains_BS = text.domain_R[text_rows.runs(rows_B, text.ends)]
         loss_M, number_M, _ = eval_step(
             layout, model["params"], bias, put_batch(batch | {"domains_BS": domains_BS}, mesh)
         )

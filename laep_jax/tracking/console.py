@@ -23,7 +23,7 @@ from laep_jax.tracking.summary import Summary
 
 COUNTS_WIDTH = 26  # of the expert counts in the closing table
 LOSS_AT_PRUNE = "validation loss at the prune"
-LOSS_AT_END = "validation loss at the end"
+AT_END = ("validation loss at the end", "  in bits per byte")
 Row = tuple[str, str, str, str]
 
 
@@ -135,6 +135,7 @@ def progress_parts(step: int, num_steps: int, record: dict, peak_gflops: float |
     gflops, speed = record["gflops_per_second"], record["tokens_per_second"]
     parts = [
         f"step {step:>{len(str(num_steps))}}/{num_steps}",
+        f"epoch {_number(record['epochs'], '.2f')}",
         f"loss {_number(record['loss'], '.4f')}",
         f"{_number(speed, ',.0f')} tokens/s",
         f"MFU {_number(gflops and 100 * gflops / peak_gflops, '.1f')} %"
@@ -180,16 +181,23 @@ def closing_table(summary: Summary) -> Group:
         if changed:
             table.add_row(name, before, after, change)
         else:
-            table.add_row(name, after if name == LOSS_AT_END else before)
+            table.add_row(name, after if name in AT_END else before)
     return Group(Text(_history(summary)), table)
 
 
 def _history(summary: Summary) -> str:
     """What the run did to its experts, and why where it pruned none."""
-    text = f"{summary.steps:,} steps, {summary.tokens:,} tokens"
+    text = f"{summary.steps:,} steps, {summary.tokens:,} tokens{_epochs(summary.epochs_by_source)}"
     if not summary.prune_steps:
         return f"{text}; nothing was pruned\nnot pruned, since {summary.not_pruned}"
     return f"{text}; pruned after step " + ", ".join(f"{step:,}" for step in summary.prune_steps)
+
+
+def _epochs(by_source: dict[str, float]) -> str:
+    """How often the training text was read, source by source where there are several."""
+    if len(by_source) < 2:
+        return "".join(f", {epochs:.2f} epochs" for epochs in by_source.values())
+    return f" (epochs: {', '.join(f'{name} {epochs:.2f}' for name, epochs in by_source.items())})"
 
 
 def _rows(summary: Summary) -> list[Row]:
@@ -214,7 +222,8 @@ def _rows(summary: Summary) -> list[Row]:
         _row("  as rebalanced, worst", worst("levelled_imbalance"), "{:.3f}".format, _difference),
         *(_loss_at_prune(summary) if summary.prune_steps else []),
         # Without a change: steps of training lie between, and no run without the prune is there to compare with.
-        (LOSS_AT_END, "", _number(summary.validation_loss_end, ".4f"), ""),
+        (AT_END[0], "", _number(summary.validation_loss_end, ".4f"), ""),
+        (AT_END[1], "", _number(summary.validation_bits_per_byte_end, ".4f"), ""),
         _row("step time", pair("step_seconds"), "{:.3f} s".format, lambda before, after: f"x {after / before:.3f}"),
     ]
 

@@ -14,17 +14,19 @@ def train_record(
     *,
     seconds: float | None,
     tokens: int,
+    epochs: float,
     flops_per_token: float,
     peak_memory_bytes: int,
 ) -> dict[str, Any]:
     """One step's numbers.
 
     metrics: of `step.train_step`, on the host. counts: [E] of each layer. seconds: None where the step was compiled in
-    them.
+    them. epochs: of the training text so far.
     """
     speed = None if seconds is None else tokens / seconds
     return {
         "loss": float(metrics["loss"]),
+        "epochs": epochs,
         "grad_norm": float(metrics["grad_norm"]),
         "learning_rate": float(metrics["learning_rate"]),
         "tokens_per_second": speed,

@@ -24,6 +24,7 @@ class Summary:
     validation_loss_before_prune: float | None = None
     validation_loss_after_prune: float | None = None
     validation_loss_end: float | None = None
+    validation_bits_per_byte_end: float | None = None
     validation_loss_by_domain: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
     validation_targets_by_domain: dict[str, int] = dataclasses.field(default_factory=dict)
     pruned_share_by_domain: dict[str, list[float]] = dataclasses.field(default_factory=dict)
@@ -31,6 +32,7 @@ class Summary:
     not_pruned: str = ""
     steps: int = 0
     tokens: int = 0
+    epochs_by_source: dict[str, float] = dataclasses.field(default_factory=dict)
     skipped_steps: int = 0
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Axes: L layers, E experts of a layer, W of its window, N of all layers, M domain
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -30,6 +31,11 @@ class ValidationLoss:
     loss_by_domain: dict[str, float]
     targets_by_domain: dict[str, int]
     tokens_by_domain: dict[str, np.ndarray] = dataclasses.field(compare=False)
+
+
+def bits_per_byte(nats: float, num_bytes: float) -> float:
+    """nats: of the targets of a text, or a mean over them; num_bytes: of that text, or per target."""
+    return nats / math.log(2) / num_bytes
 
 
 def by_layer(tokens_per_expert_LW: jax.Array | np.ndarray, num_experts: Sequence[int]) -> list[np.ndarray]:

@@ -43,7 +43,7 @@ class Source(Protocol):
         """`UserError` where the parameters are not those of such a model."""
 
     def read(self, model: ModelConfig, abstract: dict) -> Any:
-        """ "params" and "router_bias", like `abstract`. Every process must call it."""
+        """The "params" and "router_bias", like `abstract`. Every process must call it."""
 
 
 class _Run:

@@ -51,9 +51,14 @@ def train_to_end(trainer: Trainer, preemption: PreemptionGuard) -> dict:
 
 def _is_boundary(trainer: Trainer, step: int) -> bool:
     settings = trainer.config.train
-    due = step % settings.eval_every == 0 or step % settings.checkpoint_every == 0
+    due = step % settings.eval_every == 0 or step % settings.checkpoint_every == 0 or _samples(trainer, step)
     due = due or trainer.is_due(step) or _decides(trainer, step) or trainer.controller.rebalances(step)
     return due or step == settings.num_steps
+
+
+def _samples(trainer: Trainer, step: int) -> bool:
+    every = trainer.config.train.sample_every
+    return every is not None and step % every == 0
 
 
 def _decides(trainer: Trainer, step: int) -> bool:
@@ -87,6 +92,7 @@ def _fetch(trainer: Trainer, step: int, metrics: dict) -> tuple[bool, dict]:
         counts,
         seconds=trainer.model.step_seconds[-1],
         tokens=tokens,
+        epochs=max(trainer.dataset.epochs(step).values()),
         flops_per_token=trainer.model.size.flops_per_token,
         peak_memory_bytes=peak_memory_bytes(jax.local_devices()[0]),
     )
@@ -110,13 +116,19 @@ def _check_loss(trainer: Trainer, step: int, loss: float, grad_norm: float, fini
         raise FloatingPointError(f"{run_state.skipped} steps in a row until step {step} were not finite, and skipped")
 
 
-def _few(rows: np.ndarray) -> str:
-    shown = ", ".join(map(str, rows[:4]))
-    return f"{shown}, ... ({len(rows)})" if len(rows) > 4 else shown
+def _few(rows: dict[str, np.ndarray]) -> str:
+    """The first rows of each source, and how many there are.
+
+    >>> _few({"web": np.arange(6), "code": np.array([7])})
+    'of web 0, 1, 2, 3, ... (6), of code 7'
+    """
+    shown = {name: ", ".join(map(str, some[:4])) for name, some in rows.items()}
+    more = {name: f", ... ({len(some)})" if len(some) > 4 else "" for name, some in rows.items()}
+    return ", ".join(f"of {name} {shown[name]}{more[name]}" for name in rows)
 
 
 def _boundary(trainer: Trainer, step: int, stopping: bool) -> None:
-    """Everything that is not training: evaluation, the stability test, rebalancing, saving, pruning.
+    """Everything that is not training: evaluation, a sample, the stability test, rebalancing, saving, pruning.
 
     What is due is done before the run stops, since it resumes behind it.
     """
@@ -125,6 +137,8 @@ def _boundary(trainer: Trainer, step: int, stopping: bool) -> None:
         return
     if step % settings.eval_every == 0:
         trainer.evaluate(step, "periodic")
+    if _samples(trainer, step):
+        trainer.sample(step)
     if _decides(trainer, step):
         with trainer.watch("decide", step):
             decide(trainer, step)
@@ -142,8 +156,11 @@ def _close(trainer: Trainer) -> dict:
     step, summary = trainer.run_state.step, trainer.run_state.summary
     if summary.steps != step:
         trainer.evaluate(step, "end")
+        if _samples(trainer, step):
+            trainer.sample(step)
         trainer.measure("after" if summary.prune_steps else "before")
         summary.steps = step
+        summary.epochs_by_source = trainer.dataset.epochs(step)
         window = trainer.config.laep.window
         summary.not_pruned = summary.not_pruned or f"the run ends before LaepConfig.window={window}"
         trainer.save(step, now=True)

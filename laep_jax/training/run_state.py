@@ -2,10 +2,10 @@
 
 import dataclasses
 import typing
-from typing import Any
 
 from laep_jax.config import Config
 from laep_jax.errors import UserError, require, require_type
+from laep_jax.fields import tuples
 from laep_jax.laep.plan import Lineage, Plan, initial_lineage
 from laep_jax.tracking.run_log import plain
 from laep_jax.tracking.summary import Summary
@@ -68,7 +68,7 @@ class RunState:
         """What `to_meta` made, back from JSON. `UserError` where a type is wrong or the parts do not fit together."""
         name = f"checkpoint {where}"
         try:
-            values = meta | {field: _tuples(meta[field]) for field in ("num_experts", "lineage", "recent_losses")}
+            values = meta | {field: tuples(meta[field]) for field in ("num_experts", "lineage", "recent_losses")}
             values["pending"] = None if meta["pending"] is None else _pending(**meta["pending"])
             state = cls(**values | {"summary": Summary(**meta["summary"])})
         except (TypeError, KeyError, AttributeError) as error:
@@ -121,8 +121,3 @@ class RunState:
 
 def _pending(plan: str, **steps: int) -> PendingPrune:
     return PendingPrune(Plan.from_json(plan), **steps)
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as tuples, at any depth."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

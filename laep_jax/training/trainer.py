@@ -21,12 +21,13 @@ from laep_jax.state.tree import TrainState, layout_of
 from laep_jax.tracking.console import RunConsole
 from laep_jax.tracking.pause import Pause
 from laep_jax.tracking.run_log import NoLog, RunLog
-from laep_jax.training.evaluate import ValidationLoss, validation_loss
+from laep_jax.training.evaluate import ValidationLoss, bits_per_byte, validation_loss
 from laep_jax.training.prune.compile_ahead import CompiledSteps
 from laep_jax.training.prune.controller import Controller
 from laep_jax.training.prune.guard import softened
 from laep_jax.training.prune.smaller_model import SmallerModel
 from laep_jax.training.run_state import RunState
+from laep_jax.training.sample import lengths, make_sampler
 from laep_jax.training.step import Batch, Metrics
 from laep_jax.training.watch import Watch
 
@@ -66,6 +67,16 @@ class Model:
     def evaluate(self) -> Callable:
         """The eval step with the layout that is in use."""
         return functools.partial(self.steps.evaluate, self.layout)
+
+    @functools.cached_property
+    def sampler(self) -> Callable:
+        """`make_sampler` of this model, compiled at its first call."""
+        return make_sampler(self.config, self.mesh)
+
+    def sample(self, prompt: np.ndarray) -> np.ndarray:
+        """The most probable tokens after a prompt, which is the same on every process."""
+        prompt_P = jax.device_put(prompt, replicated(self.mesh))
+        return np.asarray(self.sampler(self.layout, self.state.params, self.state.router_bias, prompt_P))
 
     @property
     def compiles(self) -> bool:
@@ -147,19 +158,43 @@ class Trainer:
         with self.watch("evaluate", step):
             validation = validation_loss(self.model.evaluate, self.model.state, *self.measured_on)
         self.log_validation(step, when, validation)
-        self.console.event(f"step {step}: validation loss {validation.loss:.4f} ({when})")
+        bits = self.bits_per_byte(validation)
+        self.console.event(f"step {step}: validation loss {validation.loss:.4f}, {bits:.4f} bits per byte ({when})")
+
+    def bits_per_byte(self, validation: ValidationLoss) -> float:
+        """Of the measured validation text, whose bytes are known (see `Dataset`)."""
+        return bits_per_byte(validation.loss, self.dataset.bytes_per_target)
 
     def log_validation(self, step: int, when: str, validation: ValidationLoss) -> None:
         """Writes a measurement to the log and the summary."""
         loss, losses, targets = validation.loss, validation.loss_by_domain, validation.targets_by_domain
-        summary = self.run_state.summary
+        summary, bits = self.run_state.summary, self.bits_per_byte(validation)
         if summary.validation_targets_by_domain != targets:  # once, as long as the batches stay the same
             summary.validation_targets_by_domain = targets
             self.log.write("validation", step, targets_by_domain=targets)
-        self.log.write("eval", step, validation_loss=loss, validation_loss_by_domain=losses, when=when)
+        self.log.write(
+            "eval",
+            step,
+            validation_loss=loss,
+            validation_bits_per_byte=bits,
+            validation_loss_by_domain=losses,
+            epochs_by_source=self.dataset.epochs(step),
+            when=when,
+        )
         summary.validation_loss_by_domain[when] = dict(losses)
         if when != "periodic":
             setattr(summary, f"validation_loss_{when}", loss)
+        if when == "end":
+            summary.validation_bits_per_byte_end = bits
+
+    def sample(self, step: int) -> None:
+        """Shows and logs what the model writes, greedily, after the start of the validation text."""
+        prompt = self.dataset.prompt(lengths(self.config.data.sequence_length)[0])
+        with self.watch("sample", step):
+            written = self.model.sample(prompt)
+        before, text = self.dataset.text(prompt), self.dataset.text(written)
+        self.log.write("sample", step, prompt=before, text=text)
+        self.console.event(f"step {step}: after {before!r} the model writes {text!r}")
 
     @property
     def measured_on(self) -> tuple[list[dict[str, np.ndarray]], Mesh, tuple[str, ...]]:

@@ -1,8 +1,8 @@
 """The named stages of a run, for a program that times them or interrupts the run in one.
 
 A stage is entered and left as a context manager, on every process: `step` (its batch and its program), `record` (its
-metrics have left the device), `evaluate`, `save`, and those of a plan in their order: `decide`, `compile` (in a
-thread), `apply`, and within it `restore` and `finish`, which come alone where a run resumes with a plan to apply.
+metrics have left the device), `evaluate`, `sample`, `save`, and those of a plan in their order: `decide`, `compile` (in
+a thread), `apply`, and within it `restore` and `finish`, which come alone where a run resumes with a plan to apply.
 """
 
 from collections.abc import Callable

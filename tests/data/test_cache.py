@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -91,6 +92,17 @@ def test_a_corpus_with_other_times_or_of_another_place_is_read_once_more_and_not
         assert opening(changed, counting([], encode=None)).sha256 == first.sha256
     assert len(surveys) == 1
     assert len(files(changed)) == 1
+
+
+def test_another_domain_field_reads_the_corpus_and_tokenizes_nothing(config, tmp_path):
+    lines = [json.dumps({"text": f"text {i}", "a": "x", "b": "yz"[i % 2]}) for i in range(40)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    calls, found = [], []
+    for field in ("", "a", "b", "a"):
+        changed = config(source="jsonl", path=str(tmp_path / "x.jsonl"), domain_field=field)
+        found.append({name for name, *_ in opening(changed, counting(calls)).corpus.validation_runs})
+    assert found == [{"x.jsonl"}, {"x"}, {"y", "z"}, {"x"}]
+    assert sum(calls) == 40
 
 
 def test_another_corpus_split_tokenizer_or_version_is_another_cache(config, folder, monkeypatch):

@@ -55,11 +55,11 @@ def test_trains_the_dataset_it_came_from(folder, config, tmp_path, capsys):
     data = dataset(config(tokenizer=str(out)))
     assert f"tokens ({out})" in data.description
     tokenizer = tokenizers.Tokenizer.from_file(str(out))
-    assert tokenizer.decode(data.tokens.validation.tolist()).startswith("document ")
+    assert tokenizer.decode(data.sources[0].tokens.validation.tolist()).startswith("document ")
     tokenizer.add_tokens(["never seen"])
     tokenizer.save(str(out))
     again = dataset(config(tokenizer=str(out)))
-    assert again.tokens.sha256 == data.tokens.sha256
+    assert again.sources[0].tokens.sha256 == data.sources[0].tokens.sha256
     assert again.fingerprint != data.fingerprint
 
 

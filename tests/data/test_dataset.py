@@ -131,6 +131,15 @@ def test_every_validation_token_is_counted_once(config, texts):
     assert (batches[-1]["segments_BS"] == 0).any(), "the corpus no longer tests the padding of the last batch"
 
 
+def test_the_prompt_is_the_beginning_of_the_first_validation_document(config, texts):
+    data = dataset(config())
+    first = texts[1][0]
+    for number in (1, 3, 10**6):
+        assert data.prompt(number).tolist() == [*first[:number]]
+        assert data.text(data.prompt(number)) == first[:number].decode(errors="replace")
+    assert data.text(np.array([*b"ab", 256, *b"cd"])) == "ab"
+
+
 def test_every_validation_target_has_the_domain_of_its_document(config, folder):
     data = dataset(config())
     assert data.domains == ("even", "odd")
@@ -216,7 +225,7 @@ def test_text_without_a_target_is_refused(config, texts, monkeypatch, side, mess
 def test_a_few_validation_batches_come_from_many_documents(config, texts):
     data = dataset(config(validation_fraction=0.5))
     first = data.validation_batch(0)["tokens_BS"]
-    in_order = data.tokens.validation[: 8 * 16].reshape(8, 16)
+    in_order = data.sources[0].tokens.validation[: 8 * 16].reshape(8, 16)
     assert not np.array_equal(first, in_order)
 
 
@@ -256,6 +265,11 @@ def test_standard_library_is_the_default(tmp_path):
 
 
 def test_refusals(config):
+    message = (
+        r"^DataConfig.validation_fraction=1e-09 leaves no validation document: DataConfig.path='.*texts' holds 40$"
+    )
+    with pytest.raises(UserError, match=message):
+        dataset(config(validation_fraction=1e-9))
     with pytest.raises(UserError, match=r"ModelConfig.vocab_size=256 is below the tokenizer's 257"):
         dataset(config(), vocab_size=256)
     with pytest.raises(UserError, match=r"DataConfig.batch_size=8 is not divisible by 3 processes"):

@@ -12,7 +12,7 @@ from laep_jax.errors import UserError
 
 
 def documents(source, path):
-    return [tuple(document) for document in read_documents(DataConfig(source, str(path)))]
+    return [document[:2] for document in read_documents(DataConfig(source, str(path)))]
 
 
 def names(path):

@@ -28,7 +28,7 @@ TEXTS = ["one", "zwei\nüber", "三 💡", "four" * 1000]
 
 
 def documents(source, path, **changes):
-    return [tuple(document) for document in read_documents(DataConfig(source, str(path), **changes))]
+    return [document[:2] for document in read_documents(DataConfig(source, str(path), **changes))]
 
 
 def write_jsonl(path, values):
@@ -46,7 +46,7 @@ def write_records(path, records):
 
 
 def test_standard_library():
-    found = list(read_documents(DataConfig()))
+    found = [document[:2] for document in read_documents(DataConfig())]
     names = [name for name, _ in found]
     assert names == sorted(set(names))
     assert {"argparse.py", "json/decoder.py"} <= set(names)
@@ -67,6 +67,49 @@ def test_jsonl_with_another_field_blank_lines_and_empty_texts(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"body": "a"}\n\n{"body": ""}\n   \n{"body": "b"}')
     assert documents("jsonl", path, text_field="body") == [("x.jsonl#1", b"a"), ("x.jsonl#5", b"b")]
+
+
+def test_the_domain_from_a_field(tmp_path):
+    values = [{"text": "a", "topic": "law"}, {"text": "b", "topic": "(other)"}, {"text": "c", "topic": "x\n"}]
+    lines = write_jsonl(tmp_path / "x.jsonl", values)
+    table = write_parquet(tmp_path / "x.parquet", topic=[v["topic"] for v in values], text=["a", "b", "c"])
+    for source, path in (("jsonl", lines), ("parquet", table)):
+        found = list(read_documents(DataConfig(source, str(path), domain_field="topic")))
+        assert [(text, domain) for _, text, domain in found] == [(b"a", "law"), (b"b", "./(other)"), (b"c", r"x\n")]
+        assert {document.domain for document in read_documents(DataConfig(source, str(path)))} == {path.name}
+
+
+@pytest.mark.parametrize(
+    ("topic", "rule"),
+    [
+        ({}, r"is not in line 2 of x\.jsonl, which has the fields \['text'\]"),
+        ({"topic": 3}, r"holds no string in line 2 of x\.jsonl"),
+        ({"topic": None}, r"holds no string in line 2 of x\.jsonl"),
+        ({"topic": ""}, r"is empty in line 2 of x\.jsonl"),
+    ],
+)
+def test_a_document_without_the_domain_is_refused_by_its_line(tmp_path, topic, rule):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "a", "topic": "law"}, {"text": "b"} | topic])
+    with pytest.raises(UserError, match=rf"^DataConfig\.domain_field='topic' {rule}$"):
+        documents("jsonl", path, domain_field="topic")
+
+
+def test_a_row_without_the_domain_is_refused(tmp_path):
+    for column, rule in (
+        ({}, r"is not in .*x\.parquet, which has the columns \['text'\]"),
+        ({"topic": ["law", None]}, r"holds no string in row 1 of x\.parquet"),
+        ({"topic": [1, 2]}, r"holds no string in row 0 of x\.parquet"),
+    ):
+        path = write_parquet(tmp_path / "x.parquet", text=["a", "b"], **column)
+        with pytest.raises(UserError, match=rf"^DataConfig\.domain_field='topic' {rule}$"):
+            documents("parquet", path, domain_field="topic")
+
+
+def test_what_is_wrong_with_a_source_of_a_mixture_is_said_with_its_name(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    mixture = (("a", str(tmp_path / "a.jsonl"), 1.0), ("b", str(tmp_path / "none"), 1.0))
+    with pytest.raises(UserError, match=r"^'b' of DataConfig\.mixture: DataConfig\.path='.*/none' is neither a file"):
+        list(read_documents(DataConfig("jsonl", mixture=mixture)))
 
 
 def test_array_record(tmp_path):

@@ -52,6 +52,7 @@ def test_on_its_validation_text_a_run_has_the_loss_that_it_logged(run, capsys):
     [*_, logged] = records(run, "eval")
     assert (found["step"], logged["step"]) == (NUM_STEPS, NUM_STEPS)
     np.testing.assert_allclose(found["loss"], logged["validation_loss"], rtol=1e-6)
+    np.testing.assert_allclose(found["bits_per_byte"], logged["validation_bits_per_byte"], rtol=1e-6)
     by_domain = {name: each["loss"] for name, each in found["domains"].items()}
     assert by_domain.keys() == set("abcd")
     for name, loss in logged["validation_loss_by_domain"].items():

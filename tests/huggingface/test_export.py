@@ -60,9 +60,10 @@ BIASED = ("bias", "others")
 class Run:
     """A run's only checkpoint: random weights, large enough that every part matters."""
 
-    def __init__(self, root, kind: str):
+    def __init__(self, root, kind: str, **parts):
         self.root, self.kind = str(root), kind
-        config = tiny_config(str(root / "tokens"), model={"num_layers": 3, "router_init": 0.7, **KINDS[kind]})
+        model = {"num_layers": 3, "router_init": 0.7, **KINDS[kind]}
+        config = tiny_config(str(root / "tokens"), model=model, **parts)
         self.config: Config = change(config, mesh={"fsdp": 4, "expert": 2})
         self.mesh = make_mesh(self.config.mesh)
         state = init_state(self.config, self.mesh)

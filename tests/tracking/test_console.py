@@ -9,6 +9,7 @@ from laep_jax.tracking.summary import Summary
 
 TRAIN = {
     "loss": 2.34567,
+    "epochs": 0.125,
     "tokens_per_second": 12345.6,
     "gflops_per_second": 35.24,
     "step_seconds": 0.5,
@@ -18,6 +19,7 @@ TRAIN = {
 PRUNED = {
     "steps": 400,
     "tokens": 1638400,
+    "epochs_by_source": {"text": 1.504},
     "prune_steps": [220],
     "not_pruned": "",
     "parameters_before": 2_000_000,
@@ -31,6 +33,7 @@ PRUNED = {
     "validation_loss_before_prune": 2.5,
     "validation_loss_after_prune": 2.52,
     "validation_loss_end": 2.25,
+    "validation_bits_per_byte_end": 1.125,
     "validation_loss_by_domain": {
         "before_prune": {"json": 2.0, "xml": 2.25, "abc": 3.0},
         "after_prune": {"json": 2.0, "xml": 2.5, "abc": 2.75},
@@ -83,7 +86,8 @@ def test_off_a_terminal_one_whole_line_each_log_every():
                 progress.event("step 12: checkpoint saved [bold]")
     lines = text_of(console).splitlines()
     assert lines[0] == (
-        "step 10/30  loss 2.3457  12,346 tokens/s  35.2 GFLOP/s  imbalance experts 3.20, devices 1.25 (worst layer)"
+        "step 10/30  epoch 0.12  loss 2.3457  12,346 tokens/s  35.2 GFLOP/s"
+        "  imbalance experts 3.20, devices 1.25 (worst layer)"
         "  loads: 1/2 windows stable  0:10 left"
     )
     assert lines[1] == "step 12: checkpoint saved [bold]"
@@ -126,7 +130,7 @@ def test_numbers_not_measured_yet_are_dashes():
 
 def test_closing_table_of_a_pruned_run():
     rows, text = cells(PRUNED)
-    assert text.startswith("400 steps, 1,638,400 tokens; pruned after step 220\n")
+    assert text.startswith("400 steps, 1,638,400 tokens, 1.50 epochs; pruned after step 220\n")
     assert rows == {
         "parameters": ["2.000 M", "1.500 M", "-25.0 %"],
         "experts per layer": ["16x4", "8,12x2,4", "-43.8 %"],
@@ -138,6 +142,7 @@ def test_closing_table_of_a_pruned_run():
         "validation loss at the prune": ["2.5000", "2.5200", "+0.0200"],
         "most in xml (1,234 targets)": ["2.2500", "2.5000", "+0.2500"],
         "validation loss at the end": ["", "2.2500", ""],
+        "in bits per byte": ["", "1.1250", ""],
         "step time": ["0.500 s", "0.400 s", "x 0.800"],
     }
 
@@ -145,18 +150,21 @@ def test_closing_table_of_a_pruned_run():
 def test_closing_table_of_a_run_without_prune():
     rows, text = cells(NOT_PRUNED)
     assert text.startswith(
-        "400 steps, 1,638,400 tokens; nothing was pruned\nnot pruned, since the loads are not stable: train longer\n"
+        "400 steps, 1,638,400 tokens, 1.50 epochs; nothing was pruned\n"
+        "not pruned, since the loads are not stable: train longer\n"
     )
     assert rows["parameters"] == ["2.000 M"]
     assert rows["experts per layer"] == ["16x4"]
     assert rows["validation loss at the end"] == ["2.2500"]
+    assert rows["in bits per byte"] == ["1.1250"]
     assert "at the prune" not in text
     assert "most in" not in text
 
 
 def test_several_prunes_are_told_apart():
-    rows, text = cells(PRUNED | {"prune_steps": [22, 30]})
-    assert text.startswith("400 steps, 1,638,400 tokens; pruned after step 22, 30\n")
+    rows, text = cells(PRUNED | {"prune_steps": [22, 30], "epochs_by_source": {"web": 0.5, "code": 3}})
+    head = "400 steps, 1,638,400 tokens (epochs: web 0.50, code 3.00); pruned after step 22, 30 "
+    assert " ".join(text.split()).startswith(head)
     assert rows["validation loss at the prune of step 30"] == ["2.5000", "2.5200", "+0.0200"]
 
 

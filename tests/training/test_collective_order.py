@@ -7,12 +7,15 @@ import dataclasses
 import itertools
 import re
 
+import jax
+import numpy as np
 import pytest
 
 from laep_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from laep_jax.preflight.hlo import COLLECTIVES, Operation, parse
-from laep_jax.sharding import make_mesh
+from laep_jax.sharding import make_mesh, replicated
 from laep_jax.state.tree import abstract_layout, abstract_state
+from laep_jax.training.sample import make_sampler
 from laep_jax.training.step import abstract_batch, make_eval_step, make_train_step
 
 CONFIG = Config(
@@ -46,7 +49,7 @@ def free_collectives(text: str) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["train", "accumulation", "eval"])
+@pytest.mark.parametrize("kind", ["train", "accumulation", "eval", "sample"])
 def test_the_layers_wait_for_every_collective_beside_them(kind):
     config = dataclasses.replace(CONFIG, train=TrainConfig(grad_accumulation=2 if kind == "accumulation" else 1))
     mesh = make_mesh(config.mesh)
@@ -54,6 +57,9 @@ def test_the_layers_wait_for_every_collective_beside_them(kind):
     layout = abstract_layout(config, mesh)
     if kind == "eval":
         program = make_eval_step(config, mesh, 3).lower(layout, state.params, state.router_bias, batch)
+    elif kind == "sample":
+        prompt = jax.ShapeDtypeStruct((5,), np.int32, sharding=replicated(mesh))
+        program = make_sampler(config, mesh).lower(layout, state.params, state.router_bias, prompt)
     else:
         program = make_train_step(config, mesh).lower(state, layout, batch)
     text = program.compile().as_text()

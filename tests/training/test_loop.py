@@ -17,10 +17,14 @@ import pytest
 from laep_jax.checkpoint.checkpointer import Checkpoints, SaveError
 from laep_jax.checkpoint.lock import exclusive
 from laep_jax.checkpoint.manifest import make_manifest
+from laep_jax.checkpoint.saved import Saved
 from laep_jax.checkpoint.steps import Steps
 from laep_jax.config import Config, MeshConfig
 from laep_jax.data.dataset import make_dataset
+from laep_jax.data.tokenizer import BYTES
 from laep_jax.errors import StoppedError, UserError
+from laep_jax.evaluation.decoding import generate
+from laep_jax.evaluation.scoring import load_model
 from laep_jax.gin_config import load_config
 from laep_jax.laep import command as plan_command
 from laep_jax.laep.load import LoadHistory
@@ -54,7 +58,7 @@ def config(cache_dir) -> Config:
         cache_dir,
         model={"num_layers": 3, "num_experts": 8},
         laep={"alpha": 0.9, "beta": 0.4, "prune_at_step": PLAN_STEP, "prune_delay": PRUNE_STEP - PLAN_STEP},
-        train={"num_steps": NUM_STEPS, "eval_every": 8, "eval_batches": 2, "checkpoint_every": 6},
+        train={"num_steps": NUM_STEPS, "eval_every": 8, "eval_batches": 2, "checkpoint_every": 6, "sample_every": 5},
     )
 
 
@@ -89,6 +93,27 @@ def test_a_run_goes_through_the_whole_cycle(run, config):
         (16, "periodic"),
         (NUM_STEPS, "end"),
     ]
+
+
+def test_samples_are_the_greedy_text_of_the_checkpoints_and_change_nothing(run, config, tmp_path, capsys):
+    """Of the model after each step, after the prune too. Without them the run is the same, bit for bit."""
+    samples = {record["step"]: record for record in records(run, "sample")}
+    assert list(samples) == [5, 10, 15, NUM_STEPS]
+    often = change(config, train={"checkpoint_every": 5})
+    train(often, tmp_path / "often")
+    shown = " ".join(capsys.readouterr().out.split())
+    for step, sample in samples.items():
+        saved = Saved(f"{tmp_path}/often/checkpoints/{step}")
+        assert saved.num_experts == ((8, 8, 8) if step < PRUNE_STEP else saved.num_experts)
+        state = load_model(saved, saved.config.resolve(8), make_mesh(config.mesh))
+        assert len(sample["prompt"]) == 16
+        prompt = list(sample["prompt"].encode())
+        tokens = list(generate(state.params, state.router_bias["bias_N"], prompt, saved.config.model, max_tokens=16))
+        assert sample["text"] == BYTES.decode(tokens[: tokens.index(256)] if 256 in tokens else tokens)
+        assert f"step {step}: after {sample['prompt']!r} the model writes" in shown
+    assert len({sample["text"] for sample in samples.values()}) > 1
+    train(change(config, train={"sample_every": None}), tmp_path / "without")
+    assert differences(tmp_path / "without", run) == ["sample records"]
 
 
 def test_recorded_loads_are_every_token_and_none_of_the_pruned(run, config):

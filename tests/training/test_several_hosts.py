@@ -47,7 +47,7 @@ def config(shared) -> Config:
             "prune_at_step": PLANNED,
             "prune_delay": PRUNED - PLANNED,
         },
-        train={"num_steps": NUM_STEPS, "checkpoint_every": BETWEEN, "keep_checkpoints": 4},
+        train={"num_steps": NUM_STEPS, "checkpoint_every": BETWEEN, "keep_checkpoints": 4, "sample_every": PRUNED},
     )
     (shared / "config.gin").write_text(operative_config(config))
     return config
@@ -126,6 +126,8 @@ def assert_same_training(got: Path, want: Path) -> None:
     assert list(domains[0]) == list(domains[1])
     np.testing.assert_allclose(*(list(side.values()) for side in domains), rtol=NOISE)
     assert records(got, "validation") == records(want, "validation")
+    assert [record["step"] for record in records(got, "sample")] == [PRUNED, NUM_STEPS]
+    assert records(got, "sample") == records(want, "sample")
     [cut], [other] = records(got, "prune"), records(want, "prune")
     for name in ("step", "experts_before", "experts_after", "lineage", "parameters_after"):
         assert cut[name] == other[name], name

@@ -43,7 +43,7 @@ def test_rows_of_a_table_differ_in_nothing_but_what_they_are_about():
     base = load_row("base", 0).config
     for name in USED:
         config = load_row(name, 0).config
-        batches = 60 if name.startswith("domains") else 20  # all validation text
+        batches = 60 if name.startswith(("domains", "tasks")) else 20  # all validation text
         assert dataclasses.replace(base.train, eval_batches=batches) == dataclasses.replace(
             config.train, checkpoint_every=50
         ), name

@@ -30,6 +30,7 @@ SETTINGS = {
     "ModelConfig.num_experts": 32,
     "ModelConfig.router_init": 1.0,
     "DataConfig.source": "synthetic",
+    "DataConfig.path": "",  # of the rows that have one
     "DataConfig.tokenizer": "bytes",
     "DataConfig.sequence_length": 32,
     "DataConfig.batch_size": 16,
@@ -136,10 +137,50 @@ def test_a_base_whose_run_is_elsewhere_is_run_again(baselines, bindings, tmp_pat
 def test_a_row_that_crashes_is_started_again_a_few_times(bindings, tmp_path, monkeypatch, code, times):
     runs = []
     monkeypatch.setattr(runner, "_train", lambda *_: runs.append(1) or code)
-    with pytest.raises(RunFailedError, match=f"row base, seed 0: its run ended with code {code}"):
+    with pytest.raises(RunFailedError, match=f"row base, seed 0: its run or its scoring ended with code {code}"):
         Runner(tmp_path).run([load_row("base", 0, bindings=bindings)])
     assert len(runs) == times
     assert read_results(tmp_path) == []
+
+
+def test_a_row_is_scored_before_its_result_is_kept_and_not_trained_again_for_that(bindings, tmp_path, monkeypatch):
+    trained, scores = [], {"laep_next_line": 0.5}
+
+    def counting(*arguments) -> int:
+        trained.append(arguments[2].name.split("-")[0])
+        return in_process(*arguments)
+
+    def killed(run_dir: Path) -> dict:
+        raise subprocess.CalledProcessError(137, "lm_eval")
+
+    def missing() -> None:
+        raise UserError("lm_eval is not installed")
+
+    rows = [load_row("tasks_alpha_0.4", 0, bindings=bindings)]
+    monkeypatch.setattr(runner, "_train", counting)
+    monkeypatch.setattr(runner, "require_lm_eval", missing)
+    with pytest.raises(UserError):
+        Runner(tmp_path).run(rows)
+    assert not trained
+    monkeypatch.setattr(runner, "require_lm_eval", lambda: None)
+    monkeypatch.setattr(
+        runner, "score", lambda run_dir: scores if run_dir.name.startswith("tasks-") else killed(run_dir)
+    )
+    with pytest.raises(
+        RunFailedError, match=r"row tasks_alpha_0\.4, seed 0: its run or its scoring ended with code 137"
+    ):
+        Runner(tmp_path).run(rows)
+    assert [result["row"] for result in read_results(tmp_path)] == ["tasks"]
+    [metrics] = tmp_path.glob("runs/tasks_alpha*/metrics.jsonl")
+    before = metrics.read_bytes()
+    monkeypatch.setattr(runner, "score", lambda run_dir: scores)
+    Runner(tmp_path).run(rows)
+    assert metrics.read_bytes() == before
+    assert trained == ["tasks", "tasks_alpha_0.4", "tasks_alpha_0.4"]  # the last only showed its table
+    assert [(result["row"], result["scores"]) for result in read_results(tmp_path)] == [
+        ("tasks", scores),
+        ("tasks_alpha_0.4", scores),
+    ]
 
 
 def test_an_interrupted_row_goes_on(bindings, tmp_path):

@@ -58,6 +58,39 @@ def test_a_row_is_compared_with_its_base_of_the_same_seed():
     )
 
 
+def scored(row: str, seed: int, next_line: float, identifier: float, bits: float) -> dict:
+    scores = {"laep_next_line": next_line, "laep_identifier": identifier, "laep_bits_per_byte": bits}
+    return result(row, seed, 4.0, scores=scores)
+
+
+def test_scores_are_compared_with_the_base_of_the_same_seed_and_their_change_with_the_papers():
+    rows = [scored("tasks", seed, 0.4 + 0.1 * seed, 0.5, 2.0 + seed) for seed in range(3)]
+    rows += [scored("tasks_alpha_0.2", seed, 0.41 + 0.1 * seed, 0.51, 1.9 + seed) for seed in range(3)]
+    rows += [scored("tasks_alpha_0.4", seed, 0.38 + 0.1 * seed, 0.5, 2.0) for seed in range(3)]
+    rows += [scored("tasks_alpha_0.6", seed, 0.4 + 0.1 * seed, 0.4 + 0.1 * seed, 2.0) for seed in range(3)]
+    rows += [scored("tasks_alpha_hybrid", 0, 0.6, 0.6, 2.0)]
+    lines = text("table3", by_row(rows)).split("\n\n")[1].splitlines()
+    of_row = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines}
+    assert of_row["base"] == [
+        "11.13",
+        "–",
+        "50.0 ± 10.0",
+        "50.0 ± 0.0",
+        "50.0 ± 5.0",
+        "–",
+        "–",
+        "3.000 ± 1.000",
+        "–",
+        "3",
+    ]
+    assert of_row["α = 0.2"][1] == "+1.23"
+    assert of_row["α = 0.2"][4:] == ["51.0 ± 5.0", "+1.0 ± 0.0", "agrees", "2.900 ± 1.000", "-0.100 ± 0.000", "3"]
+    assert of_row["α = 0.4"][5:7] == ["-1.0 ± 0.0", "disagrees"]
+    assert of_row["α = 0.6"][5:7] == ["+0.0 ± 5.0", "cannot tell"]
+    assert of_row["α hybrid"][5:7] == ["+15.0", "cannot tell"]
+    assert of_row["DeepSeek-V3 loss 0.0001"][2:] == ["–"] * 7 + ["0"]
+
+
 def test_parameters_are_compared_by_seed_too():
     bases = [result("base", seed, 4.0, parameters=(seed + 1) * 1_000_000) for seed in range(3)]
     shown = text("baselines", by_row([*bases, result("alpha_hybrid", 0, 4.0, parameters=900_000)]))

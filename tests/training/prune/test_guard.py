@@ -21,7 +21,7 @@ def config(tmp_path_factory) -> Config:
     return tiny_config(
         str(tmp_path_factory.mktemp("tokens")),
         model={"hidden_size": 32, "head_dim": 8, "ffn_size": 32, "top_k": 1},
-        aux_loss={"loss_free_bias": 0.1},
+        aux_loss={"loss_free_bias": 0.05},
         laep={
             "alpha": 4.0,
             "beta": BETA,
