@@ -8,6 +8,7 @@ Axes: L layers.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -153,13 +154,14 @@ def key_numbers(run: RunData) -> Rows:
         ("device imbalance, worst layer", _worst(before), _worst(after)),
         *_levelled(run),
         ("validation loss at the prune", *_loss_at_prune(run)),
-        ("validation loss, newest", "", _shown(_newest_loss(run), ".4f")),
+        ("validation loss, newest", "", _shown(_newest(run.evals, "validation_loss"), ".4f")),
+        ("validation bits per byte, newest", "", _shown(_newest(run.evals, "validation_bits_per_byte"), ".4f")),
+        ("epochs of the training text", "", _shown(_newest(run.train, "epochs"), ".2f")),
         ("step time, median", *_step_time(run)),
     ]
     if run.prunes:
-        return rows
-    rows = [(name, first or second) for name, first, second in rows]
-    return [row for row in rows if row[1] != UNKNOWN]
+        return [row for row in rows if row[1:] not in (("", UNKNOWN), (UNKNOWN, UNKNOWN))]
+    return [(name, first or second) for name, first, second in rows if (first or second) != UNKNOWN]
 
 
 def _experts(run: RunData) -> tuple[str, str]:
@@ -204,9 +206,10 @@ def _loss_at_prune(run: RunData) -> tuple[str, str]:
     return _shown(found.get("before_prune"), ".4f"), _shown(found.get("after_prune"), ".4f")
 
 
-def _newest_loss(run: RunData) -> float | None:
-    losses = [record["validation_loss"] for record in run.evals if record["when"] in ("periodic", "end")]
-    return losses[-1] if losses else None
+def _newest(records: Sequence[dict], field: str) -> float | None:
+    """Of the model as it is, not of a plan that is only measured."""
+    values = [number(record.get(field)) for record in records if record.get("when") in (None, "periodic", "end")]
+    return values[-1] if values else None
 
 
 def _step_time(run: RunData) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import json
 
 import numpy as np
 import pytest
@@ -76,6 +77,15 @@ def test_heatmap_hatches_exactly_the_pruned(run):
     np.testing.assert_array_equal(after.images[0].get_array().mask, run.pruned_at_LE == 180)
     assert legend_of(figure) == {"pruned"}
     assert len(after.collections[0].get_paths()) == (run.pruned_at_LE == 180).sum()
+
+
+def test_heatmap_leaves_empty_what_a_layer_never_had(make, tmp_path):
+    run_dir = make(tmp_path / "run", num_steps=40, cut_step=None)
+    experts = {"num_experts": [12, 16, 16, 16], "expert_parallel": 4}
+    (run_dir / "loads" / "experts.json").write_text(json.dumps(experts))
+    axes = figures.draw_load_heatmap(read_run(run_dir)).axes[0]
+    assert axes.images[0].get_array().mask.sum() == 4
+    assert axes.collections[0].get_paths() == []
 
 
 def test_loss_shows_every_record_and_marks_the_prune(run):
