@@ -52,9 +52,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _read(names: Sequence[str], folders: Sequence[Path]) -> list[RunData]:
-    """The runs by the names of their folders; in a bucket these are not those of the folders that are read."""
-    return [read_run(folder, Path(name).resolve().name) for name, folder in zip(names, folders, strict=True)]
+def _read(given: Sequence[str], folders: Sequence[Path]) -> list[RunData]:
+    """Each run has the name of its folder, of two alike the whole path; what is read of a bucket is elsewhere."""
+    names = [Path(run).resolve().name for run in given]
+    names = names if len(set(names)) == len(names) else given
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
 def _page_name(runs: Sequence[RunData]) -> str:

@@ -284,7 +284,7 @@ def _happened(record: dict) -> str:
         parts = record.get("seconds")
         seconds = {name: number(value) for name, value in parts.items()} if isinstance(parts, dict) else {}
         pause = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if value is not None)
-        return f"plan of step {text(record.get('plan_step'))} applied ({pause})"
+        return f"plan of step {text(record.get('plan_step'))} applied" + (f" ({pause})" if pause else "")
     if kind in ("skipped", "spike"):
         what = "step skipped, not finite" if kind == "skipped" else "spike of the loss"
         loss, norm = (_shown(number(record.get(name)), ".4g") for name in ("loss", "grad_norm"))

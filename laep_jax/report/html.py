@@ -52,4 +52,5 @@ def key(color: str, text: str, shape: str = "line") -> str:
 
 def caption(name: str, text: str, keys: Sequence[str]) -> str:
     """Of a figure: its run, what it shows, and its legend."""
-    return f"<figcaption>{' '.join(keys)}<br><b>{escaped(name)}</b>: {escaped(text)}</figcaption>"
+    legend = f"{' '.join(keys)}<br>" if keys else ""
+    return f"<figcaption>{legend}<b>{escaped(name)}</b>: {escaped(text)}</figcaption>"

@@ -153,7 +153,7 @@ def draw_by_step(run: RunData, field: str, title: str) -> Figure:
     width = 1 if is_bytes else max(len(steps) // 40, 5)
     axes.plot(steps, series.smoothed(values, width), color=BLUE, linewidth=1.5)
     _mark(axes, run)
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.1 * np.nanmax(values, initial=0) or 1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}") if is_bytes else TOKENS)
     _finish(axes, title=title, xlabel="step")
     return figure

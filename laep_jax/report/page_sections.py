@@ -9,11 +9,6 @@ from laep_jax.report.drawing import MAX_DOMAINS, MAX_LAYERS
 from laep_jax.report.html import caption, escaped, key, paragraph, table
 from laep_jax.report.run_data import RunData
 
-LOADS_KEY = (
-    key("blue", "kept expert"),
-    key("vermillion", "pruned expert"),
-    key("ink", "mean of the layer", "dashed"),
-)
 Blocks = list[str]
 
 
@@ -21,7 +16,7 @@ def story(run: RunData, name: str) -> Blocks:
     """The run in one figure, in a sentence, and in a table."""
     layer = most_pruned_layer(run)
     masked = (key("vermillion", "with the plan's experts masked", "diamond"),) if run.prunes else ()
-    keys = (*LOADS_KEY, key("orange", "validation loss", "dot"), *masked)
+    keys = (*_loads(run), key("orange", "validation loss", "dot"), *masked)
     figure = _figure(page_figures.draw_story(run, layer), f"{name}-story", run, _story_text(run, layer), keys)
     head = ("", "before the prune", "after") if run.prunes else ("", "")
     return [figure, _titled(f"{run.name}: {facts.status(run)}", table(head, facts.key_numbers(run)))]
@@ -64,7 +59,7 @@ def _settings(run: RunData, name: str) -> Blocks:
 def layers(run: RunData, name: str) -> Blocks:
     """Figures of each layer, of which the page shows the chosen one."""
     pruned = bool(run.prunes)
-    keys = (*LOADS_KEY, *_marks(run), key("orange", "bound α"))
+    keys = (*_loads(run), *_marks(run), key("orange", "bound α"))
     when = f"before the plan of step {run.prunes[0].plan_step:,}" if pruned else "at the end"
     text = f"tokens of each expert over the run; below, sorted, in the window {when}"
     after = (key("orange", "after, experts in their old order"), key("blue", "after, as placed")) if pruned else ()
@@ -146,6 +141,12 @@ def _events(run: RunData, name: str) -> Blocks:
     rest = len(rows) - facts.MAX_ROWS
     more = paragraph(f"{rest:,} more are in metrics.jsonl.") if rest > 0 else ""
     return [_titled(run.name, table(("step", "event"), rows[: facts.MAX_ROWS]) + more)]
+
+
+def _loads(run: RunData) -> tuple[str, ...]:
+    """The legend of the loads of a layer."""
+    pruned = (key("vermillion", "pruned expert"),) if run.prunes else ()
+    return key("blue", "kept expert"), *pruned, key("ink", "mean of the layer", "dashed")
 
 
 def _marks(run: RunData) -> tuple[str, ...]:

@@ -32,6 +32,9 @@ def test_two_runs_make_a_page_of_both_and_three_none(run_dir, unpruned_dir, tmp_
     assert [path.name for path in tmp_path.iterdir()] == [COMPARISON]
     assert capsys.readouterr().out == f"{tmp_path}/{COMPARISON}\n"
     assert "<title>small and unpruned</title>" in (tmp_path / COMPARISON).read_text()
+    same = shutil.copytree(unpruned_dir, tmp_path / "small")
+    assert main([str(run_dir), str(same), "--out", str(tmp_path)]) == 0
+    assert f"<title>{run_dir} and {same}</title>" in (tmp_path / COMPARISON).read_text()
     with pytest.raises(UserError, match="RUN=3 runs: one is drawn, or two side by side"):
         main([str(run_dir)] * 3)
 

@@ -166,7 +166,9 @@ def test_a_hostile_text_is_shown_and_does_nothing(make, tmp_path):
 
 
 def test_a_run_without_a_prune_and_one_that_measured_nothing(unpruned_dir, tmp_path):
-    assert "Nothing is pruned" in page([read_run(unpruned_dir)])
+    text = page([read_run(unpruned_dir)])
+    assert "Nothing is pruned" in text
+    assert "pruned expert" not in text
     bare = shutil.copytree(unpruned_dir, tmp_path / "bare")
     lines = (bare / "metrics.jsonl").read_text().splitlines()
     kept = [{name: json.loads(line)[name] for name in ("kind", "step", "loss")} for line in lines if '"train"' in line]
