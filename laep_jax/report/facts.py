@@ -18,7 +18,6 @@ from laep_jax.laep.balance import imbalance
 from laep_jax.report import series
 from laep_jax.report.run_data import MAX_VALUE, RunData, Transition
 
-MAX_ROWS = 40  # of a table
 MAX_TEXT = 300  # characters of a text from a run
 UNKNOWN = "–"
 Rows = list[tuple[str, ...]]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from laep_jax.errors import printable
 
 MAX_WORD = 12  # characters
+MAX_ROWS = 40  # of a table that has no end of its own
 
 
 def escaped(text: str) -> str:
@@ -31,6 +32,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     names = "".join(f"<th>{escaped(name)}</th>" for name in head) if any(head) else ""
     lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
     return f'<div class="scroll"><table>{f"<tr>{names}</tr>" if names else ""}\n{lines}</table></div>'
+
+
+def long_table(head: Sequence[str], rows: Sequence[Sequence[str]], file: str) -> str:
+    """The first MAX_ROWS rows, and how many more are in a file of the run."""
+    rest = len(rows) - MAX_ROWS
+    more = paragraph(f"{rest:,} more are in {file}.") if rest > 0 else ""
+    return table(head, rows[:MAX_ROWS]) + more
 
 
 def _cell(text: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 
 from laep_jax.report import facts, page_figures, svg
-from laep_jax.report.html import caption, escaped, key, paragraph, section, table
+from laep_jax.report.html import caption, escaped, key, long_table, section
 from laep_jax.report.page_sections import SECTIONS, layers, layers_of, most_pruned_layer, story
 from laep_jax.report.run_data import RunData
 
@@ -61,8 +61,8 @@ def _comparison(first: RunData, second: RunData) -> str:
     keys = (key("blue", first.name), key("vermillion", second.name), key("ink", "prune", "dotted"))
     text = "training loss, smoothed, with the validation losses as dots, and how unevenly the devices are loaded"
     drawing = svg.to_svg(figure, "compared", f"{first.name} and {second.name}: {text}")
-    rows = facts.differing_settings(first, second)[: facts.MAX_ROWS]
-    differences = table(("setting", first.name, second.name), rows) if rows else paragraph("No setting differs.")
+    head = ("setting", first.name, second.name)
+    differences = long_table(head, facts.differing_settings(first, second), "config.json")
     return (
         f'<div class="columns two"><figure>{drawing}{caption(_names((first, second)), text, keys)}</figure>'
         f"<div><h3>Settings that differ</h3>{differences}</div></div>"

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from laep_jax.report import facts, page_figures, series, svg
 from laep_jax.report.drawing import MAX_DOMAINS, MAX_LAYERS
-from laep_jax.report.html import caption, escaped, key, paragraph, table
+from laep_jax.report.html import caption, escaped, key, long_table, paragraph, table
 from laep_jax.report.run_data import RunData
 
 Blocks = list[str]
@@ -48,11 +48,10 @@ def _story_text(run: RunData, layer: int) -> str:
 
 
 def _settings(run: RunData, name: str) -> Blocks:
-    changed = facts.changed_settings(run)[: facts.MAX_ROWS]
-    listed = table(("setting", "value", "default"), changed) if changed else paragraph("All settings are the defaults.")
+    changed = long_table(("setting", "value", "default"), facts.changed_settings(run), "config.json")
     return [
         _titled(run.name, table(("", ""), facts.surroundings(run))),
-        _titled("Settings that differ from the defaults", listed),
+        _titled("Settings that differ from the defaults", changed),
     ]
 
 
@@ -138,9 +137,7 @@ def _events(run: RunData, name: str) -> Blocks:
     rows = facts.timeline(run)
     if not rows:
         return [paragraph(f"{run.name}: none are recorded.")]
-    rest = len(rows) - facts.MAX_ROWS
-    more = paragraph(f"{rest:,} more are in metrics.jsonl.") if rest > 0 else ""
-    return [_titled(run.name, table(("step", "event"), rows[: facts.MAX_ROWS]) + more)]
+    return [_titled(run.name, long_table(("step", "event"), rows, "metrics.jsonl"))]
 
 
 def _loads(run: RunData) -> tuple[str, ...]:

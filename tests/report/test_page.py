@@ -1,6 +1,7 @@
 """report.html: one file, well-formed, with every figure, in which nothing from a run is more than text."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -203,6 +204,13 @@ def test_a_page_of_many_layers_and_experts_stays_small(make, tmp_path):
     options = [value for tag, name, value in Page(text).attributes if (tag, name) == ("option", "value")]
     assert 8 <= len(options) <= 9
     assert "are in this file" in text
+
+
+def test_a_long_list_of_events_ends_and_says_so(run):
+    event = {"kind": "skipped", "step": 7, "loss": None, "grad_norm": 2.0}
+    cells = Page(page([dataclasses.replace(run, events=(event,) * 100)]))
+    assert cells.of("td").count("step skipped, not finite: loss –, gradient norm 2") == 40
+    assert "60 more are in metrics.jsonl." in cells.of("p")
 
 
 def test_the_page_renews_itself_only_where_it_is_followed(run, text):
