@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from experiments.catalogue import Experiment
 from experiments.phases import LAEP, correlations, largest_change, stable_step, windows
 from experiments.tables import BySeed, Table, changes
-from laep_jax.report.figures import BLUE, GREY, ORANGE, VERMILLION
+from laep_jax.report.drawing import BLUE, GREY, ORANGE, VERMILLION
 
 
 def draw_losses(experiment: Experiment, table: Table) -> Figure:

@@ -28,7 +28,7 @@ COMMANDS = {
         "laep_jax.preflight.command",
         "a config compiled for a TPU slice: memory, bounds, collectives (minutes)",
     ),
-    "report": ("laep_jax.report.command", "figures of a run directory"),
+    "report": ("laep_jax.report.command", "figures and an HTML page of a run directory"),
     "train-tokenizer": ("laep_jax.data.command", "a BPE tokenizer trained on a corpus"),
 }
 USAGE = "usage: laep-jax [--version] COMMAND ...\n\n{}\n\n`laep-jax COMMAND --help` tells more."

@@ -118,7 +118,9 @@ def test_training_is_layered():
 def test_the_report_reads_files_only():
     for name, targets in imports().items():
         if room(name) == "report":
-            assert {room(target) for target in targets} <= {"report", "laep", "files", "errors", "mirror"}, name
+            assert {room(target) for target in targets} <= {"report", "laep", "files", "errors", "mirror", "config"}, (
+                name
+            )
 
 
 def test_the_papers_part_imports_no_jax():

@@ -1,14 +1,12 @@
-"""Draws a run: the paper's Figures 1 and 2, device loads, a heat map of the experts, the loss, also by domain.
+"""Draws a run's loads: the paper's Figures 1 and 2, device loads, a heat map of the experts, their stability.
 
 Every function takes a `RunData` and returns a Matplotlib `Figure`; none touches pyplot's global state.
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 
 Axes: L layers, E experts of the original model, P devices of the expert axis.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,13 +20,22 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from laep_jax.laep.balance import imbalance
 from laep_jax.report import series
-from laep_jax.report.run_data import RunData, Transition
-
-BLUE, ORANGE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#999999"
-MAX_LAYERS = 8  # that get a panel of their own
-MAX_DOMAINS = 40  # that get a line of their own
-TOKENS = FuncFormatter(lambda value, _: f"{value:,.0f}" if value < 1e4 else f"{value:,.3g}")
-PRUNE_LINE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2}
+from laep_jax.report.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    MAX_LAYERS,
+    ORANGE,
+    PLAN_LINE,
+    PRUNE_LINE,
+    PURPLE,
+    TOKENS,
+    VERMILLION,
+    add_title,
+    if_pruned,
+    transition_handles,
+)
+from laep_jax.report.run_data import RunData
 
 
 def draw_tokens_per_expert(run: RunData) -> Figure:
@@ -46,11 +53,11 @@ def draw_tokens_per_expert(run: RunData) -> Figure:
     _share_range([trend for trend, _ in panels[: len(layers)]], low=lightest / 2 if lightest > 20 else 0)
     handles = [
         Line2D([], [], color=BLUE, label="kept expert"),
-        *_if_pruned(run, Line2D([], [], color=VERMILLION, marker="x", label="pruned expert")),
+        *if_pruned(run, Line2D([], [], color=VERMILLION, marker="x", label="pruned expert")),
         Line2D([], [], color="black", linestyle="--", label="mean over the experts of the layer"),
-        *_transition_handles(run),
+        *transition_handles(run),
     ]
-    _title(figure, "Tokens per expert over the run, and sorted at its end", run, layers, handles)
+    add_title(figure, "Tokens per expert over the run, and sorted at its end", run, layers, handles)
     return figure
 
 
@@ -97,14 +104,14 @@ def draw_cumulative_load(run: RunData) -> Figure:
     bounds = series.cumulative_load(run, layers[0])
     handles = [
         Line2D([], [], color=BLUE, marker="o", markersize=4, label="kept expert"),
-        *_if_pruned(run, Line2D([], [], color=VERMILLION, marker="o", markersize=4, label="pruned expert")),
+        *if_pruned(run, Line2D([], [], color=VERMILLION, marker="o", markersize=4, label="pruned expert")),
         Line2D([], [], color=ORANGE, linestyle="--", label=f"β line: {100 * bounds.beta:.3g} % of the tokens"),
         Line2D([], [], color=PURPLE, linestyle="-.", label="α line: experts of at most α x mean load"),
         Line2D([], [], color=GREEN, linestyle=":", label="experts of at most the mean load"),
         Patch(color=VERMILLION, alpha=0.12, label="under both bounds in this window"),
     ]
     when = f"before the plan of step {run.prunes[0].plan_step}" if run.prunes else "at the end"
-    _title(figure, f"Cumulative load in the window {when}", run, layers, handles)
+    add_title(figure, f"Cumulative load in the window {when}", run, layers, handles)
     return figure
 
 
@@ -141,7 +148,7 @@ def draw_device_loads(run: RunData) -> Figure:
         Line2D([], [], color="black", linestyle="--", label="mean over the devices"),
     ]
     when = f"around step {run.prunes[-1].step}" if run.prunes else "at the end"
-    _title(figure, f"Load of each device {when}", run, layers, handles)
+    add_title(figure, f"Load of each device {when}", run, layers, handles)
     return figure
 
 
@@ -177,11 +184,14 @@ def draw_load_heatmap(run: RunData) -> Figure:
     norm = LogNorm(bottom, top, clip=True)
     for i, (title, share_LE) in enumerate(shares):
         axes = figure.add_subplot(1, len(shares), i + 1)
-        gone = np.isnan(share_LE)
+        gone = np.isnan(share_LE)  # pruned, or the layer never had so many
         shown = np.ma.masked_array(np.maximum(np.nan_to_num(share_LE), bottom), gone)
         axes.imshow(shown, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
         axes.set_facecolor("#eeeeee")
-        cells = [Rectangle((expert - 0.5, layer - 0.5), 1, 1) for layer, expert in np.argwhere(gone)]
+        cells = [
+            Rectangle((expert - 0.5, layer - 0.5), 1, 1)
+            for layer, expert in np.argwhere(gone & (run.pruned_at_LE >= 0))
+        ]
         axes.add_collection(PatchCollection(cells, facecolor="none", edgecolor="#aaaaaa", hatch="////", linewidth=0))
         axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(13, integer=True))
@@ -194,41 +204,8 @@ def draw_load_heatmap(run: RunData) -> Figure:
         aspect=3.5 * size[1],
     )
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
-    handles = [Patch(facecolor="#eeeeee", edgecolor="#aaaaaa", hatch="////", label="not there")]
-    _title(figure, "Load of every expert", run, list(range(run.num_layers)), handles if run.prunes else [])
-    return figure
-
-
-def draw_loss(run: RunData) -> Figure:
-    """Training loss, raw and smoothed, with validation losses and prunes."""
-    figure = Figure(figsize=(10, 5.5), layout="constrained")
-    axes = figure.add_subplot()
-    steps = np.array([record["step"] for record in run.train])
-    loss = np.array([np.nan if record["loss"] is None else record["loss"] for record in run.train], float)
-    width = max(len(steps) // 40, 5)
-    axes.plot(steps, loss, color=BLUE, alpha=0.3, linewidth=0.8, label="training")
-    if len(steps):
-        label = f"training, mean of {width} records"
-        axes.plot(steps, series.smoothed(loss, width), color=BLUE, linewidth=1.8, label=label)
-    points = [(r["step"], r["validation_loss"]) for r in run.evals if r["when"] != "after_prune"]
-    after = [(r["step"], r["validation_loss"]) for r in run.evals if r["when"] == "after_prune"]
-    if points:
-        axes.plot(*zip(*points, strict=True), "o", color=ORANGE, markeredgecolor="black", label="validation")
-    if after:
-        style: dict[str, Any] = {
-            "color": VERMILLION,
-            "markerfacecolor": "none",
-            "markersize": 10,
-            "markeredgewidth": 1.8,
-        }
-        axes.plot(*zip(*after, strict=True), "D", **style, label="validation, the plan's experts masked")
-    for i, transition in enumerate(run.prunes):
-        axes.axvline(transition.step, **PRUNE_LINE)
-        text: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(_transition_text(transition), (transition.step, 1), (0, 4 + 13 * (i % 3)), **text)
-    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
-    axes.grid(alpha=0.3)
-    _title(figure, "Loss", run, list(range(run.num_layers)), axes.get_legend_handles_labels()[0])
+    handles = [Patch(facecolor="#eeeeee", edgecolor="#aaaaaa", hatch="////", label="pruned")]
+    add_title(figure, "Load of every expert", run, list(range(run.num_layers)), handles if run.prunes else [])
     return figure
 
 
@@ -242,7 +219,7 @@ def draw_stability(run: RunData) -> Figure:
         for layer in layers:
             axes.plot(changes.steps, of_layer_NL[:, layer], "o-", markersize=3, linewidth=1, color=f"C{layer % 10}")
         for transition in run.prunes:
-            axes.axvline(transition.plan_step, color=GREY, linestyle="--", linewidth=1.2)
+            axes.axvline(transition.plan_step, **PLAN_LINE)
             axes.axvline(transition.step, **PRUNE_LINE)
         axes.set(xlabel="step", xlim=(0, run.steps[-1]))
         axes.grid(alpha=0.3)
@@ -253,58 +230,11 @@ def draw_stability(run: RunData) -> Figure:
     handles = [
         *(Line2D([], [], color=f"C{layer % 10}", marker="o", markersize=3, label=f"layer {layer}") for layer in layers),
         Line2D([], [], color=VERMILLION, linestyle="--", label=f"stable: at most {run.max_moved:g} (max_moved)"),
-        *_if_pruned(run, Line2D([], [], color=GREY, linestyle="--", label="plan made")),
-        *_transition_handles(run),
+        *if_pruned(run, Line2D([], [], **PLAN_LINE, label="plan made")),
+        *transition_handles(run),
     ]
-    _title(figure, f"Change of the loads between windows of {run.window} steps", run, layers, handles)
+    add_title(figure, f"Change of the loads between windows of {run.window} steps", run, layers, handles)
     return figure
-
-
-def draw_domains(run: RunData) -> Figure:
-    """Validation loss by domain: its change at the last prune and at the end; the worst on top."""
-    losses = series.domain_losses(run)
-    names, targets_M = losses.names[:MAX_DOMAINS], losses.targets_M[:MAX_DOMAINS]
-    figure = Figure(figsize=(14, 1.8 + 0.24 * max(len(names), 5)), layout="constrained")
-    lost_M = [run.pruned_share[name] for name in names] if run.pruned_share.keys() >= {*names} else []
-    panels = figure.subplots(1, max(len(losses.rows), 1) + bool(lost_M), sharey=True, squeeze=False)[0]
-    for axes, (label, loss_M) in zip(panels, losses.rows.items(), strict=False):
-        sizes = np.maximum(150 * targets_M / losses.targets_M.max(), 8)
-        axes.scatter(loss_M[:MAX_DOMAINS], range(len(names)), s=sizes, color=BLUE, alpha=0.75)
-        axes.axvline(np.average(loss_M, weights=losses.targets_M), color="black", linestyle="--", linewidth=1.3)
-        axes.set_title(label, fontsize=11)
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-    less = ", less that before the prune" if losses.is_change else ""
-    for axes in panels:
-        axes.set(xlabel=f"validation loss{less} (nats)", ylabel="domain (targets)")
-        axes.grid(alpha=0.3)
-    if lost_M:
-        panels[-1].barh(range(len(names)), lost_M, color=VERMILLION, height=0.5)
-        panels[-1].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        panels[-1].set_xlabel("share of the tokens, mean over layers")
-        panels[-1].set_title("tokens on the experts to prune", fontsize=11)
-    panels[0].set_yticks(range(len(names)), [f"{n} ({t:,})" for n, t in zip(names, targets_M, strict=True)])
-    panels[0].set_ylim(max(len(names), 1) - 0.4, -0.6)
-    some = f", {len(names)} of {len(losses.names)} domains" if len(names) < len(losses.names) else ""
-    handles = [
-        Line2D([], [], color=BLUE, linestyle="", marker="o", label="a domain; the smaller, the noisier"),
-        Line2D([], [], color="black", linestyle="--", label="all targets"),
-    ]
-    _title(figure, f"Validation loss by domain{some}", run, list(range(run.num_layers)), handles)
-    return figure
-
-
-def _if_pruned(run: RunData, handle: Line2D) -> list[Line2D]:
-    return [handle] if run.prunes else []
-
-
-def _transition_text(transition: Transition) -> str:
-    before, after = (sum(len(ids) for ids in order) for order in (transition.before, transition.after))
-    return f"pruned after step {transition.step}: {before:,} to {after:,} experts"
-
-
-def _transition_handles(run: RunData) -> list[Line2D]:
-    steps = ", ".join(str(transition.step) for transition in run.prunes)
-    return [Line2D([], [], **PRUNE_LINE, label=f"plan applied after step {steps}")] if run.prunes else []
 
 
 def _grid(count: int, *, width: float, height: float, footer: float = 0.0) -> tuple[Figure, list[Axes]]:
@@ -325,13 +255,3 @@ def _share_range(panels: Sequence[Axes], low: float) -> None:
     high = max(axes.get_ylim()[1] for axes in panels)
     for axes in panels:
         axes.set_ylim(low, high)
-
-
-def _title(figure: Figure, title: str, run: RunData, layers: list[int], handles: list) -> None:
-    if len(layers) < run.num_layers:
-        title += f" (layers {', '.join(map(str, layers))} of {run.num_layers})"
-    figure.suptitle(title, fontsize=13)
-    if handles:
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(len(handles), 3 if figure.get_figwidth() > 9 else 2)
-        )

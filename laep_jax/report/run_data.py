@@ -41,13 +41,15 @@ class Transition:
 class RunData:
     """A run as its figures need it.
 
-    steps: [N], ascending. tokens_NLE: by original id, 0 where an expert is not there. num_experts: of each layer before
-    any prune. window: steps that a mean load is taken over. alpha, beta, max_moved: of the config. train, evals:
-    records in the order they were written. targets: how many validation targets each domain has, empty before the first
-    evaluation. pruned_share: of each domain's tokens, what the experts had that the last prune took, mean over the
-    layers.
+    name: of its folder. steps: [N], ascending. tokens_NLE: by original id, 0 where an expert is not there. num_experts:
+    of each layer before any prune. window: steps that a mean load is taken over. alpha, beta, max_moved: of the config.
+    train, evals: records in the order they were written. targets: how many validation targets each domain has, empty
+    before the first evaluation. pruned_share: of each domain's tokens, what the experts had that the last prune took,
+    mean over the layers. events: the records of the other kinds. config, summary: as they are
+    in config.json and summary.json; the latter is empty until the run has ended.
     """
 
+    name: str
     steps: np.ndarray
     tokens_NLE: np.ndarray
     num_experts: tuple[int, ...]
@@ -61,6 +63,9 @@ class RunData:
     evals: tuple[dict, ...]
     targets: dict[str, int]
     pruned_share: dict[str, float]
+    events: tuple[dict, ...]
+    config: dict
+    summary: dict
 
     @property
     def num_layers(self) -> int:
@@ -97,8 +102,11 @@ class RunData:
         return self.tokens_NLE[rows].mean(0)
 
 
-def read_run(run_dir: Path) -> RunData:
-    """Everything the figures show; `UserError` naming the file that is missing or does not fit."""
+def read_run(run_dir: Path, name: str = "") -> RunData:
+    """Everything the figures show; `UserError` naming the file that is missing or does not fit.
+
+    name: of the run, where it is not that of the folder, as of one that is in a bucket.
+    """
     if not run_dir.is_dir():
         raise UserError(f"run directory {run_dir} does not exist")
     records = list(read_records(run_dir / METRICS_FILE))
@@ -107,8 +115,10 @@ def read_run(run_dir: Path) -> RunData:
     num_layers = len(loads.num_experts)
     prunes = [record for record in records if record["kind"] == "prune"]
     try:
-        laep = read_json(run_dir / "config.json", str(run_dir / "config.json"))["laep"]
+        config = read_json(run_dir / "config.json", str(run_dir / "config.json"))
+        laep = config["laep"]
         return RunData(
+            name=name or run_dir.resolve().name,
             steps=loads.steps,
             tokens_NLE=np.maximum(loads.tokens_NLE, 0),
             num_experts=loads.num_experts,
@@ -121,7 +131,10 @@ def read_run(run_dir: Path) -> RunData:
             train=_losses(records, "train", "loss"),
             evals=_losses(records, "eval", "validation_loss"),
             pruned_share=_pruned_share(records, prunes),
-            targets=next((r["targets_by_domain"] for r in reversed(records) if r["kind"] == "validation"), {}),
+            targets=_targets(records),
+            events=_events(records),
+            config=config,
+            summary=_summary(run_dir / "summary.json"),
         )
     except (KeyError, TypeError) as error:  # a key that is missing, and something else in the place of an object
         raise UserError(f"{run_dir} is no complete run directory: {error} is missing in its records") from error
@@ -139,11 +152,38 @@ def _losses(records: list[dict], kind: str, field: str) -> tuple[dict, ...]:
         step = _step(record["step"], f"step of a {kind} record")
         if kind == "eval":
             require_type(f"when of step {step}", record["when"], str)
+            _require_losses(record.get("validation_loss_by_domain", {}), f"validation_loss_by_domain of step {step}")
         require_type(f"{field} of step {step}", record[field], float | None)
         require(
             abs(record[field] or 0) < MAX_VALUE, f"{field} of step {step}", record[field], f"is not below {MAX_VALUE}"
         )
     return chosen
+
+
+def _summary(path: Path) -> dict:
+    summary = read_json(path, str(path)) if path.exists() else {}
+    require_type(str(path), summary, dict)
+    return summary
+
+
+def _require_losses(by_domain: Any, field: str) -> None:
+    require_type(field, by_domain, dict[str, float | None])
+    require(all(abs(loss or 0) < MAX_VALUE for loss in by_domain.values()), field, by_domain, f"reaches {MAX_VALUE}")
+
+
+def _targets(records: list[dict]) -> dict[str, int]:
+    """By domain, of the newest evaluation."""
+    targets = next((record["targets_by_domain"] for record in reversed(records) if record["kind"] == "validation"), {})
+    require_type("targets_by_domain", targets, dict[str, int])
+    require(all(0 < count < 2**62 for count in targets.values()), "targets_by_domain", targets, "must be positive")
+    return targets
+
+
+def _events(records: list[dict]) -> tuple[dict, ...]:
+    events = tuple(record for record in records if record["kind"] not in ("train", "eval"))
+    for record in events:
+        require(record["step"] < 2**31, f"step of a {record['kind']} record", record["step"], "must be a step")
+    return events
 
 
 def _pruned_share(records: list[dict], prunes: list[dict]) -> dict[str, float]:

@@ -111,9 +111,9 @@ def step_bins(run: RunData, limit: int = 150) -> list[slice]:
     ]
 
 
-def expert_lines(run: RunData, layer: int) -> list[ExpertLine]:
-    """Figure 1, left: a line for each expert of the layer, by ascending id."""
-    bins = step_bins(run)
+def expert_lines(run: RunData, layer: int, limit: int = 150) -> list[ExpertLine]:
+    """Figure 1, left: a line for each expert of the layer, by ascending id. limit: as of `step_bins`."""
+    bins = step_bins(run, limit)
     last_steps = np.array([run.steps[rows.stop - 1] for rows in bins])
     tokens_E = [run.tokens_NLE[rows, layer].mean(0) for rows in bins]
     pruned_at_E = run.pruned_at_LE[layer]
@@ -257,6 +257,23 @@ def domain_losses(run: RunData) -> DomainLosses:
         rows={label: loss_M[order] for label, loss_M in zip(labels, loss_NM, strict=True)},
         is_change=bool(around),
     )
+
+
+def training_loss(run: RunData, width: int) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """(steps, losses, the smoothed line as steps and losses of each model that the run had: none across a prune)."""
+    steps = np.array([record["step"] for record in run.train], int)
+    loss = np.array([np.nan if record["loss"] is None else record["loss"] for record in run.train], float)
+    borders = np.searchsorted(steps, [transition.step for transition in run.prunes], "right")
+    parts = [part for part in np.split(np.arange(len(steps)), borders) if len(part)]
+    return steps, loss, [(steps[part], smoothed(loss[part], width)) for part in parts]
+
+
+def steps_around_prune(run: RunData) -> tuple[int, int] | None:
+    """The first and the last step to show of the last prune: two windows more than from the plan to the prune."""
+    if not run.prunes:
+        return None
+    prune, margin = run.prunes[-1], 2 * run.window
+    return max(prune.plan_step - margin, 0), min(prune.step + margin, int(run.steps[-1]))
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:

@@ -130,7 +130,7 @@ class _Parts:
 def progress_parts(step: int, num_steps: int, record: dict, peak_gflops: float | None = None) -> list[str]:
     """The texts of one progress line, from a `train` record of metrics.jsonl.
 
-    Loads are the largest over the mean, of the layer where that is worst.
+    Imbalance is max / mean of the loads, of the layer where that is worst.
     """
     gflops, speed = record["gflops_per_second"], record["tokens_per_second"]
     parts = [
@@ -142,10 +142,11 @@ def progress_parts(step: int, num_steps: int, record: dict, peak_gflops: float |
         if peak_gflops
         else f"{_number(gflops, ',.1f')} GFLOP/s",
     ]
+    worst = {}
     for name in ("expert", "device"):
         imbalance = [value for value in record[f"{name}_imbalance"] if value is not None]
-        parts.append(f"{name} load {_number(max(imbalance, default=None), '.2f')}x")
-    return parts
+        worst[name] = _number(max(imbalance, default=None), ".2f")
+    return [*parts, f"imbalance experts {worst['expert']}, devices {worst['device']} (worst layer)"]
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ def train_record(
     tokens: int,
     epochs: float,
     flops_per_token: float,
+    peak_memory_bytes: int,
 ) -> dict[str, Any]:
     """One step's numbers.
 
@@ -31,6 +32,7 @@ def train_record(
         "tokens_per_second": speed,
         "gflops_per_second": speed and speed * flops_per_token / 1e9,
         "step_seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes,
         "expert_imbalance": [imbalance(loads_E) for loads_E in counts],
         "device_imbalance": [imbalance(load_P) for load_P in metrics["tokens_per_device"]],
         **{f"aux_{name}": float(value) for name, value in metrics["aux"].items()},

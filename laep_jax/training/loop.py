@@ -13,6 +13,7 @@ import numpy as np
 from laep_jax.errors import StoppedError
 from laep_jax.sharding import put_batch
 from laep_jax.tracking.anomalies import RECENT, is_spike
+from laep_jax.tracking.memory import peak_memory_bytes
 from laep_jax.tracking.step_record import train_record
 from laep_jax.training.evaluate import by_layer
 from laep_jax.training.preemption import PreemptionGuard
@@ -93,6 +94,7 @@ def _fetch(trainer: Trainer, step: int, metrics: dict) -> tuple[bool, dict]:
         tokens=tokens,
         epochs=max(trainer.dataset.epochs(step).values()),
         flops_per_token=trainer.model.size.flops_per_token,
+        peak_memory_bytes=peak_memory_bytes(jax.local_devices()[0]),
     )
     return bool(metrics["finite"]), fields
 

@@ -1,14 +1,17 @@
 """Starting a run, or resuming one: everything that the training loop needs, opened and checked."""
 
 import contextlib
+import datetime
 import json
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
+import laep_jax
 from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.checkpoint.lock import (
     CHECKPOINTS,
@@ -281,6 +284,9 @@ def _announce(
     """What a person should know before the first step."""
     for line in (f"{dataset.description}; {mesh_text(base)}", schedule_text(base), *dataset.notes):
         console.event(line)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    texts = {"corpus": dataset.description, "devices": mesh_text(base), "machine": machine_text()}
+    log.write("start", run_state.step, time=now, **texts)
     if changed:
         console.event(f"changed since the checkpoint: {', '.join(changed)}")
         log.write("settings", run_state.step, changed=changed)
@@ -295,6 +301,13 @@ def mesh_text(config: Config) -> str:
         f"data {mesh.data}, fsdp {mesh.fsdp}, expert {mesh.expert}; "
         f"attention {attention_kernel(config, jax.devices()[0])}"
     )
+
+
+def machine_text() -> str:
+    """What computes and with which versions, for people."""
+    kind = jax.devices()[0].device_kind
+    versions = f"Python {platform.python_version()}, JAX {jax.__version__}, laep_jax {laep_jax.__version__}"
+    return f"{kind} ({platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores); {versions}"
 
 
 def schedule_text(config: Config) -> str:

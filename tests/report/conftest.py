@@ -6,6 +6,14 @@ import numpy as np
 import pytest
 
 DOMAINS = {"books": 9000, "forms": 40, "web": 2960}  # validation targets
+START = {
+    "kind": "start",
+    "step": 0,
+    "time": "2030-01-01T00:00:00+00:00",
+    "corpus": "text files: 3 documents",
+    "devices": "8 cpu devices: data 1, fsdp 2, expert 4",
+    "machine": "cpu (Linux x86_64, 2 CPU cores)",
+}
 TOP_K, TOKENS, WINDOW, ALPHA, BETA, DEVICES = 2, 4096, 25, 0.4, 0.1, 4
 
 
@@ -38,6 +46,15 @@ def evaluation(step, when, loss, worse=0.0):
     return {"kind": "eval", "step": step, "validation_loss": loss, "validation_loss_by_domain": by_domain, "when": when}
 
 
+def train_record(step, loss, tokens_LE):
+    """The fields of it that the report draws."""
+    imbalance = [float(tokens_E.max() / tokens_E[tokens_E >= 0].mean()) for tokens_E in tokens_LE]
+    speed = None if step == 1 else 4000 + step
+    seconds = speed and TOKENS / speed
+    numbers = {"tokens_per_second": speed, "step_seconds": seconds, "peak_memory_bytes": 2**30 + step}
+    return {"kind": "train", "step": step, "loss": loss, **numbers, "device_imbalance": imbalance}
+
+
 def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=180, devices=DEVICES, seed=0):
     """Writes config.json, metrics.jsonl, loads/ and plans/; cut_step None makes a run without prune."""
     rng = np.random.default_rng(seed)
@@ -45,7 +62,10 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
     drift_LE = rng.normal(scale=0.4, size=final_LE.shape)
     alive_LE = np.ones(final_LE.shape, bool)
     tokens_NLE = np.zeros((num_steps, *final_LE.shape), np.int32)
-    records = [{"kind": "validation", "step": 50, "targets_by_domain": DOMAINS}]
+    records = [
+        START,
+        {"kind": "validation", "step": 50, "targets_by_domain": DOMAINS},
+    ]
     lineage = [list(range(num_experts))] * num_layers
     (run_dir / "plans").mkdir(parents=True)
     for step in range(1, num_steps + 1):
@@ -59,7 +79,7 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
             tokens_NLE[step - 1, layer] = rng.multinomial(TOP_K * TOKENS, share_E)
             tokens_NLE[step - 1, layer, ~alive_LE[layer]] = -1
         loss = 2.0 + 3.5 * np.exp(-step / 30) + 0.8 * np.exp(-step / 200) + rng.normal(scale=0.06)
-        records.append({"kind": "train", "step": step, "loss": loss})
+        records.append(train_record(step, loss, tokens_NLE[step - 1]))
         if step % 50 == 0:
             records.append(evaluation(step, "periodic", loss + 0.1))
         if step == cut_step:
@@ -71,6 +91,7 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
                 lineage.append(placed(mean_LE[layer], np.flatnonzero(alive_LE[layer]), devices))
             records.append(evaluation(step, "before_prune", loss + 0.1))
             shares = {"books": [0.05] * num_layers, "forms": [0.4] * num_layers, "web": [0.1] * num_layers}
+            records.append({"kind": "stability", "step": step, "stable": True, "reason": "stable"})
             records.append({"kind": "dry_run", "step": step, "stands": True, "pruned_share_by_domain": shares})
             records.append(
                 {
@@ -89,7 +110,8 @@ def make_run(run_dir, *, num_layers=4, num_experts=16, num_steps=300, cut_step=1
     records.append(evaluation(num_steps, "end", loss + 0.1))
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     laep = {"window": WINDOW, "alpha": ALPHA, "beta": BETA, "max_moved": 0.1}
-    (run_dir / "config.json").write_text(json.dumps({"laep": laep, "model": {"top_k": TOP_K}}))
+    config = {"laep": laep, "model": {"top_k": TOP_K}, "train": {"num_steps": num_steps}}
+    (run_dir / "config.json").write_text(json.dumps(config))
     (run_dir / "loads").mkdir()
     for first in range(0, num_steps, 256):
         np.save(run_dir / "loads" / f"{first + 1:09}.npy", tokens_NLE[first : first + 256])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 
 from laep_jax.errors import UserError
-from laep_jax.report import figures, series
+from laep_jax.report import facts, loss_figures, series
 from laep_jax.report.run_data import read_run
 
 
@@ -130,7 +130,14 @@ def test_any_damage_is_a_run_or_refused_and_what_is_read_draws(fuzz, make, tmp_p
                 series.cumulative_load(run, layer)
                 series.mean_line(run, layer)
             series.device_loads(run)
-            figures.draw_loss(run)
+            loss_figures.draw_loss(run)
+            series.domain_losses(run)
+            for tell in (facts.surroundings, facts.changed_settings, facts.key_numbers, facts.status, facts.timeline):
+                tell(run)
+            facts.domains_by_loss(run)
+            facts.differing_settings(run, run)
+            for transition in run.prunes:
+                facts.plan_by_layer(run, transition, [0])
 
     fuzz(check)
 

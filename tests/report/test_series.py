@@ -15,6 +15,7 @@ CUT = Transition(step=3, plan_step=3, before=((0, 1, 2, 3),), after=((3, 0),), a
 
 def small_run(**changes):
     run = RunData(
+        name="small",
         steps=np.arange(1, 6),
         tokens_NLE=np.array(TOKENS)[:, None],
         num_experts=(4,),
@@ -28,6 +29,9 @@ def small_run(**changes):
         evals=(),
         targets={"a": 30, "b": 10, "c": 5},
         pruned_share={},
+        events=(),
+        config={},
+        summary={},
     )
     return dataclasses.replace(run, **changes)
 

@@ -67,7 +67,7 @@ def end_of_run(run_dir: Path | str) -> dict[str, bytes]:
     }
     with readable(run_dir) as folder:
         arrays |= {f"loads {name}": value for name, value in vars(read_loads(folder)).items()}
-        for record in map(timeless, records(folder)):
+        for record in map(timeless, [record for record in records(folder) if record["kind"] != "start"]):
             told.setdefault(f"{record['kind']} records", []).append(record)
     return {name: np.asarray(array).tobytes() for name, array in arrays.items()} | {
         name: json.dumps(value, sort_keys=True).encode() for name, value in told.items()

@@ -86,7 +86,8 @@ def test_off_a_terminal_one_whole_line_each_log_every():
                 progress.event("step 12: checkpoint saved [bold]")
     lines = text_of(console).splitlines()
     assert lines[0] == (
-        "step 10/30  epoch 0.12  loss 2.3457  12,346 tokens/s  35.2 GFLOP/s  expert load 3.20x  device load 1.25x"
+        "step 10/30  epoch 0.12  loss 2.3457  12,346 tokens/s  35.2 GFLOP/s"
+        "  imbalance experts 3.20, devices 1.25 (worst layer)"
         "  loads: 1/2 windows stable  0:10 left"
     )
     assert lines[1] == "step 12: checkpoint saved [bold]"
@@ -124,7 +125,7 @@ def test_speed_reads_as_share_of_the_peak_where_that_is_known():
 def test_numbers_not_measured_yet_are_dashes():
     record = TRAIN | {"tokens_per_second": None, "gflops_per_second": None, "expert_imbalance": [None, None]}
     parts = progress_parts(1, 10, record)
-    assert {"- tokens/s", "- GFLOP/s", "expert load -x", "device load 1.25x"} <= set(parts)
+    assert {"- tokens/s", "- GFLOP/s", "imbalance experts -, devices 1.25 (worst layer)"} <= set(parts)
 
 
 def test_closing_table_of_a_pruned_run():

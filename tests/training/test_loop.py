@@ -85,6 +85,11 @@ def test_a_run_goes_through_the_whole_cycle(run, config):
     losses = [record["loss"] for record in records(run, "train")]
     assert len(losses) == NUM_STEPS
     assert losses[-1] < losses[0] - 0.3
+    assert all(2**24 < record["peak_memory_bytes"] < 2**40 for record in records(run, "train"))
+    [start] = records(run, "start")
+    assert start["step"] == 0
+    assert "8 cpu devices" in start["devices"]
+    assert "JAX" in start["machine"]
     assert [record["step"] for record in records(run, "train")] == list(range(1, NUM_STEPS + 1))
     assert [(record["step"], record["when"]) for record in records(run, "eval")] == [
         (8, "periodic"),
@@ -164,6 +169,7 @@ def test_a_run_interrupted_again_and_again_resumes_as_if_nothing_had_been(run, c
     for step, checkpoint in zip(steps[1:], checkpoints[1:], strict=True):
         assert f"resuming from step {checkpoint}" in shown
         assert f"; steps {checkpoint + 1} to {step} are done again" in shown
+    assert [record["step"] for record in records(tmp_path, "start")] == [*checkpoints]
     assert not differences(tmp_path, run)
 
 
@@ -501,7 +507,7 @@ def test_every_field_that_a_run_records_is_documented(run):
             if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("log.write"):
                 kind = ast.literal_eval(call.args[0]) if isinstance(call.args[0], ast.Constant) else "skipped"
                 written.setdefault(kind, set()).update({keyword.arg for keyword in call.keywords} - {None})
-    assert {"train", "prune", "dry_run", "settings", "skipped"} <= written.keys()
+    assert {"train", "prune", "dry_run", "start", "settings", "skipped"} <= written.keys()
     for kind, fields in written.items():
         assert fields <= documented(kind), kind
     assert json.loads((run / "summary.json").read_text()).keys() <= documented("summary.json")
