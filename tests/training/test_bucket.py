@@ -11,7 +11,7 @@ import pytest
 
 from laep_jax.checkpoint.lock import TakenOverError
 from laep_jax.config import Config
-from laep_jax.data import sources
+from laep_jax.data import bucket as data_bucket
 from laep_jax.errors import StoppedError, UnavailableError, UserError
 from laep_jax.laep import command as plan_command
 from laep_jax.mirror import Mirror
@@ -72,9 +72,10 @@ def test_a_run_in_a_bucket_leaves_what_one_on_a_disk_leaves(config, on_disk, in_
 
 def test_programs_read_a_run_in_a_bucket(in_bucket, tmp_path, capsys):
     assert report_command.main([in_bucket]) == 0
-    figures = {name for name in open_storage(in_bucket).files("") if name.startswith("figures/")}
-    assert {f"{in_bucket}/{name}" for name in figures} == set(capsys.readouterr().out.split())
-    assert len(figures) == len(report_command.FIGURES)
+    stored = open_storage(in_bucket).files("")
+    written = {name for name in stored if name.startswith("figures/") or name == report_command.REPORT}
+    assert {f"{in_bucket}/{name}" for name in written} == set(capsys.readouterr().out.split())
+    assert len(written) == len(report_command.FIGURES) + 1
     out = tmp_path / "plan.json"
     options = ["--expert-parallel=4", "--top-k=2", "--alpha=0.9", "--beta=0.4", f"--out={out}"]
     assert plan_command.main([f"--counts={in_bucket}", *options]) == 0
@@ -214,7 +215,7 @@ def test_text_in_a_bucket_is_read_once_into_the_local_cache(config, address, tmp
             tokens.append(dataset.train_batch(0)["tokens_BS"])
         if path == files[0]:
             bucket.remove("text/b/.hidden")
-            monkeypatch.setattr(sources, "fetched", None)  # read once, though listed at each start
+            monkeypatch.setattr(data_bucket, "_fetched", None)  # read once, though listed at each start
             assert open_inputs(settings, on_disk)[0].fingerprint == dataset.fingerprint
             monkeypatch.undo()
     np.testing.assert_array_equal(tokens[:3], [tokens[0]] * 3)

@@ -110,10 +110,11 @@ def test_samples_are_the_greedy_text_of_the_checkpoints_and_change_nothing(run, 
     for step, sample in samples.items():
         saved = Saved(f"{tmp_path}/often/checkpoints/{step}")
         assert saved.num_experts == ((8, 8, 8) if step < PRUNE_STEP else saved.num_experts)
-        state = load_model(saved, saved.config.resolve(8), make_mesh(config.mesh))
+        model = load_model(saved, saved.config.resolve(8), make_mesh(config.mesh))
         assert len(sample["prompt"]) == 16
         prompt = list(sample["prompt"].encode())
-        tokens = list(generate(state.params, state.router_bias["bias_N"], prompt, saved.config.model, max_tokens=16))
+        params, bias_N = model["params"], model["router_bias"]["bias_N"]
+        tokens = list(generate(params, bias_N, prompt, saved.config.model, max_tokens=16))
         assert sample["text"] == BYTES.decode(tokens[: tokens.index(256)] if 256 in tokens else tokens)
         assert f"step {step}: after {sample['prompt']!r} the model writes" in shown
     assert len({sample["text"] for sample in samples.values()}) > 1

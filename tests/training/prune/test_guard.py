@@ -13,7 +13,7 @@ from laep_jax.training.start import train
 from tests.support.tiny_run import change, differences, records, tiny_config
 
 PLAN_STEP, PRUNE_STEP, NUM_STEPS = 40, 42, 46
-BETA, TOLERANCE = 0.8, 0.005
+BETA, TOLERANCE = 0.8, 0.02
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def config(tmp_path_factory) -> Config:
     return tiny_config(
         str(tmp_path_factory.mktemp("tokens")),
         model={"hidden_size": 32, "head_dim": 8, "ffn_size": 32, "top_k": 1},
-        aux_loss={"loss_free_bias": 0.05},
+        aux_loss={"mixtral": 0.05},
         laep={
             "alpha": 4.0,
             "beta": BETA,
@@ -57,7 +57,7 @@ def test_a_harmful_plan_is_refused_and_a_softer_one_applied(config, tmp_path, mo
     assert Plan.from_json((tmp_path / cut["plan"]).read_text()).rule.beta == BETA / 2
     assert summary["prune_steps"] == [PRUNE_STEP]
     told = " ".join(capsys.readouterr().out.split())
-    assert "above LaepConfig.guard_tolerance=0.005: the plan is refused" in told
+    assert "above LaepConfig.guard_tolerance=0.02: the plan is refused" in told
 
 
 def test_no_domain_loses_more_than_its_bound(config, tmp_path):
@@ -65,7 +65,8 @@ def test_no_domain_loses_more_than_its_bound(config, tmp_path):
     most = {}
     for bound in (None, 0.1):
         run_dir = tmp_path / str(bound)
-        summary = train(change(config, laep={"domain_beta": bound, "guard_tolerance": None}), run_dir)
+        uneven = change(config, aux_loss={"mixtral": 0.0, "loss_free_bias": 0.05})
+        summary = train(change(uneven, laep={"domain_beta": bound, "guard_tolerance": None}), run_dir)
         [checked] = records(run_dir, "dry_run")
         assert len(checked["pruned_share_by_domain"]) > 3
         assert summary["pruned_share_by_domain"] == checked["pruned_share_by_domain"]
@@ -82,10 +83,9 @@ def test_a_run_whose_loads_do_not_allow_its_settings_says_so_and_goes_on(config,
 
 
 def test_after_the_last_retry_it_is_a_run_that_never_prunes(config, tmp_path, monkeypatch):
-    short = change(config, train={"num_steps": PRUNE_STEP})
-    train(change(short, laep={"max_prunes": 0}), tmp_path / "never")
+    train(change(config, laep={"max_prunes": 0}), tmp_path / "never")
     monkeypatch.setattr(controller, "make_plan", harmful_plan)
-    summary = train(change(short, laep={"max_retries": 0}), tmp_path / "given up")
+    summary = train(change(config, laep={"max_retries": 0}), tmp_path / "given up")
     assert summary["not_pruned"].startswith("every plan cost more than LaepConfig.guard_tolerance: lower")
     different = differences(tmp_path / "given up", tmp_path / "never")
     assert different == ["dry_run records", "retries", "summary"]
