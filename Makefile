@@ -25,8 +25,9 @@ BIN := .venv/bin
 train: .venv/base
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python train.py
 
+# Three workers on two cores: tests of timeouts and retries wait.
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --ignore=tests/evidence --ignore=tests/huggingface
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow" --ignore=tests/evidence --ignore=tests/huggingface
 
 # Benchmarks, experiments, fault injection and notebooks too, and the long form of every test: hours.
 test-all: .venv/hf

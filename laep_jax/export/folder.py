@@ -46,6 +46,9 @@ def _obstacles(saved: Saved, form: str) -> list[str]:
     }
     if form == "padded":
         problems[normed] = model.qk_norm != "none" or not model.norm_topk_prob
+        # Experts that only fill a layer have a part in the softmax, beside which a bias would weigh more.
+        bias = "a bias of the loss-free balancing in layers of unequal size"
+        problems[bias] = saved.has_bias and len({*counts}) > 1
     else:
         problems["a bias of the loss-free balancing"] = saved.has_bias
         problems[f"layers of {min(counts)} to {max(counts)} experts"] = len({*counts}) > 1

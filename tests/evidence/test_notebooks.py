@@ -59,7 +59,7 @@ def test_it_is_stored_without_outputs(path):
 @pytest.mark.parametrize(
     "steps",
     [
-        pytest.param({"WATCHED = 200": "WATCHED = 100", "PRUNED_AFTER + 75": "PRUNED_AFTER + 25"}, id="short"),
+        pytest.param({"WATCHED = 200": "WATCHED = 60", "PRUNED_AFTER + 75": "PRUNED_AFTER + 10"}, id="short"),
         pytest.param({}, id="long", marks=pytest.mark.slow),
     ],
 )

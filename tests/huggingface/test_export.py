@@ -18,15 +18,16 @@ from safetensors.numpy import load_file
 
 from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.checkpoint.manifest import DamagedError
-from laep_jax.config import Config
+from laep_jax.config import Config, ModelConfig
 from laep_jax.errors import UserError
 from laep_jax.export import folder
 from laep_jax.export.command import main
 from laep_jax.export.tokenizer import _bytes_tokenizer
+from laep_jax.huggingface.folder import Folder
 from laep_jax.importers.safetensors_file import read_header
 from laep_jax.model.transformer import logits
 from laep_jax.sharding import make_mesh
-from laep_jax.state.tree import TrainState, init_state, initial_layout
+from laep_jax.state.tree import TrainState, abstract_state, init_state, initial_layout
 from laep_jax.storage import Disk
 from laep_jax.training.run_state import RunState
 from tests.fault_injection.damage import change_stored
@@ -53,8 +54,9 @@ KINDS = {  # what a model has that makes a form necessary or possible
     },
     "whole_norm": {"num_experts": UNEQUAL, "lfa": False, "num_kv_heads": 2, "qk_norm": "whole"},
 }
+EQUAL_BIAS = {"num_experts": EQUAL, "lfa": False}
 CLASSES = {"uniform": "MixtralForCausalLM", "qwen3": "Qwen3MoeForCausalLM", "olmoe": "OlmoeForCausalLM"}
-BIASED = ("bias", "others")
+BIASED = ("bias", "others", "equal_bias")
 
 
 class Run:
@@ -62,7 +64,7 @@ class Run:
 
     def __init__(self, root, kind: str, **parts):
         self.root, self.kind = str(root), kind
-        model = {"num_layers": 3, "router_init": 0.7, **KINDS[kind]}
+        model = {"num_layers": 3, "router_init": 0.7, **(KINDS | {"equal_bias": EQUAL_BIAS})[kind]}
         config = tiny_config(str(root / "tokens"), model=model, **parts)
         self.config: Config = change(config, mesh={"fsdp": 4, "expert": 2})
         self.mesh = make_mesh(self.config.mesh)
@@ -104,6 +106,31 @@ def runs(tmp_path_factory):
     return functools.cache(lambda kind: Run(tmp_path_factory.mktemp(kind), kind))
 
 
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """The folder of `--form=auto`."""
+    return export(run, tmp_path_factory.mktemp("exported") / "out")
+
+
+def read(folder) -> tuple[Config, dict]:
+    """The config of a folder's model, and the model on eight devices."""
+    source = Folder(folder)
+    config = dataclasses.replace(tiny_config("x"), model=ModelConfig(**source.settings))
+    config = change(config, mesh={"fsdp": 4, "expert": 2})
+    source.require_fits(config.model)
+    abstract = abstract_state(config, make_mesh(config.mesh))
+    return config, source.read(config.model, {"params": abstract.params, "router_bias": abstract.router_bias})
+
+
+def assert_same(folder, run: Run) -> None:
+    """The folder has the run's model, bit for bit."""
+    config, model = read(folder)
+    same = {"router_init": 1.0, "num_kv_heads": run.config.model.kv_heads}
+    assert dataclasses.replace(config.model, **same) == dataclasses.replace(run.config.model, **same)
+    jax.tree.map(np.testing.assert_array_equal, model["params"], run.state.params)
+    np.testing.assert_array_equal(model["router_bias"]["bias_N"], run.state.router_bias["bias_N"])
+
+
 def load(path):
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=True)
     return model.eval()
@@ -119,25 +146,30 @@ def export(run: Run, out, *options: str):
     return out
 
 
-def test_transformers_has_the_logits_of_laep_jax(run, tmp_path, capsys):
-    model = load(export(run, tmp_path / "out"))
+def test_transformers_has_the_logits_of_laep_jax(run, exported):
+    model = load(exported)
     want = run.logits()
     assert want.std() > 0.3
     np.testing.assert_allclose(logits_of(model), want, rtol=0, atol=1e-4)
     assert type(model).__name__ == CLASSES.get(run.kind, "LaepMixtralForCausalLM")
-    assert ("vLLM" in capsys.readouterr().out) == (run.kind in (*CLASSES, "hetero", "whole_norm"))
+    assert ("vLLM" in (exported / "README.md").read_text()) == (run.kind in (*CLASSES, "hetero", "whole_norm"))
+
+
+def test_an_exported_model_comes_back_bit_for_bit(run, exported):
+    assert_same(exported, run)
 
 
 def test_a_padded_model_is_exact_too(runs, tmp_path):
-    for kind in ("uniform", "hetero", "bias"):
+    for kind in ("uniform", "hetero", "equal_bias"):
         model = load(export(runs(kind), tmp_path / kind, "--form=padded"))
         assert type(model).__name__ == "Ernie4_5_MoeForCausalLM"
         np.testing.assert_allclose(logits_of(model), runs(kind).logits(), rtol=0, atol=1e-4)
+        assert_same(tmp_path / kind, runs(kind))
 
 
-def test_greedy_tokens_are_those_of_laep_jax_with_a_cache_and_with_padding(run, tmp_path):
+def test_greedy_tokens_are_those_of_laep_jax_with_a_cache_and_with_padding(run, exported):
     """Rows of different lengths, filled up on the left, as programs that generate in batches do."""
-    model = load(export(run, tmp_path / "out"))
+    model = load(exported)
     want = run.logits()
     lengths = range(TOKENS.shape[1] - 8, TOKENS.shape[1])
     padded, mask = np.zeros_like(TOKENS), np.zeros_like(TOKENS)
@@ -275,6 +307,7 @@ def test_the_card_says_what_the_run_was(runs, tmp_path):
         ("lfa", "uniform", r"localized filtering \(ModelConfig\.lfa\) and layers of 4 to 8 experts"),
         ("lfa", "padded", r"cannot hold localized filtering \(ModelConfig\.lfa\); use hetero"),
         ("bias", "uniform", "cannot hold a bias of the loss-free balancing and layers of 4 to 8 experts; use hetero"),
+        ("bias", "padded", "cannot hold a bias of the loss-free balancing in layers of unequal size; use hetero"),
         ("whole_norm", "padded", r"cannot hold ModelConfig\.qk_norm='whole' with norm_topk_prob=True; use hetero"),
         ("others", "padded", r"the router's sigmoid \(ModelConfig\.router_score\) and a shared expert"),
         ("top_1", "uniform", r"cannot hold the router's weights with ModelConfig\.top_k=1; use hetero"),

@@ -18,7 +18,6 @@ from laep_jax.config import Config, ModelConfig
 from laep_jax.errors import UserError
 from laep_jax.export.command import main as export
 from laep_jax.gin_config import load_config
-from laep_jax.huggingface.folder import Folder
 from laep_jax.model.router import route
 from laep_jax.model.transformer import logits
 from laep_jax.sharding import make_mesh
@@ -26,7 +25,7 @@ from laep_jax.state.tree import abstract_state, initial_layout
 from laep_jax.training.check import check
 from laep_jax.training.initial import defaults, open_source, read_state, require_same_architecture
 from laep_jax.training.start import train
-from tests.huggingface.test_export import KINDS, TOKENS, Run
+from tests.huggingface.test_export import TOKENS, Run, read
 from tests.support.tiny_run import change, records, tiny_config
 
 SIZES = {
@@ -86,15 +85,6 @@ def config_of(source, **parts) -> Config:
     return change(config, mesh={"fsdp": 4, "expert": 2}, **parts)
 
 
-def read(folder) -> tuple[Config, dict]:
-    """On eight devices."""
-    source = Folder(folder)
-    config = config_of(source)
-    source.require_fits(config.model)
-    abstract = abstract_state(config, make_mesh(config.mesh))
-    return config, source.read(config.model, {"params": abstract.params, "router_bias": abstract.router_bias})
-
-
 def logits_of(config: Config, model: dict) -> np.ndarray:
     mesh = make_mesh(config.mesh)
     positions = np.broadcast_to(np.arange(TOKENS.shape[1], dtype=np.int32), TOKENS.shape)
@@ -139,19 +129,6 @@ def test_the_router_of_deepseek_v3():
     pairs = (np.take_along_axis(w, o, 1) for w, o in zip((weights, weights_TK), order, strict=True))
     np.testing.assert_allclose(*pairs, rtol=1e-6)
     assert (ids.numpy() != logits_TE.topk(3).indices.numpy()).any()  # the bias matters
-
-
-@pytest.mark.parametrize(
-    ("kind", "form"), [*((kind, "auto") for kind in KINDS), ("hetero", "padded"), ("bias", "padded")]
-)
-def test_an_exported_model_comes_back_bit_for_bit(kind, form, tmp_path):
-    run = Run(tmp_path / "run", kind)
-    assert export([run.root, f"--to={tmp_path / 'out'}", f"--form={form}"]) == 0
-    config, model = read(tmp_path / "out")
-    same = {"router_init": 1.0, "num_kv_heads": run.config.model.kv_heads}
-    assert dataclasses.replace(config.model, **same) == dataclasses.replace(run.config.model, **same)
-    jax.tree.map(np.testing.assert_array_equal, model["params"], run.state.params)
-    np.testing.assert_array_equal(model["router_bias"]["bias_N"], run.state.router_bias["bias_N"])
 
 
 def test_a_published_model_is_trained_on_pruned_and_exported(published, tmp_path, capsys):
