@@ -39,7 +39,7 @@ test-tpu: .venv/tpu
 
 # Models that others load; needs torch and Transformers.
 test-hf: .venv/hf
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/huggingface
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/huggingface
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

@@ -85,7 +85,7 @@ def saves(emulator: str, trouble: Trouble) -> tuple[str, list[int]]:
     return result.stdout, complete_steps(open_storage(address))
 
 
-@pytest.mark.parametrize("writes", [0, 2, 5, 9])
+@pytest.mark.parametrize("writes", [0, *(pytest.param(writes, marks=pytest.mark.slow) for writes in (2, 9)), 5])
 def test_a_save_that_is_refused_half_way_is_reported_and_the_next_one_counts(emulator, writes):
     printed, steps = saves(emulator, Trouble("refused", writes))
     assert "checkpoints/2 could not be saved: " in printed
@@ -93,7 +93,9 @@ def test_a_save_that_is_refused_half_way_is_reported_and_the_next_one_counts(emu
     assert steps == [1, 3]
 
 
-@pytest.mark.parametrize("kind", ["lost", "busy", "quota", "slow"])
+@pytest.mark.parametrize(
+    "kind", ["lost", "slow", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("busy", "quota"))]
+)
 def test_a_bucket_that_fails_for_seconds_or_is_slow_is_waited_for(emulator, kind):
     trouble = Trouble(kind, writes=3)
     printed, steps = saves(emulator, trouble)

@@ -88,6 +88,7 @@ def logprobs(run: Run, items: list[dict]) -> np.ndarray:
     return np.reshape(sums, (len(items), CHOICES))
 
 
+@pytest.mark.slow
 def test_lm_eval_scores_an_exported_model_as_laep_jax_does(run, items, monkeypatch):
     monkeypatch.setattr(task_data, "MAX_ITEMS", 100)
     monkeypatch.setattr(task_data, "MAX_BYTES", 2000)

@@ -389,7 +389,13 @@ def test_rebalancing_evens_the_devices_and_changes_no_loss(config, tmp_path):
     assert np.mean([max(record["device_imbalance"]) for record in still]) > 1.3
 
 
-@pytest.mark.parametrize("stage", [("record", PRUNE_STEP - 1), ("restore", PRUNE_STEP)], ids=["before", "at the prune"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(("record", PRUNE_STEP - 1), id="before", marks=pytest.mark.slow),
+        pytest.param(("restore", PRUNE_STEP), id="at the prune"),
+    ],
+)
 def test_a_plan_made_on_one_mesh_is_applied_on_another(config, tmp_path, stage):
     often = change(config, train={"checkpoint_every": 1})
     with pytest.raises(InterruptError):
