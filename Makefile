@@ -35,7 +35,7 @@ test-all: .venv/hf
 
 # Programs compiled for TPU; needs no TPU, but its compiler (0.7 GB).
 test-tpu: .venv/tpu
-	$(BIN)/python -m pytest -n 2 tests/preflight
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests/preflight
 
 # Models that others load; needs torch and Transformers.
 test-hf: .venv/hf

@@ -241,6 +241,7 @@ metric_list: [{metric: perplexity}]
 """
 
 
+@pytest.mark.slow
 def test_lm_eval_gives_the_losses_of_laep_jax(runs, tmp_path):
     """Each row of TOKENS in two parts, of which it scores the second."""
     rows = [bytes((row % 64 + 32).tolist()).decode() for row in TOKENS]

@@ -78,6 +78,7 @@ def test_dense_products_for_sparse_ones_are_exit_code_1_and_named():
     assert re.search(r"bf16\[\d,256,512\]", wasteful[1]), wasteful
 
 
+@pytest.mark.slow
 def test_gathers_of_experts_run_beside_products():
     """That is what the options of v5p and v6e are for; by default every transfer is waited for."""
     result = run("--topology=v5p:2x2x1", "--json", **{"ModelConfig.num_heads": 2, "ModelConfig.head_dim": 128})
@@ -89,6 +90,7 @@ def test_gathers_of_experts_run_beside_products():
     assert bound["links hidden"] <= bound["as compiled"] < bound["links exposed"]
 
 
+@pytest.mark.slow
 def test_two_slices_and_the_executable_of_unequal_layers(tmp_path):
     changes = {"MeshConfig.data": 2, "DataConfig.batch_size": 8, "ModelConfig.num_experts": (8, 4)}
     result = run("--slices=2", f"--save={tmp_path / 'step'}", **changes)
