@@ -93,9 +93,8 @@ class Saved:
             except (ValueError, OSError) as error:
                 raise unreadable(self.where, error) from error
         tree = jax.tree.unflatten(jax.tree.structure(abstract), arrays)
-        experts = [(layer, i) for layer, count in enumerate(self.num_experts) for i in range(count)]
-        want = {leaf.key: self._sums[leaf.key] for leaf in leaves}
-        if difference := fingerprint.first_difference(fingerprint.fingerprints(tree), want, experts):
+        want = fingerprint.Fingerprinted({leaf.key: self._sums[leaf.key] for leaf in leaves}, self.num_experts)
+        if difference := want.first_difference(tree, None):
             raise DamagedError(f"checkpoint {self.where} is damaged: {difference} is not what was saved")
         return tree
 

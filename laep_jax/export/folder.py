@@ -1,11 +1,11 @@
 """A checkpoint as a Hugging Face folder: weights, config, tokenizer, model card, and a modelling file if needed."""
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
 import laep_jax
@@ -14,11 +14,12 @@ from laep_jax.errors import UserError, require
 from laep_jax.export.card import model_card
 from laep_jax.export.tokenizer import tokenizer_files
 from laep_jax.huggingface.architectures import ERNIE, OWN, config_json, plain_architecture
+from laep_jax.huggingface.folder import DTYPES as NUMBERS
 from laep_jax.huggingface.places import Place, places
 from laep_jax.importers.safetensors_file import INDEX, SINGLE, Described, write_one_by_one
 
 FORMS = ("auto", "hetero", "padded", "uniform")
-DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors calls them
 SHARD_BYTES = 5 * 10**9  # of a file of weights, unless a single tensor has more
 REMOTE_CODE = Path(__file__).parent / "remote_code" / "modeling_laep.py"
 
@@ -86,7 +87,7 @@ def write_folder(saved: Saved, out: Path, *, form: str, dtype: str, tokenizer: s
     except OSError as error:
         raise UserError(f"--to={out} cannot be made: {error.strerror}") from error
     model, kind = saved.config.model, _kind(saved, form)
-    _write_weights(saved, list(places(model, kind, has_bias=saved.has_bias)), out, *DTYPES[dtype])
+    _write_weights(saved, list(places(model, kind, has_bias=saved.has_bias)), out, DTYPES[dtype])
     eod = json.loads(files["generation_config.json"])["eos_token_id"]
     config = config_json(model, kind, saved.config.data.sequence_length, has_bias=saved.has_bias)
     config |= {"laep_jax_version": laep_jax.__version__, "dtype": dtype}
@@ -108,22 +109,23 @@ def _tensor(saved: Saved, place: Place) -> np.ndarray:
     return place.out(array if place.columns is None else array[..., place.columns])
 
 
-def _write_weights(saved: Saved, wanted: Sequence[Place], out: Path, dtype: str, numbers: np.dtype) -> None:
+def _write_weights(saved: Saved, wanted: Sequence[Place], out: Path, dtype: str) -> None:
     """In one file, or in several with an index."""
     by_name = {place.name: place for place in wanted}
     shards: list[dict[str, Described]] = [{}]
-    dtypes: dict[str, np.dtype] = {}
     for name, place in by_name.items():
-        of = ("F32", np.dtype(np.float32)) if name.endswith("bias") else (dtype, numbers)  # biases choose experts
-        dtypes[name] = of[1]
-        tensor = Described(of[0], place.shape, int(np.prod(place.shape)) * of[1].itemsize)
+        of = "F32" if name.endswith("bias") else dtype  # biases choose experts
+        tensor = Described(of, place.shape, math.prod(place.shape) * NUMBERS[of].itemsize)
         if shards[-1] and sum(of.size for of in shards[-1].values()) + tensor.size > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = tensor
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     for name, shard in zip(names, shards, strict=True):
-        write_one_by_one(out / name, shard, lambda name: _tensor(saved, by_name[name]).astype(dtypes[name]))
+        dtypes = {tensor: NUMBERS[of.dtype] for tensor, of in shard.items()}
+        write_one_by_one(
+            out / name, shard, lambda tensor, of=dtypes: _tensor(saved, by_name[tensor]).astype(of[tensor])
+        )
     if count > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(of.size for shard in shards for of in shard.values())

@@ -3,6 +3,7 @@
 Files are mapped into memory, so a process reads what its devices hold and keeps one shard of one parameter at a time.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from laep_jax.config import ModelConfig
 from laep_jax.errors import UserError, require, short
 from laep_jax.files import read_json
 from laep_jax.huggingface.architectures import ARCHITECTURES, ERNIE, model_settings
-from laep_jax.huggingface.places import NEVER, Place, places
+from laep_jax.huggingface.places import Place, places
+from laep_jax.importers.families import NEVER
 from laep_jax.importers.safetensors_file import Tensor, read_shards, read_tensors
 from laep_jax.state.surgery import leaf_key
 
@@ -41,6 +43,11 @@ class Folder:
             for file, header in read_shards(path).items()
             for name, tensor in read_tensors(path / file, header).items()
         }
+        for name, tensor in self._tensors.items():
+            field, rule = f"{self.where}: {name}", f"must be one of {', '.join(DTYPES)}"
+            require(tensor.dtype in DTYPES, field, tensor.dtype, rule)
+            size = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+            require(tensor.data.size == size, field, tensor.data.size, f"must have {size} bytes")
         if self.kind == ERNIE:
             self.settings["num_experts"] = self._that_can_be_chosen()
         found = path / "tokenizer.json"
@@ -51,7 +58,7 @@ class Folder:
         return f"{self.where} ({self.kind})"
 
     def require_fits(self, model: ModelConfig) -> None:
-        """`UserError` naming a tensor that is missing, of another shape or dtype, or that no parameter takes."""
+        """`UserError` naming a tensor that is missing, of another shape, or that no parameter takes."""
         wanted = {place.name: place for place in self._places(model)}
         for name, place in wanted.items():
             require(name in self._tensors, self.where, name, "is not among its tensors")
@@ -59,11 +66,8 @@ class Folder:
             require(
                 tensor.shape == place.shape, f"{self.where}: {name}", tensor.shape, f"must have shape {place.shape}"
             )
-            require(
-                tensor.dtype in DTYPES, f"{self.where}: {name}", tensor.dtype, f"must be one of {', '.join(DTYPES)}"
-            )
-        tied = ["lm_head.weight"] if model.tie_embeddings else []
-        extra = [name for name in self._tensors if name not in (*wanted, *tied) and not name.endswith(BUFFERS)]
+        known = {*wanted, *(["lm_head.weight"] if model.tie_embeddings else [])}
+        extra = [name for name in self._tensors if name not in known and not name.endswith(BUFFERS)]
         if extra:
             raise UserError(f"{self.where} has tensors that are no parameters of this model: {short(extra)}")
 

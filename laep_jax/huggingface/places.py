@@ -14,9 +14,9 @@ import numpy as np
 
 from laep_jax.config import ModelConfig
 from laep_jax.huggingface.architectures import ARCHITECTURES, ERNIE, OWN
+from laep_jax.importers.families import NEVER
 
 Turn = Callable[[np.ndarray], np.ndarray]
-NEVER = -1e9  # bias of an expert that is there to fill its layer
 FILTERS = {
     "previous_in_DC": "previous_in.weight",
     "current_in_DC": "current_in.weight",

@@ -15,7 +15,7 @@ import numpy as np
 
 from laep_jax.errors import UserError, require
 from laep_jax.files import read_json
-from laep_jax.importers.families import BIAS, COUNTS, FAMILIES, LAYER, NUMBERED, ROUTER, TOGETHER, TOP_K
+from laep_jax.importers.families import BIAS, COUNTS, FAMILIES, LAYER, NEVER, NUMBERED, ROUTER, TOGETHER, TOP_K
 from laep_jax.importers.safetensors_file import INDEX, Tensor, read_shards, read_tensors, write_tensors
 from laep_jax.laep.plan import Plan
 
@@ -23,7 +23,6 @@ LINEAGE = "laep_lineage.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", INDEX)  # not copied
 BY_LAYER = "experts_per_layer"
 BEST_OF_GROUP = 2  # experts by which a router judges a group
-NEVER = -1e9  # bias of an expert that is there to fill its layer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ ROUTER = re.compile(MODULE + r"gate\.weight")
 BIAS = re.compile(MODULE + r"(?:gate|moe_statics)\.e_score_correction_bias")
 
 
+NEVER = -1e9  # bias of an expert that is there to fill its layer
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # fields of config.json
 TOP_K = ("num_experts_per_tok", "moe_k")
 FAMILIES = {  # by model_type: whether experts are chosen with a bias, so that some can be there and never be chosen

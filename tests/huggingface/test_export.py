@@ -112,11 +112,16 @@ def exported(run, tmp_path_factory):
     return export(run, tmp_path_factory.mktemp("exported") / "out")
 
 
-def read(folder) -> tuple[Config, dict]:
-    """The config of a folder's model, and the model on eight devices."""
-    source = Folder(folder)
+def config_of(source, **parts) -> Config:
+    """Of the model of a source, on eight devices."""
     config = dataclasses.replace(tiny_config("x"), model=ModelConfig(**source.settings))
-    config = change(config, mesh={"fsdp": 4, "expert": 2})
+    return change(config, mesh={"fsdp": 4, "expert": 2}, **parts)
+
+
+def read(folder) -> tuple[Config, dict]:
+    """The config of a folder's model, and the model."""
+    source = Folder(folder)
+    config = config_of(source)
     source.require_fits(config.model)
     abstract = abstract_state(config, make_mesh(config.mesh))
     return config, source.read(config.model, {"params": abstract.params, "router_bias": abstract.router_bias})

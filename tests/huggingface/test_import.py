@@ -18,6 +18,7 @@ from laep_jax.config import Config, ModelConfig
 from laep_jax.errors import UserError
 from laep_jax.export.command import main as export
 from laep_jax.gin_config import load_config
+from laep_jax.importers.safetensors_file import read_header
 from laep_jax.model.router import route
 from laep_jax.model.transformer import logits
 from laep_jax.sharding import make_mesh
@@ -25,8 +26,8 @@ from laep_jax.state.tree import abstract_state, initial_layout
 from laep_jax.training.check import check
 from laep_jax.training.initial import defaults, open_source, read_state, require_same_architecture
 from laep_jax.training.start import train
-from tests.huggingface.test_export import TOKENS, Run, read
-from tests.support.tiny_run import change, records, tiny_config
+from tests.huggingface.test_export import TOKENS, Run, config_of, read
+from tests.support.tiny_run import change, records
 
 SIZES = {
     "vocab_size": 384,
@@ -78,11 +79,6 @@ def published(tmp_path):
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
-
-
-def config_of(source, **parts) -> Config:
-    config = dataclasses.replace(tiny_config("x"), model=ModelConfig(**source.settings))
-    return change(config, mesh={"fsdp": 4, "expert": 2}, **parts)
 
 
 def logits_of(config: Config, model: dict) -> np.ndarray:
@@ -228,6 +224,13 @@ def test_what_does_not_fit_is_refused_by_name(published, tmp_path):
     path.write_text(json.dumps(original | {"vocab_size": 128}))
     with pytest.raises(UserError, match=r"embed_tokens\.weight=\(384, 32\) must have shape \(128, 32\)"):
         require_same_architecture(open_source(str(published)), ModelConfig(**source.settings | {"vocab_size": 128}))
+    header = read_header(weights := published / "model.safetensors")
+    doubled = {name: of | {"shape": [2 * of["shape"][0], *of["shape"][1:]]} for name, of in header.items()}
+    text = json.dumps(doubled).encode()
+    weights.write_bytes(len(text).to_bytes(8, "little") + text + bytes(10**6))
+    path.write_text(json.dumps(original))
+    with pytest.raises(UserError, match=r"published: .*=\d+ must have \d+ bytes$"):
+        open_source(str(published))
     with pytest.raises(UserError, match=r"'Qwen/Qwen3-30B-A3B' is no folder; a model of the hub has to be downloaded"):
         open_source("Qwen/Qwen3-30B-A3B")
     with pytest.raises(UserError, match="has no complete checkpoint"):
