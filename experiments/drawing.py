@@ -51,6 +51,7 @@ def text(name: str, table: Table) -> str:
     if name == "table5":
         columns = {"throughput": "throughput over base, EP 8", "device_load": "largest over mean device load"}
         parts.append(tables.measured_table(columns, measured, _labels(name), PAPER_THROUGHPUT))
+        parts.append(tables.hottest_table(experiment, table, DEVICES))
     if name == "open":
         columns = {"device_load": "largest over mean device load at the end, by placement"}
         parts.append(tables.measured_table(columns, measured, {}, {}))

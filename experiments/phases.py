@@ -78,3 +78,9 @@ def overlap(a: Sequence[int], b: Sequence[int]) -> float:
 def largest_load(result: Result) -> dict[int, float]:
     """Imbalance (max / mean) of the experts, the mean over the layers, by window."""
     return {step: statistics.fmean(map(imbalance, loads_LE)) for step, loads_LE in windows(result).items()}
+
+
+def hottest_expert(result: Result, num_devices: int) -> float:
+    """Load of the most loaded expert of any layer over the mean load of a device, in the last window."""
+    loads_LE = windows(result)[max(windows(result))]
+    return float((loads_LE.max(axis=1) * num_devices / loads_LE.sum(axis=1)).max())

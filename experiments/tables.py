@@ -27,9 +27,10 @@ def by_row(results: Iterable[Result]) -> Table:
 
 def losses_table(experiment: Experiment, table: Table) -> str:
     """Parameters and validation losses of an experiment's rows; of the paper's what it has."""
-    head = ("", "paper: parameters", "paper: loss", "change", "parameters", "experts kept", "loss", "change", "seeds")
+    head = ("", "paper: parameters", "paper: loss", "change", "parameters", "experts kept", "loss", "change")
+    head = (*head, "by seed", "at the prune")
     rows = [_cells(entry, experiment, table) for entry in experiment.entries]
-    empty = [column for column in (1, 2, 3) if all(row[column] == MISSING for row in rows)]
+    empty = [column for column in (1, 2, 3, 9) if all(row[column] == MISSING for row in rows)]
     shown = [column for column in range(len(head)) if column not in empty]
     return markdown([head[column] for column in shown], [[row[column] for column in shown] for row in rows])
 
@@ -39,6 +40,7 @@ def _cells(entry: Entry, experiment: Experiment, table: Table) -> list[str]:
     ours, base = table.get(entry.row, {}), table.get(entry.base, {})
     of_itself = entry.row == entry.base
     in_paper = [(entry.parameters, paper_base.parameters)] if entry.parameters and paper_base.parameters else []
+    losses = [result["validation_loss"] for _, result in sorted(ours.items())]
     parameters = [(mine["parameters"] / 1e6, theirs["parameters"] / 1e6) for mine, theirs in _pairs(ours, base)]
     return [
         entry.label,
@@ -47,10 +49,17 @@ def _cells(entry: Entry, experiment: Experiment, table: Table) -> list[str]:
         f"{entry.loss - paper_base.loss:+.3f}" if entry.loss and paper_base.loss and not of_itself else MISSING,
         _share(parameters, of_itself, " M"),
         f"{statistics.fmean(sum(r['num_experts']) for r in ours.values()):.0f}" if ours else MISSING,
-        spread([r["validation_loss"] for r in ours.values()], ".4f"),
+        spread(losses, ".4f"),
         spread(changes(ours, base), "+.4f") if not of_itself else MISSING,
-        str(len(ours)) if ours else "0",
+        single(losses, ".3f") if of_itself else single(changes(ours, base), "+.3f"),
+        spread(_at_the_prune(ours), "+.3f"),
     ]
+
+
+def _at_the_prune(ours: BySeed) -> list[float]:
+    """What a prune changes of the validation loss at once."""
+    field = "validation_loss_{}_prune".format
+    return [r[field("after")] - r[field("before")] for _, r in sorted(ours.items()) if r["cuts"]]
 
 
 def scores_table(experiment: Experiment, table: Table, paper: Mapping[str, float]) -> str:
@@ -59,24 +68,25 @@ def scores_table(experiment: Experiment, table: Table, paper: Mapping[str, float
         _score_cells(entry, table.get(entry.row, {}), table.get(entry.base, {}), paper) for entry in experiment.entries
     ]
     head = ("", "paper: average", "change", "next line", "identifier", "average", "change", "as in the paper?")
-    return markdown((*head, "bits per byte", "change", "seeds"), rows)
+    return markdown((*head, "by seed", "bits per byte", "change"), rows)
 
 
 def _score_cells(entry: Entry, ours: BySeed, base: BySeed, paper: Mapping[str, float]) -> list[str]:
     of_itself, theirs = entry.row == entry.base, paper[entry.row] - paper[entry.base]
-    average = [accuracy(result) - accuracy(other) for result, other in _pairs(ours, base)]
+    average = [accuracy(result) for _, result in sorted(ours.items())]
+    change = [accuracy(result) - accuracy(other) for result, other in _pairs(ours, base)]
     bits = [result["scores"][BITS] - other["scores"][BITS] for result, other in _pairs(ours, base)]
     return [
         entry.label,
         f"{paper[entry.row]:.2f}",
         MISSING if of_itself else f"{theirs:+.2f}",
         *(spread([100 * result["scores"][task] for result in ours.values()], ".1f") for task in ACCURACIES),
-        spread([accuracy(result) for result in ours.values()], ".1f"),
-        MISSING if of_itself else spread(average, "+.1f"),
-        MISSING if of_itself or not average else verdict(theirs, average),
+        spread(average, ".1f"),
+        MISSING if of_itself else spread(change, "+.1f"),
+        MISSING if of_itself or not change else verdict(theirs, change),
+        single(average, ".1f") if of_itself else single(change, "+.1f"),
         spread([result["scores"][BITS] for result in ours.values()], ".3f"),
         MISSING if of_itself else spread(bits, "+.3f"),
-        str(len(ours)),
     ]
 
 
@@ -159,16 +169,31 @@ def measured_table(
 ) -> str:
     """What was measured of rows or placements, over the seeds it was measured for.
 
-    columns: titles by field; labels: by name, as far as it has another; paper: numbers by name, of the first column.
+    columns: titles by field, of which the first is shown by seed too; labels: by name, as far as it has another; paper:
+    numbers by name, of the first column.
     """
-    names = list(next(iter(measured.values()))[next(iter(columns))]) if measured else []
-    head = ["", *(["paper"] if paper else []), *columns.values()]
+    first, *others = columns
+    names = list(next(iter(measured.values()))[first]) if measured else []
+    head = ["", *(["paper"] if paper else []), columns[first], "by seed", *(columns[field] for field in others)]
     rows = []
     for name in names:
         theirs = [f"{paper[name]:.3f}" if name in paper else MISSING] if paper else []
-        ours = [spread([r[field][name] for r in measured.values()], ".3f") for field in columns]
-        rows.append([labels.get(name, name), *theirs, *ours])
+        ours = {field: [result[field][name] for _, result in sorted(measured.items())] for field in columns}
+        of_first = [spread(ours[first], ".3f"), single(ours[first], ".2f")]
+        rows.append([labels.get(name, name), *theirs, *of_first, *(spread(ours[field], ".3f") for field in others)])
     return markdown(head, rows)
+
+
+def hottest_table(experiment: Experiment, table: Table, num_devices: int) -> str:
+    """How many times the mean load of a device the most loaded expert of any layer has, at the end of each run.
+
+    Above one, no placement of the experts, each in one place, gives all devices the same load.
+    """
+    rows = []
+    for entry in experiment.entries:
+        ratios = [phases.hottest_expert(result, num_devices) for _, result in sorted(table.get(entry.row, {}).items())]
+        rows.append([entry.label, single(ratios, ".2f")])
+    return markdown(("", "hottest expert over the mean device load, worst layer, by seed"), rows)
 
 
 def domains_table(table: Table, of_base: str, rows: Sequence[str], fewest: int) -> str:
@@ -229,6 +254,15 @@ def spread(values: Sequence[float], form: str) -> str:
         return MISSING
     text = f"{statistics.fmean(values):{form}}"
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):{form.lstrip('+')}}"
+
+
+def single(values: Sequence[float], form: str) -> str:
+    """Each value.
+
+    >>> single([1.0, -2.0], "+.1f"), single([], ".1f")
+    ('+1.0, -2.0', '–')
+    """
+    return ", ".join(f"{value:{form}}" for value in values) or MISSING
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
