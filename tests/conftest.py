@@ -1,11 +1,13 @@
 """Eight emulated CPU devices, strict rank promotion; warnings are errors (pyproject.toml). Damage for parsers.
 
 Compiling takes most of the time. Programs are kept for the session, since the same tiny model is trained again and
-again, also by processes that tests start; and XLA optimizes little, so that a train step compiles in a quarter of the
-time. tests/test_train.py trains with XLA's own settings.
+again, also by processes that tests start; XLA optimizes little, so that a train step compiles in a quarter of the time;
+and a process traces a step once for all its runs with the same settings, so what a trace reads may not be patched.
+tests/test_train.py trains with XLA's own settings.
 """
 
 import copy
+import functools
 import importlib.metadata
 import os
 import tempfile
@@ -27,9 +29,12 @@ from hypothesis import strategies as st  # noqa: E402
 
 from laep_jax.errors import MAX_MESSAGE, UserError  # noqa: E402
 from laep_jax.sharding import make_cpu_devices  # noqa: E402
+from laep_jax.training import sample, step  # noqa: E402
 from tests.support import emulator as storage_emulator  # noqa: E402
 from tests.support.states import States  # noqa: E402
 
+for module, name in ((step, "make_train_step"), (step, "make_eval_step"), (sample, "make_sampler")):
+    setattr(module, name, functools.lru_cache(maxsize=8)(getattr(module, name)))  # before another module imports it
 make_cpu_devices(8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
