@@ -33,8 +33,7 @@ def score(run_dir: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_items(saved.config, folder / FOLDER)
-        form, tokenizer = choose_form(saved, "auto"), saved.config.data.tokenizer
-        write_folder(saved, folder / "model", form=form, dtype="float32", tokenizer=tokenizer)
+        write_folder(saved, folder / "model", form=choose_form(saved, "auto"), dtype="float32")
         command = [sys.executable, "-m", "lm_eval", "--model=hf", f"--tasks={','.join(METRICS)}"]
         command += [f"--model_args=pretrained={folder / 'model'},trust_remote_code=True,dtype=float32"]
         command += [f"--include_path={TASKS}", f"--batch_size={BATCH_SIZE}", f"--output_path={folder / 'scores'}"]

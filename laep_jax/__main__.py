@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import laep_jax
-from laep_jax.commands import chosen
+from laep_jax.commands import chosen, program
 from laep_jax.errors import run_main
 
 COMMANDS = {
@@ -31,7 +31,7 @@ COMMANDS = {
     "report": ("laep_jax.report.command", "figures and an HTML page of a run directory"),
     "train-tokenizer": ("laep_jax.data.command", "a BPE tokenizer trained on a corpus"),
 }
-USAGE = "usage: laep-jax [--version] COMMAND ...\n\n{}\n\n`laep-jax COMMAND --help` tells more."
+USAGE = "usage: {0} [--version] COMMAND ...\n\n{{}}\n\n`{0} COMMAND --help` tells more."
 
 
 def dispatch(argv: Sequence[str]) -> int:
@@ -39,7 +39,7 @@ def dispatch(argv: Sequence[str]) -> int:
     if argv and argv[0] == "--version":
         print(f"laep_jax {laep_jax.__version__}")
         return 0
-    command = chosen(argv, COMMANDS, "command", USAGE)
+    command = chosen(argv, COMMANDS, "command", USAGE.format(program("").rstrip()))
     return command.main(argv[1:]) if command else 0
 
 

@@ -4,12 +4,20 @@ A table has for every name its module and a line about it; only the module that 
 """
 
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 
 from laep_jax.errors import UserError, did_you_mean
 
 Table = Mapping[str, tuple[str, str]]
+
+
+def program(command: str) -> str:
+    """How a command is started here: by the installed script, or, as this program was, by Python."""
+    by_python = Path(sys.argv[0]).name in ("__main__.py", "train.py")
+    return f"python -m laep_jax {command}" if by_python else f"laep-jax {command}"
 
 
 def chosen(argv: Sequence[str], table: Table, noun: str, usage: str) -> ModuleType | None:

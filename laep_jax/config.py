@@ -154,7 +154,8 @@ class MeshConfig:
         """
         given = self.data * (self.fsdp or 1) * (self.expert or 1)
         sizes = f"data={self.data}, fsdp={self.fsdp}, expert={self.expert}"
-        require(num_devices % given == 0, "MeshConfig", sizes, f"does not divide {num_devices} devices")
+        emulated = "; without accelerators MeshConfig.cpu_devices are emulated"
+        require(num_devices % given == 0, "MeshConfig", sizes, f"does not divide {num_devices} devices{emulated}")
         left, fewest = num_devices // given, min(num_experts)
         expert = self.expert or max(degree for degree in range(1, fewest + 1) if left % degree == 0)
         fsdp = self.fsdp or num_devices // (self.data * expert)

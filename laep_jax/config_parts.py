@@ -63,10 +63,10 @@ class LaepConfig:
     )
     estimator: str = free(
         "vote",
-        "decide in each iteration of the window and count votes, or decide on the mean loads",
+        "how a window decides: by votes of its iterations (vote), or by its mean loads (mean)",
         choices=("vote", "mean"),
     )
-    inequality: str = free("le", "of both bounds: at most, or less than", choices=("le", "lt"))
+    inequality: str = free("le", "whether an expert at a bound is pruned (le) or kept (lt)", choices=("le", "lt"))
     rounding: str = free(
         "keep_more",
         "where the survivors do not divide by the devices: keep more, prune more, or leave them",
@@ -96,9 +96,9 @@ class LaepConfig:
     max_excess: float = free(
         3.0, "stable: the load of an expert chosen a window ago is at most so many times its bound alpha", low=1
     )
-    stable_windows: int = free(2, "stable: windows in a row that are", low=1)
+    stable_windows: int = free(2, "windows in a row that must pass the test before the loads count as stable", low=1)
     min_step: int = free(100, "the first step after which loads may count as stable", low=0)
-    prune_at_step: int | None = free(None, "plan after this step, whether loads are stable or not; None: when", low=1)
+    prune_at_step: int | None = free(None, "plan after this step, stable loads or not; None: once they are", low=1)
     plan: str = free("", "a plan.json to apply at prune_at_step, instead of one made from the loads", path=True)
     max_prunes: int = free(1, "how often to prune; 0: never", low=0)
     replica_slots: int = free(

@@ -132,7 +132,7 @@ def read_array(path: Path, name: str, key: str) -> np.ndarray:
         try:
             return _parse_array(file, os.fstat(file.fileno()).st_size)
         except Exception as error:
-            raise UserError(f"{name} does not read as a .npy or .npz file of numbers: {short(error)}") from error
+            raise UserError(f"{name} does not read as a .npy or .npz file of numbers: {error}") from error
 
 
 def read_arrays(path: Path, name: str, keys: Iterable[str]) -> dict[str, np.ndarray]:
@@ -155,7 +155,7 @@ def parse_arrays(file: IO[bytes], name: str, keys: Iterable[str] | None = None) 
     except UserError:
         raise
     except Exception as error:  # zipfile, zlib and tokenize have many for a damaged file
-        raise UserError(f"{name} does not read as an .npz file of numbers: {short(error)}") from error
+        raise UserError(f"{name} does not read as an .npz file of numbers: {error}") from error
 
 
 def to_npz(arrays: dict[str, np.ndarray]) -> bytes:

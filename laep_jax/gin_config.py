@@ -18,6 +18,7 @@ from typing import Any
 
 from gin import config_parser
 
+from laep_jax.commands import program
 from laep_jax.config import Config
 from laep_jax.errors import UserError, did_you_mean, nearest
 from laep_jax.fields import settings_of
@@ -40,14 +41,16 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--config", metavar="NAME", help="a config that comes with laep_jax: tiny, paper/10b, ...")
     group.add_argument("--gin_file", metavar="FILE", help="a config of your own; may be given more than once")
-    group.add_argument("--gin.CLASS.FIELD", metavar="VALUE", help="a setting; `laep-jax settings` lists them all")
+    group.add_argument("--gin.CLASS.FIELD", metavar="VALUE", help=f"a setting; `{program('settings')}` lists them all")
 
 
 def shipped(name: str) -> Path:
     """The file of a config that comes with laep_jax, by its path in `configs/` without `.gin`."""
     names = {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in sorted(SHIPPED.rglob("*.gin"))}
     if name not in names:
-        raise UserError(f"--config={name!r} does not come with laep_jax; {did_you_mean(name, names)}")
+        raise UserError(
+            f"--config={name!r} does not come with laep_jax; {did_you_mean(name, names)} A file is --gin_file=FILE"
+        )
     return names[name]
 
 

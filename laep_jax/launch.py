@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import IO
 
+from laep_jax.commands import program
 from laep_jax.errors import INTERRUPTED, REFUSED, STOPPED, require
 
 POLL = 0.1  # seconds
@@ -35,12 +36,12 @@ ORPHANS_STOP = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="laep-jax launch",
+        prog=program("launch"),
         description="Trains in several processes of this machine, as several hosts would.",
     )
     parser.add_argument("--num-processes", type=int, required=True, metavar="N", help="processes to start")
     parser.add_argument(
-        "--restarts", type=int, default=0, metavar="N", help="how often to start all again after a crash"
+        "--restarts", type=int, default=0, metavar="N", help="how often to start all again after a crash (%(default)s)"
     )
     parser.add_argument("train_arguments", nargs="*", metavar="-- ARGUMENTS", help="of train.py")
     arguments = parser.parse_args(argv)

@@ -15,7 +15,7 @@ from laep_jax.files import MAX_ARRAY
 from laep_jax.paths import is_bucket, require_path
 from laep_jax.storage import Disk, Storage, open_storage
 
-FILES = ("metrics.jsonl", "summary.json", "config.json", "operative.gin", "model.gin", "trackers.json")
+RECORDS = ("metrics.jsonl", "summary.json", "config.json", "operative.gin", "model.gin", "trackers.json")
 FOLDERS = ("loads", "plans", "tensorboard", "figures")
 
 
@@ -26,7 +26,7 @@ class Mirror:
         self._run, self.folder = run, folder
         self._same: dict[str, tuple[int, int]] = {}  # size and time of each file that is in the bucket
         present = run.entries()
-        names = [name for name in FILES if name in present]
+        names = [name for name in RECORDS if name in present]
         names += [f"{top}/{name}" for top in FOLDERS if top in present for name in run.files(top)]
         for name in names:
             require(".." not in name.split("/") and "//" not in name, "name in a run", name, "leads out of its folder")

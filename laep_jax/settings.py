@@ -10,6 +10,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from laep_jax.commands import program
 from laep_jax.config import Config
 from laep_jax.errors import UserError, did_you_mean, type_name
 from laep_jax.fields import Setting, settings_of
@@ -21,7 +22,7 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="laep-jax settings",
+        prog=program("settings"),
         allow_abbrev=False,
         description="Lists every setting, of one class or of all: its type, default, values and meaning. `fixed` is"
         " what a run keeps from its first step to its last, `free` what may change when it is resumed.",
@@ -38,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
         schema = _class_schema(classes[arguments.cls]) if arguments.cls else config_schema()
         print(json.dumps({"$schema": DRAFT} | schema, indent=1))
     else:
+        if not arguments.cls:
+            print("Defaults of a config file that names no other. Without a file `train` reads --config=tiny.\n")
         chosen = [classes[arguments.cls]] if arguments.cls else classes.values()
         print("\n\n".join(_text(part, shutil.get_terminal_size().columns) for part in chosen))
     return 0

@@ -6,6 +6,7 @@ A run is read where it is, on a disk or in a bucket; every part that is read is 
 import functools
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,9 +21,11 @@ from laep_jax.checkpoint.lock import CHECKPOINTS
 from laep_jax.checkpoint.manifest import DamagedError, read_file, read_sealed
 from laep_jax.checkpoint.steps import Steps
 from laep_jax.config import Config
+from laep_jax.data.tokenizer import Tokenizer, load_tokenizer
 from laep_jax.distributed import raise_on_all_processes
-from laep_jax.errors import UnavailableError, UserError
+from laep_jax.errors import UnavailableError, UserError, require
 from laep_jax.files import MAX_ARRAY, parse_arrays
+from laep_jax.laep.recorded_loads import METRICS_FILE
 from laep_jax.paths import require_path
 from laep_jax.state import fingerprint
 from laep_jax.state.surgery import leaf_key
@@ -57,6 +60,11 @@ class Saved:
         steps = Steps(storage, keep=1)
         step = int(match[2]) if match else steps.latest(lambda step, damage: None)
         if step is None:
+            names = open_storage(self.run).entries()
+            if METRICS_FILE not in names:
+                raise UserError(
+                    f"{self.run} is no run: it has no {METRICS_FILE}" if names else f"there is no {self.run}"
+                )
             raise UserError(f"run {self.run} has no complete checkpoint")
         self.step, self.where = step, storage.path(str(step))
         folder = f"{step}/{steps.folder(step)}"
@@ -78,6 +86,15 @@ class Saved:
             return open_leaves(make_reader(), state, self._header["leaves"])
         except Exception as error:
             raise unreadable(state, error) from error
+
+    def tokenizer(self, path: str | None) -> Tokenizer:
+        """The run's tokenizer, from where the run had it, or from a file. `UserError` where it is another one."""
+        field, file = ("--tokenizer", path) if path else ("DataConfig.tokenizer", self.config.data.tokenizer)
+        elsewhere = "is not a file" + ("" if path else "; --tokenizer=FILE says where it is now")
+        require(file == "bytes" or Path(file).is_file(), field, file, elsewhere)
+        loaded, want = load_tokenizer(file), self.meta["fingerprint"].partition("/")[2]
+        require(want in ("", loaded.identity), field, file, f"is not the tokenizer of {self.run}")
+        return loaded
 
     def restore(self, abstract):
         """Arrays like `abstract`, a tree of `jax.ShapeDtypeStruct` with shardings that is a part of the saved state.

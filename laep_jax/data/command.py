@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from laep_jax.commands import program
 from laep_jax.config import DataConfig
 from laep_jax.data.corpus import is_validation, survey
 from laep_jax.data.sources import read_documents
@@ -61,20 +62,25 @@ def _training_texts(config: DataConfig) -> Iterator[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="laep-jax train-tokenizer",
+        prog=program("train-tokenizer"),
         description="Trains a byte-level BPE tokenizer on the training documents of a corpus.",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FILE", help="where to write tokenizer.json")
     add("--vocab-size", type=int, default=4096, metavar="N", help="largest number of tokens (%(default)s)")
     add("--source", default=DataConfig.source, help="as DataConfig.source (%(default)s)")
-    add("--path", default=DataConfig.path, help="as DataConfig.path")
-    add("--text-field", default=DataConfig.text_field, metavar="NAME", help="of a JSON line (%(default)s)")
+    add("--path", default=DataConfig.path, help="as DataConfig.path (%(default)s)")
+    add(
+        "--text-field",
+        default=DataConfig.text_field,
+        metavar="NAME",
+        help="the field or column that holds the text (%(default)s)",
+    )
     add(
         "--validation-fraction",
         type=float,
         default=DataConfig.validation_fraction,
         metavar="X",
-        help="left out (%(default)s)",
+        help="fraction of the documents that is left out (%(default)s)",
     )
     return parser

@@ -57,10 +57,11 @@ class Source:
 class Dataset:
     """One process's view of a corpus, or of a mixture of several.
 
-    fingerprint: SHA-256 that changes with any token, the tokenizer, and the names and shares of a mixture. description:
-    one line. num_validation_batches: at most `eval_batches`, and no more than cover every validation token once.
-    domains: what the targets in those batches belong to, sorted, small ones pooled. bytes_per_target: bytes of text
-    behind these targets, over their number (see `_pool`). notes: lines on what is mixed, pooled or missing.
+    fingerprint: SHA-256 that changes with any token, the tokenizer, and the names and shares of a mixture; a slash;
+    the tokenizer's identity. description: one line. num_validation_batches: at most `eval_batches`, and no more than
+    cover every validation token once. domains: what the targets in those batches belong to, sorted, small ones pooled.
+    bytes_per_target: bytes of text behind these targets, over their number (see `_pool`). notes: lines on what is
+    mixed, pooled or missing.
     """
 
     def __init__(
@@ -169,7 +170,8 @@ def make_dataset(
     sources = _open_sources(config, tokenizer)
     number = sum(source.tokens.corpus.num_train for source in sources)  # all that there are, where the rest is none
     field, value = corpus_field(config)
-    rule = f"leaves no validation document: {field}={value!r} holds {number}"
+    one = ", since a text file is one" if config.source == "text" and not config.mixture else ""
+    rule = f"leaves no validation document: {field}={value!r} holds {number}{one}"
     held = any(source.tokens.corpus.num_validation for source in sources)
     require(held, "DataConfig.validation_fraction", config.validation_fraction, rule)
     return Dataset(
@@ -208,7 +210,8 @@ def _fingerprint(sources: Sequence[Source], tokenizer: Tokenizer) -> str:
     parts = [f"{source.tokens.sha256} {len(source.tokens.train)}" for source in sources]
     if sources[0].name:
         parts = [f"{part} {source.share} {source.name!r}" for part, source in zip(parts, sources, strict=True)]
-    return hashlib.sha256(f"{' '.join(parts)} {tokenizer.identity}".encode()).hexdigest()
+    sha256 = hashlib.sha256(f"{' '.join(parts)} {tokenizer.identity}".encode()).hexdigest()
+    return f"{sha256}/{tokenizer.identity}"
 
 
 def _pool(sources: Sequence[Source], targets_R: np.ndarray) -> tuple[tuple[str, ...], np.ndarray, float, list[str]]:

@@ -79,14 +79,14 @@ def list_files(config: DataConfig) -> Listing:
         return Listing((), ())
     if is_bucket(config.path):
         files = _find_in_bucket(config)
-        _refuse_doubles(files, config)
+        _refuse(files, config)
         return Listing(tuple(files), ())
     try:
         root, found, again = _find_stdlib() if config.source == "stdlib" else _find(config)
         files, names_again = _distinct(found, root, config)
     except OSError as error:
         raise UserError(f"{corpus_text(config)} cannot be read: {error.filename}: {error.strerror}") from error
-    _refuse_doubles(files, config)
+    _refuse(files, config)
     return Listing(tuple(files), tuple(sorted(names_again + [path.relative_to(root).as_posix() for path in again])))
 
 
@@ -209,8 +209,10 @@ def _plain_name(name: str) -> str:
     return stem if suffix.lower() in PACKED_SUFFIXES else name
 
 
-def _refuse_doubles(files: Iterable[File], config: DataConfig) -> None:
-    """As of x.jsonl beside x.jsonl.gz: in the split by names they would be the same documents."""
+def _refuse(files: Sequence[File], config: DataConfig) -> None:
+    """JSON lines as text, and doubles as x.jsonl beside x.jsonl.gz: the same documents in the split by names."""
+    if config.source == "text" and all(file.name.endswith(".jsonl") for file in files):
+        raise UserError(f"{corpus_text(config)} holds JSON lines only, which source='jsonl' reads, not 'text'")
     paths = dict[str, Path | str]()
     for file in files:
         other = paths.setdefault(file.name, file.path)

@@ -9,10 +9,10 @@ import os
 from pathlib import Path
 
 from laep_jax.checkpoint.saved import Saved
+from laep_jax.commands import program
 from laep_jax.config import DataConfig
 from laep_jax.config_parts import SOURCES_WITH_PATH
 from laep_jax.data.sources import read_documents
-from laep_jax.data.tokenizer import load_tokenizer
 from laep_jax.errors import require
 from laep_jax.evaluation.scoring import Score, read_text, score, total, validation_corpora
 from laep_jax.files import MAX_JSON, read_bytes
@@ -37,8 +37,7 @@ def main(argv: list[str]) -> int:
         require(
             plan.num_experts == counts, f"experts of {args.masked}", plan.num_experts, f"are not the run's {counts}"
         )
-    data = saved.config.data
-    tokenizer = load_tokenizer(args.tokenizer or data.tokenizer)
+    tokenizer = saved.tokenizer(args.tokenizer)
     if args.data:
         corpora = [read_documents(DataConfig(args.source, args.data, args.text_field))]
     else:
@@ -51,18 +50,35 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="laep-jax evaluate",
+        prog=program("evaluate"),
         description="The loss of a run's model, by domain; without --data on the run's own validation text.",
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="a run, by its directory or gs:// address, or one RUN/checkpoints/STEP of it")
     add("--data", metavar="PATH", help="a file, folder or glob, also gs://; a domain is a folder of it")
-    add("--source", choices=SOURCES_WITH_PATH, default="text", help="of --data (%(default)s)")
-    add("--text-field", default="text", metavar="NAME", help="the field of a JSON line that holds the text")
+    add("--source", choices=SOURCES_WITH_PATH, default="text", help="what --data holds (%(default)s)")
+    add(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="the field or column that holds the text (%(default)s)",
+    )
     add("--masked", type=Path, metavar="PLAN", help="a plan.json, whose pruned experts are masked")
-    add("--max-tokens", type=int, default=10**9, metavar="N", help="stop reading after so many (%(default)s)")
+    add(
+        "--max-tokens",
+        type=int,
+        default=10**9,
+        metavar="N",
+        help="tokens after which no other document is read (%(default)s)",
+    )
     add("--tokenizer", metavar="FILE", help="the run's tokenizer.json, where it is no longer where the run had it")
-    add("--cpu-devices", type=int, default=os.cpu_count() or 1, metavar="N", help="without accelerators (%(default)s)")
+    add(
+        "--cpu-devices",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="emulated devices, without accelerators (%(default)s)",
+    )
     add("--json", action="store_true", help="print JSON")
     return parser
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from laep_jax.checkpoint.saved import Saved
-from laep_jax.data.tokenizer import load_tokenizer
+from laep_jax.commands import program
 from laep_jax.errors import require
 from laep_jax.evaluation.decoding import generate
 from laep_jax.evaluation.scoring import here, load_model
@@ -19,8 +19,9 @@ def main(argv: list[str]) -> int:
     set_switches()
     make_cpu_devices(args.cpu_devices)
     saved = Saved(args.run)
-    tokenizer = load_tokenizer(args.tokenizer or saved.config.data.tokenizer)
+    tokenizer = saved.tokenizer(args.tokenizer)
     [prompt] = tokenizer.encode([args.prompt.encode(errors="surrogateescape")])
+    require(len(prompt) > 0, "--prompt", args.prompt, "has no tokens")
     config = here(saved.config)
     model = load_model(saved, config, make_mesh(config.mesh))
     tokens, shown = [int(token) for token in prompt], ""
@@ -56,15 +57,20 @@ def _rest(text: str, shown: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="laep-jax generate", description="Text that a run's model writes after a prompt, until a document ends."
+        prog=program("generate"), description="Text that a run's model writes after a prompt, until a document ends."
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="a run, by its directory or gs:// address, or one RUN/checkpoints/STEP of it")
     add("--prompt", required=True, metavar="TEXT", help="what the text begins with; a token at least")
     add("--max-tokens", type=int, default=100, metavar="N", help="the most that are added (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0 takes the most probable token each time (%(default)s)")
-    add("--top-p", type=float, default=1.0, help="share of the tokens that it draws from (%(default)s)")
-    add("--seed", type=int, default=0, help="of the draws (%(default)s)")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the most probable tokens that together have this probability (%(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of the random draws (%(default)s)")
     add("--tokenizer", metavar="FILE", help="the run's tokenizer.json, where it is no longer where the run had it")
-    add("--cpu-devices", type=int, default=1, metavar="N", help="without accelerators (%(default)s)")
+    add("--cpu-devices", type=int, default=1, metavar="N", help="emulated devices, without accelerators (%(default)s)")
     return parser

@@ -100,11 +100,13 @@ def _read_stream(
     parts, names, sizes, total = [np.empty(0, np.uint32)], list[str](), list[int](), 0
     remaining = iter(documents)
     while total < max_tokens and (chunk := list(itertools.islice(remaining, DOCUMENTS_CHUNK))):
-        for tokens in tokenizer.encode([document.text for document in chunk]):
+        for document, tokens in zip(chunk, tokenizer.encode([each.text for each in chunk]), strict=True):
+            if total >= max_tokens:
+                break
             parts.append(np.append(tokens, tokenizer.eod).astype(np.uint32))
             total += len(parts[-1])
-        names += [document.domain for document in chunk]
-        sizes += [len(document.text) for document in chunk]
+            names.append(document.domain)
+            sizes.append(len(document.text))
     return np.concatenate(parts), np.cumsum([len(part) for part in parts[1:]], dtype=np.int64) - 1, names, sizes
 
 

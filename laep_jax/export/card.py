@@ -21,7 +21,7 @@ def model_card(saved: Saved, form: str, loads: str) -> str:
         "experts by layer": _short(saved.num_experts),
         "experts by layer before": _short(base.model.experts_per_layer),
         "validation loss (nats a token)": _losses(summary),
-        "corpus": saved.meta["fingerprint"][:16],
+        "text and tokenizer, SHA-256": saved.meta["fingerprint"][:12],
     }
     trust = ", trust_remote_code=True" if form == "hetero" else ""
     settings = json.dumps({part: _differences(base, part) for part in ("model", "laep", "optimizer", "data")}, indent=1)
@@ -36,10 +36,13 @@ tags: [mixture-of-experts, laep]
 Form `{form}`: {loads}.
 
 ```python
+# pip install torch "transformers>=5"
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
 tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
+prompt = tokenizer("def main(", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 ```
 
 | | |

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from laep_jax.checkpoint.saved import Saved
+from laep_jax.commands import program
 from laep_jax.export.folder import DTYPES, FORMS, choose_form, loads_in, write_folder
 from laep_jax.model.accounting import model_size
 from laep_jax.paths import require_path
@@ -17,7 +18,7 @@ from laep_jax.paths import require_path
 def main(argv: list[str]) -> int:
     """Writes the folder and says what loads it. `UserError` where the form cannot hold the model."""
     parser = argparse.ArgumentParser(
-        prog="laep-jax export", description="Writes a run's model as a Hugging Face folder, tensor by tensor."
+        prog=program("export"), description="Writes a run's model as a Hugging Face folder, tensor by tensor."
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="a run, by its directory or gs:// address, or one RUN/checkpoints/STEP of it")
@@ -36,8 +37,8 @@ def main(argv: list[str]) -> int:
     require_path("--to", str(args.to))
     saved = Saved(args.run)
     form = choose_form(saved, args.form)
-    write_folder(saved, args.to, form=form, dtype=args.dtype, tokenizer=args.tokenizer or saved.config.data.tokenizer)
+    write_folder(saved, args.to, form=form, dtype=args.dtype, tokenizer=args.tokenizer)
     total = model_size(saved.config.model, sequence_length=1).total
     print(f"step {saved.step:,}, {total:,} parameters, form {form}: {loads_in(saved, form)}")
-    print(f"wrote {args.to}")
+    print(f"wrote {args.to}; its README.md says how to load it")
     return 0

@@ -76,14 +76,17 @@ def loads_in(saved: Saved, form: str) -> str:
     return f"a modelling file of its own: Transformers 5{stock}, with trust_remote_code=True"
 
 
-def write_folder(saved: Saved, out: Path, *, form: str, dtype: str, tokenizer: str) -> None:
+def write_folder(saved: Saved, out: Path, *, form: str, dtype: str, tokenizer: str | None = None) -> None:
     """Writes everything, one tensor after another, so that memory holds a few copies of the largest.
 
-    form: of `choose_form`. dtype: of DTYPES. tokenizer: of `DataConfig.tokenizer`. `UserError` where `out` exists.
+    form: of `choose_form`. dtype: of DTYPES. tokenizer: the file, where it is no longer where the run had it.
+    `UserError` where `out` exists.
     """
-    files = tokenizer_files(saved.config, tokenizer)
+    files = tokenizer_files(saved, tokenizer)
     try:
         out.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError(f"--to={out} exists; name a new folder") from error
     except OSError as error:
         raise UserError(f"--to={out} cannot be made: {error.strerror}") from error
     model, kind = saved.config.model, _kind(saved, form)

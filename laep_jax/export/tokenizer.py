@@ -4,24 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from laep_jax.config import Config
-from laep_jax.data.tokenizer import END_OF_TEXT, MAX_BYTES, load_tokenizer
-from laep_jax.errors import require
+from laep_jax.checkpoint.saved import Saved
+from laep_jax.data.tokenizer import END_OF_TEXT, MAX_BYTES
 from laep_jax.files import read_bytes
 
 BYTES_END = END_OF_TEXT[0]
 
 
-def tokenizer_files(config: Config, tokenizer: str) -> dict[str, bytes]:
-    """tokenizer.json, tokenizer_config.json and generation_config.json by name.
-
-    tokenizer: "bytes" or the path of a tokenizer.json. `UserError` where it cannot be read.
-    """
-    loaded, vocab = load_tokenizer(tokenizer), config.model.vocab_size
-    require(loaded.vocab_size <= vocab, "--tokenizer", tokenizer, f"has ids above the model's {vocab}")
-    content = _bytes_tokenizer() if tokenizer == "bytes" else _plain(Path(tokenizer))
+def tokenizer_files(saved: Saved, path: str | None) -> dict[str, bytes]:
+    """tokenizer.json, tokenizer_config.json and generation_config.json by name. path: as for `Saved.tokenizer`."""
+    config, eod = saved.config, saved.tokenizer(path).eod
+    file = path or config.data.tokenizer
+    content = _bytes_tokenizer() if file == "bytes" else _plain(Path(file))
     added = {token["id"]: token["content"] for token in json.loads(content).get("added_tokens", [])}
-    eod = loaded.eod
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.data.sequence_length,

@@ -45,7 +45,8 @@ def read_config(model: Path) -> dict[str, Any]:
     """The config.json of a folder. `UserError` where its family is unknown."""
     config = read_json(model / "config.json", str(model / "config.json"))
     kind = str(config.get("model_type"))
-    require(kind in FAMILIES, f"{model}: model_type", kind, f"is unknown; there are {', '.join(FAMILIES)}")
+    there = f"there are {', '.join(FAMILIES)}; a run of laep_jax prunes by LaepConfig.plan before it is exported"
+    require(kind in FAMILIES, f"{model}: model_type", kind, f"is unknown; {there}")
     for name in (*TOP_K, *COUNTS, "n_group", "topk_group", "num_hidden_layers"):
         require(type(config.get(name, 1)) in (int, type(None)), f"{model}: {name}", config.get(name), "is no number")
     return config

@@ -6,6 +6,7 @@ python -m laep_jax apply --plan plan.json --model folder --out smaller
 import argparse
 from pathlib import Path
 
+from laep_jax.commands import program
 from laep_jax.files import MAX_JSON, read_bytes
 from laep_jax.importers.apply import LINEAGE, apply_plan, loads_in, read_config
 from laep_jax.importers.families import FAMILIES
@@ -15,12 +16,12 @@ from laep_jax.laep.plan import Plan
 def main(argv: list[str]) -> int:
     """Writes the folder and says who loads it. `UserError` where the plan is for another model."""
     parser = argparse.ArgumentParser(
-        prog="laep-jax apply",
+        prog=program("apply"),
         description="Prunes the experts of a Hugging Face folder of safetensors by a plan, shard by shard.",
         epilog=f"Families, by model_type: {', '.join(FAMILIES)}. {LINEAGE} says which experts are left.",
     )
     add = parser.add_argument
-    add("--plan", type=Path, required=True, metavar="FILE", help="a plan.json of `laep-jax plan`, or of a run")
+    add("--plan", type=Path, required=True, metavar="FILE", help="a plan.json of `plan`, or of a run")
     add("--model", type=Path, required=True, metavar="FOLDER", help="config.json and safetensors")
     add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
     add("--pad", action="store_true", help="fill all layers up to the widest with experts that are never chosen")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from laep_jax.commands import program
 from laep_jax.errors import UserError, require
 from laep_jax.importers.formats import FORMATS
 from laep_jax.laep.load import FIELD, as_counts
@@ -17,8 +18,8 @@ from laep_jax.laep.load import FIELD, as_counts
 def main(argv: list[str]) -> int:
     """Reads, prints what it read, writes. `UserError` on what is no log of that kind."""
     parser = argparse.ArgumentParser(
-        prog="laep-jax counts",
-        description="Token counts for `laep-jax plan` from what other programs log.",
+        prog=program("counts"),
+        description="Token counts for `plan` from what other programs log.",
         epilog="\n".join(f"{name}: {read.__doc__}" for name, read in FORMATS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

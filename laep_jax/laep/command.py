@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from laep_jax.commands import program
 from laep_jax.config import LaepConfig
 from laep_jax.errors import UserError, require
 from laep_jax.fields import settings_of
@@ -78,7 +79,7 @@ def _named(text: str) -> tuple[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="laep-jax plan",
+        prog=program("plan"),
         description="Which experts to prune and where to place the others, from recorded token counts.",
         epilog="--alpha takes one number a layer as 0.2,0.4,inf.",
     )

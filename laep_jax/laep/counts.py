@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from laep_jax.commands import program
 from laep_jax.errors import UserError, require
 from laep_jax.files import array_names, read_array, read_arrays
 from laep_jax.laep.load import FIELD, as_counts
@@ -70,7 +71,7 @@ def require_counts(counts: Sequence[np.ndarray]) -> None:
     experts are small and different, and their sums mean nothing.
     """
     totals_LN = np.stack([tokens_NE.sum(axis=1) for tokens_NE in counts])
-    how = "`laep-jax counts` makes counts of what other programs log"
+    how = f"`{program('counts')}` makes counts of what other programs log"
     rows = [np.sort(tokens_NE, axis=1) for tokens_NE in counts]
     different = all((row_NE[:, 1:] > row_NE[:, :-1]).all() and row_NE.max() < MAX_ID for row_NE in rows)
     if different and totals_LN.size >= MIN_ROWS and (totals_LN != totals_LN[0]).any():

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Sequence
 
+from laep_jax.commands import program
 from laep_jax.gin_config import add_config_arguments, load_config, or_default, parse_arguments
 from laep_jax.model.accounting import ModelSize, model_size
 
@@ -14,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints a table, or JSON with the fields of `ModelSize` as keys."""
     gin_files, bindings, rest = parse_arguments(argv)
     parser = argparse.ArgumentParser(
-        prog="laep-jax describe",
+        prog=program("describe"),
         description="Counts the parameters, experts and FLOPs of a config's model.",
         allow_abbrev=False,
     )

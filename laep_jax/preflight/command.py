@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from laep_jax.chips import CHIPS, find_chip
+from laep_jax.commands import program
 from laep_jax.errors import require
 from laep_jax.gin_config import add_config_arguments, load_config, or_default, parse_arguments
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="laep-jax preflight",
+        prog=program("preflight"),
         allow_abbrev=False,
         description="Compiles the train step and the prune of a config for TPU, and says what they need: minutes.",
     )
@@ -45,7 +46,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="COUNTS",
         help="file or run, as `plan` takes them: adds stragglers and the prune",
     )
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many such slices; `data` goes across")
+    parser.add_argument(
+        "--slices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="such slices; `data` goes across (%(default)s)",
+    )
     parser.add_argument("--save", type=Path, metavar="FILE", help="the step's executable, for `train.py --executable`")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_arguments(parser)

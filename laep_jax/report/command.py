@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from laep_jax.commands import program
 from laep_jax.errors import UserError, require
 from laep_jax.files import refuse_links, replace_file
 from laep_jax.mirror import readable
@@ -30,10 +31,19 @@ REPORT, COMPARISON = "report.html", "comparison.html"
 
 def main(argv: list[str]) -> int:
     """Draws and prints the paths of what it wrote; `UserError` where a run directory does not read."""
-    parser = argparse.ArgumentParser(prog="laep-jax report", description="Draws a run as PNG files and an HTML page.")
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="directory of a training run, or its gs:// address")
+    parser = argparse.ArgumentParser(prog=program("report"), description="Draws a run as PNG files and an HTML page.")
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="a run's directory or gs:// address; two are compared",
+    )
     parser.add_argument("--out", type=Path, help="where the files go (default: RUN/report.html and RUN/figures)")
-    parser.add_argument("--follow", action="store_true", help="renew the page until the run is complete")
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help=f"renew the page every {REFRESH_SECONDS} s until the run is complete",
+    )
     args = parser.parse_args(argv)
     require(len(args.runs) <= 2, "RUN", len(args.runs), "runs: one is drawn, or two side by side")
     if args.follow:

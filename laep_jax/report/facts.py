@@ -127,8 +127,8 @@ def differing_settings(first: RunData, second: RunData) -> Rows:
 
 def _setting(value: Any) -> str:
     """A list whose entries are all the same is one of them, as num_experts of each layer."""
-    if isinstance(value, (list, tuple)) and value:
-        return text(value[0]) if all(item == value[0] for item in value) else text(", ".join(map(str, value)))
+    if isinstance(value, (list, tuple)):
+        return text(value[0] if value and all(item == value[0] for item in value) else ", ".join(map(str, value)))
     return text(value)
 
 

@@ -117,7 +117,7 @@ def draw_cumulative_load(run: RunData) -> Figure:
 
 def _draw_cumulative(axes: Axes, load: series.CumulativeLoad) -> None:
     count = np.arange(len(load.share))
-    axes.plot(count, load.share, color=BLUE, linewidth=1.5, marker="o", markersize=3)
+    axes.plot(count, load.share, color=BLUE, linewidth=1.5, marker="o", markersize=3, markevery=slice(1, None))
     chosen = np.flatnonzero(load.pruned) + 1
     axes.plot(chosen, load.share[chosen], "o", color=VERMILLION, markersize=4, zorder=3)
     axes.axvspan(0, load.eligible, color=VERMILLION, alpha=0.12, linewidth=0)
@@ -221,6 +221,9 @@ def draw_stability(run: RunData) -> Figure:
         for transition in run.prunes:
             axes.axvline(transition.plan_step, **PLAN_LINE)
             axes.axvline(transition.step, **PRUNE_LINE)
+        if not len(changes.steps):
+            text = f"no two windows of {run.window} steps to compare"
+            axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center")
         axes.set(xlabel="step", xlim=(0, run.steps[-1]))
         axes.grid(alpha=0.3)
     panels[0].axhline(run.max_moved, color=VERMILLION, linestyle="--")

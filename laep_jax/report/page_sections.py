@@ -43,7 +43,7 @@ def _story_text(run: RunData, layer: int) -> str:
     return (
         f"tokens of each expert of layer {layer}, which lost most. {found}The plan of step {last.plan_step:,} was"
         f" applied after step {last.step:,}: {before:,} to {after:,} experts. Below, the loss in the shaded steps, a"
-        " mean of five steps that does not reach across the prune."
+        " mean of five records that does not reach across the prune."
     )
 
 
@@ -80,7 +80,7 @@ def _plan(run: RunData, name: str) -> Blocks:
     image = _figure(page_figures.draw_experts(run), f"{name}-experts", run, "which experts went, by layer", keys)
     head = ("layer", "experts", "pruned", "tokens", "before", "after")
     some = f" ({len(chosen)} of {run.num_layers} layers)" if len(chosen) < run.num_layers else ""
-    meaning = "tokens: the share that the pruned experts had; before, after: imbalance of the devices, without replicas"
+    meaning = "tokens: the share that the pruned experts had; before, after: imbalance of the devices, no replicas"
     by_layer = table(head, facts.plan_by_layer(run, last, chosen)) + paragraph(meaning)
     return [
         image,

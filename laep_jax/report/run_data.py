@@ -109,6 +109,7 @@ def read_run(run_dir: Path, name: str = "") -> RunData:
     """
     if not run_dir.is_dir():
         raise UserError(f"run directory {run_dir} does not exist")
+    require((run_dir / METRICS_FILE).exists(), "RUN", str(run_dir), f"is no run directory: it has no {METRICS_FILE}")
     records = list(read_records(run_dir / METRICS_FILE))
     loads = read_loads(run_dir)
     require(len(loads.steps) > 0, f"{run_dir} recorded steps", 0, "are saved: the first checkpoint brings them")

@@ -5,7 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 import laep_jax
+from laep_jax.commands import program
 from laep_jax.distributed import connect, exit_without_barrier, num_processes
 from laep_jax.errors import require
 from laep_jax.gin_config import add_config_arguments, load_config, operative_config, or_default, parse_arguments
@@ -25,7 +28,7 @@ Pre-trains an MoE language model, pruning and rearranging its experts on the way
     {prog} --gin_file=configs/tiny.gin --gin.LaepConfig.alpha=0.2 --workdir=runs/x
 
 The default config takes a few minutes on two cores. Started again with the same --workdir, a run resumes from its
-newest checkpoint. On several hosts each host runs this command; `laep-jax launch` tries that on one machine.
+newest checkpoint. On several hosts each host runs this command; `{launch}` tries that on one machine.
 """
 
 
@@ -55,16 +58,18 @@ def main(argv: Sequence[str], watch: Watch = unwatched) -> int:
         else:
             options = {"executable": arguments.executable, "init_from": init_from, "profile_steps": profile_steps}
             train(config, workdir, **options, watch=watch)
+            if jax.process_index() == 0:
+                print(f"{workdir}: `{program('report')} {workdir}` draws it; evaluate, generate and export take it too")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    prog = "python train.py" if Path(sys.argv[0]).name == "train.py" else "laep-jax train"
+    prog = "python train.py" if Path(sys.argv[0]).name == "train.py" else program("train")
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s [--config=NAME | --gin_file=FILE] [--gin.CLASS.FIELD=VALUE] [--workdir=DIR] ...",
-        description=DESCRIPTION.format(prog=prog),
-        epilog="`laep-jax settings` lists every setting with its default, values and meaning.",
+        description=DESCRIPTION.format(prog=prog, launch=program("launch")),
+        epilog=f"`{program('settings')}` lists every setting with its default, values and meaning.",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

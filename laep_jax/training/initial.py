@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from laep_jax.checkpoint.lock import CHECKPOINTS
 from laep_jax.checkpoint.manifest import DamagedError
 from laep_jax.checkpoint.saved import Saved, peek
 from laep_jax.config import Config, ModelConfig
@@ -85,6 +86,8 @@ def open_source(init_from: str) -> Source:
         config = path / "config.json"
         if config.exists() and "model_type" in read_json(config, str(config)):
             return Folder(path)
+        is_run = (path / CHECKPOINTS).is_dir() or path.parent.name == CHECKPOINTS
+        require(is_run, NAME, init_from, "is neither a run nor a Hugging Face folder, which has a config.json")
     return _Run(init_from)
 
 

@@ -71,9 +71,15 @@ def check_resumable(run_state: RunState, config: Config, fingerprint: str, where
             if values[0] != values[1]:
                 text = f"{part}.{field} {short(values[0])} -> {short(values[1])}"
                 (refused if setting.fixed else changed).append(text)
-    if run_state.fingerprint != fingerprint:
+    (corpus, _, tokenizer), (now, _, tokenizer_now) = (x.partition("/") for x in (run_state.fingerprint, fingerprint))
+    if corpus != now:
+        what = (
+            f"another tokenizer ({tokenizer[:12]} -> {tokenizer_now[:12]})"
+            if tokenizer != tokenizer_now
+            else "other text"
+        )
         files = [text for text in changed if text.startswith("DataConfig.")]
-        refused.append("; ".join([f"the corpus {short(run_state.fingerprint)} -> {short(fingerprint)}", *files]))
+        refused.append("; ".join([f"the corpus: {what}", *files]))
     if refused:
         raise UserError(f"another run than that of checkpoint {where}: {'; '.join(refused)}; use another workdir")
     return changed

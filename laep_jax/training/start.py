@@ -17,6 +17,7 @@ from laep_jax.checkpoint.lock import (
     CHECKPOINTS,
     exclusive,
     require_directory,
+    require_own,
     require_room,
     require_savable,
     require_writable,
@@ -34,7 +35,7 @@ from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.recorded_loads import METRICS_FILE
 from laep_jax.laep.slots import SlotMap
 from laep_jax.laep.stability import history_capacity
-from laep_jax.mirror import local_records
+from laep_jax.mirror import RECORDS, local_records
 from laep_jax.model.attention import attention_kernel
 from laep_jax.paths import require_path
 from laep_jax.sharding import make_mesh
@@ -138,7 +139,9 @@ def open_inputs(config: Config, run: Storage) -> tuple[Dataset, int]:
             require_directory(run.root)
             refuse_links(run.root)
         require_savable(run)
-        require_services(config.train.tracker_names if jax.process_index() == 0 else ())
+        if jax.process_index() == 0:
+            require_own(run, RECORDS)
+            require_services(config.train.tracker_names)
         resolved = config.resolve(jax.device_count())
         leaves = jax.tree.leaves(abstract_state(resolved, make_mesh(resolved.mesh)))
         dataset = make_dataset(

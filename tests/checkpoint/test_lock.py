@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from laep_jax.checkpoint.lock import TakenOverError, exclusive, require_room, require_savable, require_writable
+from laep_jax.checkpoint.lock import (
+    TakenOverError,
+    exclusive,
+    require_own,
+    require_room,
+    require_savable,
+    require_writable,
+)
 from laep_jax.checkpoint.steps import Steps, require_checkpoints
 from laep_jax.errors import UserError
+from laep_jax.mirror import RECORDS
 from laep_jax.storage import Disk, open_storage
 from tests.support.emulator import new_folder
 
@@ -63,6 +71,18 @@ def test_a_path_that_orbax_reads_as_a_pattern_is_refused(tmp_path, name):
     require_savable(Disk(tmp_path / "x{1}^!$, ü"))
     with pytest.raises(UserError, match="which Orbax reads as a pattern; use another workdir"):
         require_savable(Disk(tmp_path / name))
+
+
+@pytest.mark.parametrize("of_a_run", ["metrics.jsonl", "run.lock", "checkpoints/3/manifest.json"])
+def test_files_that_a_run_would_replace_are_refused_where_no_run_wrote_them(storage, of_a_run):
+    run = storage.parent()
+    run.write("notes.txt", b"")
+    require_own(run, RECORDS)
+    run.write("config.json", b'{"model_type": "mixtral"}')
+    with pytest.raises(UserError, match=r" holds config\.json, but no run that wrote it; use another workdir$"):
+        require_own(run, RECORDS)
+    run.write(of_a_run, b"")
+    require_own(run, RECORDS)
 
 
 def test_records_without_their_checkpoints_are_not_wiped(storage):

@@ -93,9 +93,17 @@ def test_a_file_that_two_names_lead_to_is_read_once(tmp_path):
     assert names(tmp_path) == (["a/x.txt", "v2/y.txt", "z.txt"], ["a/an alias.txt", "latest", "zz.txt"])
 
 
+def test_json_lines_are_not_read_as_text(tmp_path):
+    write(tmp_path, "b/x.jsonl", "y.jsonl.gz")
+    with pytest.raises(UserError, match=r"holds JSON lines only, which source='jsonl' reads, not 'text'$"):
+        names(tmp_path)
+    write(tmp_path, "z.txt")
+    assert names(tmp_path)[0] == ["b/x.jsonl", "y.jsonl", "z.txt"]
+
+
 @pytest.mark.parametrize("source", ["text", "jsonl"])
 def test_a_file_beside_its_compressed_form_is_refused(tmp_path, source):
-    write(tmp_path, "b/x.jsonl", "b/x.jsonl.gz")
+    write(tmp_path, "a.txt", "b/x.jsonl", "b/x.jsonl.gz")
     with pytest.raises(UserError, match=r"holds b/x.jsonl twice: .*b/x.jsonl and .*b/x.jsonl.gz; remove one"):
         documents(source, tmp_path)
 

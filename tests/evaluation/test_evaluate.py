@@ -13,6 +13,7 @@ from laep_jax.checkpoint.saved import Saved
 from laep_jax.errors import UserError
 from laep_jax.evaluation.command import main
 from laep_jax.evaluation.scoring import here, load_model
+from laep_jax.export.tokenizer import _bytes_tokenizer
 from laep_jax.model.transformer import logits
 from laep_jax.sharding import make_mesh
 from laep_jax.state.tree import initial_layout
@@ -112,9 +113,23 @@ def test_the_table_names_every_domain_and_all(run, tmp_path, capsys):
     assert [row.split()[:3] for row in rows] == [["a.jsonl", "6", "6"], ["b.jsonl", "3", "3"], ["all", "9", "9"]]
 
 
+def test_no_document_is_read_after_the_last_token(run, tmp_path, capsys):
+    (tmp_path / "text").mkdir()
+    for name in "abcde":
+        (tmp_path / "text" / f"{name}.txt").write_text("abcdefghi")  # ten tokens with its end
+    for most, documents in ((1, 1), (10, 1), (11, 2), (49, 5), (99, 5)):
+        main([str(run), f"--data={tmp_path / 'text'}", f"--max-tokens={most}", "--json", "--cpu-devices=8"])
+        assert json.loads(capsys.readouterr().out)["bytes"] == 9 * documents
+
+
 def test_what_cannot_be_read_is_refused(run, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_bytes(_bytes_tokenizer())
     for arguments, message in (
-        ([str(tmp_path / "none")], "^run .*/none has no complete checkpoint$"),
+        ([str(tmp_path / "none")], "^there is no .*/none$"),
+        ([str(run / "checkpoints")], r"^.*/checkpoints is no run: it has no metrics\.jsonl$"),
+        ([str(run), f"--tokenizer={other}"], "^--tokenizer='.*/other.json' is not the tokenizer of .*/run$"),
+        ([str(run), "--tokenizer=none"], "^--tokenizer='none' is not a file$"),
         ([str(run), f"--data={tmp_path / 'none'}"], "^DataConfig.path='.*/none' is neither a file"),
         ([str(run), "--max-tokens=0"], "^--max-tokens=0 must be positive$"),
     ):

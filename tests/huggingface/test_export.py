@@ -227,10 +227,6 @@ def test_a_tokenizer_adds_and_cuts_nothing_that_training_did_not(runs, tmp_path)
     loaded = transformers.AutoTokenizer.from_pretrained(out)
     assert loaded("abcdefgh")["input_ids"] == list(b"abcdefgh")
     assert loaded.eos_token == "<|endoftext|>"
-    tokenizer.add_tokens([f"word {number}" for number in range(200)])
-    tokenizer.save(str(own))
-    with pytest.raises(UserError, match=r"^--tokenizer='.*own\.json' has ids above the model's 384$"):
-        main([runs("uniform").root, f"--to={tmp_path / 'other'}", f"--tokenizer={own}"])
 
 
 TASK = """
@@ -330,7 +326,7 @@ def test_damage_a_run_without_checkpoints_and_a_folder_in_the_way_are_refused(tm
     change_stored(Disk(f"{run.root}/checkpoints"), 3, "params.experts.down_NFD", (9, 1, 2))
     with pytest.raises(DamagedError, match=r"3 is damaged: params\.experts\.down_NFD is not what was saved"):
         main([run.root, f"--to={tmp_path / 'a'}"])
-    with pytest.raises(UserError, match=r"^run .*/none has no complete checkpoint$"):
+    with pytest.raises(UserError, match=r"^there is no .*/none$"):
         main([f"{tmp_path}/none", f"--to={tmp_path / 'b'}"])
-    with pytest.raises(UserError, match=r"^--to=.*/a cannot be made: File exists$"):
+    with pytest.raises(UserError, match=r"^--to=.*/a exists; name a new folder$"):
         main([f"{run.root}/checkpoints/3", f"--to={tmp_path / 'a'}"])

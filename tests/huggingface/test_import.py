@@ -233,5 +233,5 @@ def test_what_does_not_fit_is_refused_by_name(published, tmp_path):
         open_source(str(published))
     with pytest.raises(UserError, match=r"'Qwen/Qwen3-30B-A3B' is no folder; a model of the hub has to be downloaded"):
         open_source("Qwen/Qwen3-30B-A3B")
-    with pytest.raises(UserError, match="has no complete checkpoint"):
+    with pytest.raises(UserError, match=r"is neither a run nor a Hugging Face folder, which has a config\.json$"):
         open_source(str(tmp_path))

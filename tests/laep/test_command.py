@@ -186,7 +186,7 @@ def test_ids_of_experts_and_counts_of_a_rank_are_no_counts(folder):
         ("part", part_NLE, "layer 1 has 20% of"),
     ):
         np.save(folder / f"{name}.npy", array)
-        with pytest.raises(UserError, match=f"{message}.*laep-jax counts"):
+        with pytest.raises(UserError, match=f"{message}.* counts` makes counts"):
             run(folder, counts=f"{name}.npy")
 
 

@@ -59,7 +59,7 @@ def test_a_page_is_renewed_until_the_run_is_complete(make, tmp_path, capsys, mon
     monkeypatch.setattr("time.sleep", time_passes)
     assert main([str(growing), "--follow"]) == 0
     waiting, page = capsys.readouterr().out.splitlines()
-    assert "metrics.jsonl cannot be read" in waiting
+    assert "has no metrics.jsonl" in waiting
     assert page == str(growing / REPORT)
     assert pages[0] == ""
     assert "30 of 60 steps saved" in pages[1]
@@ -86,7 +86,7 @@ def test_ctrl_c_ends_following(run_dir, tmp_path, monkeypatch):
 
 
 def test_nothing_is_made_for_what_is_no_run(tmp_path):
-    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"is no run directory: it has no metrics\.jsonl$"):
         main([str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
 

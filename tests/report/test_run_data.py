@@ -80,7 +80,7 @@ def test_an_unbounded_alpha_of_a_plan(copied):
     ("spoil", "message"),
     [
         (shutil.rmtree, "run directory .*run does not exist"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl cannot be read: No such file"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "is no run directory: it has no metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").write_text('{"kind": "train"}\n'), "metrics.jsonl line 1 is not a record"),
         (lambda run: (run / "metrics.jsonl").write_text("3\n"), "metrics.jsonl line 1 is not a record"),
         (lambda run: (run / "config.json").unlink(), "config.json cannot be read: No such file"),

@@ -84,12 +84,18 @@ def test_every_difference_that_is_refused_is_named_at_once():
         "ModelConfig.ffn_size 256 -> 8",
         "ModelConfig.dtype 'float32' -> 'bfloat16'",
         "TrainConfig.seed 0 -> 3",
-        "the corpus 'sha' -> 'ahs'",
+        "the corpus: other text",
     ]
     with pytest.raises(UserError) as error:
         check_resumable(run_state(), new, "ahs", WHERE)
     assert str(error.value).endswith(f"/7: {'; '.join(differences)}; use another workdir")
     assert check_resumable(run_state(), CONFIG, "sha", WHERE) == []
+    with pytest.raises(
+        UserError, match=r"the corpus: another tokenizer \(bytes -> 0123456789ab\); use another workdir$"
+    ):
+        check_resumable(
+            dataclasses.replace(run_state(), fingerprint="a/bytes"), CONFIG, f"b/{'0123456789ab' * 4}", WHERE
+        )
 
 
 @pytest.mark.parametrize("make", [run_state, planned])

@@ -48,11 +48,13 @@ class Controller:
         plan = Plan.from_json(read_bytes(path, str(path), MAX_JSON).decode(errors="replace"))
         if self.prunes and plan.num_experts_after == self.history.num_experts != plan.num_experts:
             return None
-        ours = self.history.num_experts, self.rule.expert_parallel, self.rule.top_k
-        theirs = plan.num_experts, plan.rule.expert_parallel, plan.rule.top_k
-        require(
-            theirs == ours, f"LaepConfig.plan {path}: (num_experts, expert_parallel, top_k)", theirs, f"is not {ours}"
-        )
+        fits = {
+            "num_experts": (plan.num_experts, self.history.num_experts),
+            "expert_parallel": (plan.rule.expert_parallel, self.rule.expert_parallel),
+            "top_k": (plan.rule.top_k, self.rule.top_k),
+        }
+        for name, (theirs, ours) in fits.items():
+            require(theirs == ours, f"LaepConfig.plan {path}: {name}", theirs, f"is not the run's {ours}")
         require(plan.prunes, "LaepConfig.plan", str(path), "prunes no experts")
         return plan
 
