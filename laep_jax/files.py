@@ -4,11 +4,13 @@ A problem with a file raises one `UserError`; `name` is the file's name in its m
 only in the length of a line, which is above what a run can write.
 """
 
+import contextlib
 import io
 import itertools
 import json
 import math
 import os
+import shutil
 import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -192,6 +194,22 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, option: str) -> Iterator[Path]:
+    """A folder to fill, which is `out` at the end, or gone. `UserError` where that exists or cannot be written."""
+    require(not out.exists(), option, str(out), "exists; name a new folder")
+    part = out.with_name(f"{out.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        part.rename(out)
+    except OSError as error:
+        raise UserError(f"{option}={out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def refuse_links(run_dir: Path) -> None:

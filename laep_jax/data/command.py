@@ -13,8 +13,9 @@ from pathlib import Path
 from laep_jax.commands import program
 from laep_jax.config import DataConfig
 from laep_jax.data.corpus import is_validation, survey
+from laep_jax.data.optional import import_extra
 from laep_jax.data.sources import read_documents
-from laep_jax.data.tokenizer import END_OF_TEXT, import_tokenizers
+from laep_jax.data.tokenizer import END_OF_TEXT
 from laep_jax.errors import UserError, require
 
 MIN_VOCAB_SIZE = 257  # every byte and the end of a document
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
 
 def train_tokenizer(config: DataConfig, vocab_size: int):
     """A `tokenizers.Tokenizer` of at most `vocab_size` tokens, fewer where the corpus has no more pairs to merge."""
-    tokenizers = import_tokenizers()
+    tokenizers = import_extra("tokenizers", "tok", "a tokenizer.json")
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = byte_level

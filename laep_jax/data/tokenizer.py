@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from laep_jax.data.optional import import_extra
 from laep_jax.errors import UserError, require
 from laep_jax.files import read_bytes
 
@@ -52,15 +53,6 @@ def _decode_bytes(ids: Sequence[int]) -> str:
 BYTES = Tokenizer("bytes", vocab_size=257, eod=256, encode=_encode_bytes, decode=_decode_bytes)
 
 
-def import_tokenizers():
-    """The package `tokenizers`, which only this needs. `UserError` where it is missing."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise UserError("a tokenizer.json needs the package tokenizers: pip install tokenizers") from error
-    return tokenizers
-
-
 @contextlib.contextmanager
 def _refusing(problem: str) -> Iterator[None]:
     """What the package `tokenizers` raises as a `UserError`; a panic in it is no `Exception`."""
@@ -75,7 +67,7 @@ def _refusing(problem: str) -> Iterator[None]:
 def _load_json(path: str) -> Tokenizer:
     name = f"DataConfig.tokenizer={path!r}"
     require(Path(path).is_file(), "DataConfig.tokenizer", path, 'is neither "bytes" nor a file')
-    tokenizers = import_tokenizers()
+    tokenizers = import_extra("tokenizers", "tok", "a tokenizer.json")
     data = read_bytes(Path(path), name, MAX_BYTES)
     with _refusing(f"{name} is no Hugging Face tokenizer.json"):
         model = tokenizers.Tokenizer.from_buffer(data)

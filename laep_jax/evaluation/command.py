@@ -26,6 +26,8 @@ WIDTH = 40  # characters of a domain's name
 def main(argv: list[str]) -> int:
     """Prints loss and bits per byte by domain. `UserError` where the run or the text cannot be read."""
     args = _parser().parse_args(argv)
+    for option, value in (("--source", args.source), ("--text-field", args.text_field)):
+        require(args.data is not None or value is None, option, value, "needs --data")
     require(args.max_tokens > 0, "--max-tokens", args.max_tokens, "must be positive")
     set_switches()
     make_cpu_devices(args.cpu_devices)
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> int:
         )
     tokenizer = saved.tokenizer(args.tokenizer)
     if args.data:
-        corpora = [read_documents(DataConfig(args.source, args.data, args.text_field))]
+        corpora = [read_documents(DataConfig(args.source or "text", args.data, args.text_field or "text"))]
     else:
         corpora = validation_corpora(saved.config)
     text = read_text(corpora, tokenizer, args.max_tokens)
@@ -56,13 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", metavar="RUN", help="a run, by its directory or gs:// address, or one RUN/checkpoints/STEP of it")
     add("--data", metavar="PATH", help="a file, folder or glob, also gs://; a domain is a folder of it")
-    add("--source", choices=SOURCES_WITH_PATH, default="text", help="what --data holds (%(default)s)")
-    add(
-        "--text-field",
-        default="text",
-        metavar="NAME",
-        help="the field or column that holds the text (%(default)s)",
-    )
+    add("--source", choices=SOURCES_WITH_PATH, help="what --data holds (text)")
+    add("--text-field", metavar="NAME", help="the field or column of --data that holds the text (text)")
     add("--masked", type=Path, metavar="PLAN", help="a plan.json, whose pruned experts are masked")
     add(
         "--max-tokens",

@@ -48,11 +48,12 @@ def _show(text: str, shown: str) -> str:
     stable = text.rstrip("\ufffd")
     sys.stdout.write(_rest(stable, shown))
     sys.stdout.flush()
-    return stable if stable.startswith(shown) else shown
+    return stable
 
 
 def _rest(text: str, shown: str) -> str:
-    return text[len(shown) :] if text.startswith(shown) else ""
+    """What follows what is shown; where the tokenizer has changed that, the whole text on a new line."""
+    return text[len(shown) :] if text.startswith(shown) else f"\n{text}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -64,9 +64,7 @@ class Text:
 def here(config: Config) -> Config:
     """The config of a model for the devices of this machine."""
     devices = jax.device_count()
-    model = config.model
-    if jax.default_backend() == "cpu":
-        model = dataclasses.replace(model, dispatch="all_gather", receive_buffer=None, grouped_matmul="auto")
+    model = dataclasses.replace(config.model, dispatch="all_gather", receive_buffer=None, grouped_matmul="auto")
     rows = devices * max(1, config.data.batch_size // devices)
     data = dataclasses.replace(config.data, batch_size=rows)
     train = dataclasses.replace(config.train, grad_accumulation=1)

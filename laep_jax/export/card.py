@@ -6,7 +6,10 @@ from typing import Any
 import laep_jax
 from laep_jax.checkpoint.saved import Saved
 from laep_jax.config import Config
+from laep_jax.fields import settings_of
 from laep_jax.model.accounting import model_size
+
+_PRUNED = "Experts were pruned by Layer-Adaptive Expert Pruning (arXiv 2601.14327). "
 
 
 def model_card(saved: Saved, form: str, loads: str) -> str:
@@ -15,7 +18,7 @@ def model_card(saved: Saved, form: str, loads: str) -> str:
     length = base.data.sequence_length
     before, after = (model_size(config.model, sequence_length=length).total for config in (base, saved.config))
     rows = {
-        "parameters began as": summary["init_from"] or "random ones",
+        "parameters began as": summary.get("init_from") or "random ones",
         "step, tokens": f"{saved.step:,}, {summary['tokens']:,}",
         "parameters": f"{after:,}" + (f", {before:,} before {_prunes(summary)}" if before != after else ""),
         "experts by layer": _short(saved.num_experts),
@@ -49,8 +52,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 |---|---|
 {table}
 
-Experts were pruned by Layer-Adaptive Expert Pruning (arXiv 2601.14327). The experts of each layer, by their ids in the
-model that the run began with:
+{_PRUNED if summary["prune_steps"] else ""}The experts of each layer, by their ids in the model that the run began with:
 
 ```
 {chr(10).join(f"{layer}: {' '.join(map(str, ids))}" for layer, ids in enumerate(saved.meta["lineage"]))}
@@ -82,5 +84,7 @@ def _losses(summary: dict[str, Any]) -> str:
 
 
 def _differences(config: Config, part: str) -> dict[str, Any]:
+    """Paths are of the machine that trained, and left out."""
     default, own = getattr(Config(), part), getattr(config, part)
-    return {name: value for name, value in vars(own).items() if value != getattr(default, name)}
+    names = [name for name, setting in settings_of(own).items() if not setting.path]
+    return {name: getattr(own, name) for name in names if getattr(own, name) != getattr(default, name)}

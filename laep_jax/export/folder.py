@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +9,10 @@ import numpy as np
 
 import laep_jax
 from laep_jax.checkpoint.saved import Saved
-from laep_jax.errors import UserError, require
+from laep_jax.errors import require
 from laep_jax.export.card import model_card
 from laep_jax.export.tokenizer import tokenizer_files
+from laep_jax.files import new_folder
 from laep_jax.huggingface.architectures import ERNIE, OWN, config_json, plain_architecture
 from laep_jax.huggingface.folder import DTYPES as NUMBERS
 from laep_jax.huggingface.places import Place, places
@@ -20,6 +20,7 @@ from laep_jax.importers.safetensors_file import INDEX, SINGLE, Described, write_
 
 FORMS = ("auto", "hetero", "padded", "uniform")
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors calls them
+CHOOSING = ("gate.bias", "e_score_correction_bias")  # experts: in float32, whatever the weights have
 SHARD_BYTES = 5 * 10**9  # of a file of weights, unless a single tensor has more
 REMOTE_CODE = Path(__file__).parent / "remote_code" / "modeling_laep.py"
 
@@ -82,25 +83,20 @@ def write_folder(saved: Saved, out: Path, *, form: str, dtype: str, tokenizer: s
     form: of `choose_form`. dtype: of DTYPES. tokenizer: the file, where it is no longer where the run had it.
     `UserError` where `out` exists.
     """
-    files = tokenizer_files(saved, tokenizer)
-    try:
-        out.mkdir(parents=True)
-    except FileExistsError as error:
-        raise UserError(f"--to={out} exists; name a new folder") from error
-    except OSError as error:
-        raise UserError(f"--to={out} cannot be made: {error.strerror}") from error
     model, kind = saved.config.model, _kind(saved, form)
-    _write_weights(saved, list(places(model, kind, has_bias=saved.has_bias)), out, DTYPES[dtype])
+    files = tokenizer_files(saved, tokenizer)
     eod = json.loads(files["generation_config.json"])["eos_token_id"]
     config = config_json(model, kind, saved.config.data.sequence_length, has_bias=saved.has_bias)
     config |= {"laep_jax_version": laep_jax.__version__, "dtype": dtype}
     config |= {"eos_token_id": eod, "bos_token_id": None, "pad_token_id": None}
     files["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
     files["README.md"] = model_card(saved, form, loads_in(saved, form)).encode()
-    for name, content in files.items():
-        (out / name).write_bytes(content)
     if form == "hetero":
-        shutil.copyfile(REMOTE_CODE, out / REMOTE_CODE.name)
+        files[REMOTE_CODE.name] = REMOTE_CODE.read_bytes()
+    with new_folder(out, "--to") as folder:
+        _write_weights(saved, list(places(model, kind, has_bias=saved.has_bias)), folder, DTYPES[dtype])
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
 
 
 def _tensor(saved: Saved, place: Place) -> np.ndarray:
@@ -117,7 +113,7 @@ def _write_weights(saved: Saved, wanted: Sequence[Place], out: Path, dtype: str)
     by_name = {place.name: place for place in wanted}
     shards: list[dict[str, Described]] = [{}]
     for name, place in by_name.items():
-        of = "F32" if name.endswith("bias") else dtype  # biases choose experts
+        of = "F32" if name.endswith(CHOOSING) else dtype
         tensor = Described(of, place.shape, math.prod(place.shape) * NUMBERS[of].itemsize)
         if shards[-1] and sum(of.size for of in shards[-1].values()) + tensor.size > SHARD_BYTES:
             shards.append({})

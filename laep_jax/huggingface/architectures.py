@@ -97,7 +97,7 @@ def model_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     def number(*names: str) -> Any:
         value = next((config[name] for name in names if config.get(name) is not None), None)
-        require(type(value) in (int, float), f"{where}: {names[0]}", value, "is no number")
+        require(type(value) is int and value > 0, f"{where}: {names[0]}", value, "is no positive number")
         return value
 
     heads, hidden = number("num_attention_heads"), number("hidden_size")
@@ -107,7 +107,7 @@ def model_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "hidden_size": hidden,
         "num_heads": heads,
         "num_kv_heads": number("num_key_value_heads", "num_attention_heads"),
-        "head_dim": config.get("head_dim") or hidden // heads,
+        "head_dim": hidden // heads if config.get("head_dim") is None else number("head_dim"),
         "ffn_size": number(of.ffn_size),
         "num_experts": number(*of.num_experts),
         "top_k": number(of.top_k),
@@ -117,28 +117,38 @@ def model_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "shared_ffn_size": 0,
         "lfa": False,
         "lfa_bias": False,
-        "rope_base": float(_rope_base(config, where)),
-        "norm_eps": float(number("rms_norm_eps")),
+        "rope_base": _real(_rope(config, where), "rope_theta", where),
+        "norm_eps": _real(config, "rms_norm_eps", where),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
     }
     if of.norm_topk_prob is None:
         settings["norm_topk_prob"] = bool(config.get("norm_topk_prob", kind == OWN))
     if kind == OWN:
         settings |= {name: config[name] for name in OWN_SETTINGS if name in config}
-        settings["num_experts"] = tuple(config["experts_per_layer"])
+    if kind == OWN or "experts_per_layer" in config:  # as `apply` prunes, too
+        counts = config.get("experts_per_layer")
+        fits = isinstance(counts, list) and all(type(count) is int for count in counts)
+        require(fits, f"{where}: experts_per_layer", counts, "is not a number for each layer")
+        settings["num_experts"] = tuple(counts or ())
     learns = kind == OWN or settings["top_k"] > 1 or not settings["norm_topk_prob"]
     require(learns, f"{where}: {of.top_k}", 1, "with weights of 1 leaves the router without a gradient")
     return settings
 
 
-def _rope_base(config: Mapping[str, Any], where: str) -> Any:
-    rope = config.get("rope_parameters") or {}
-    rule = "is not supported"
-    require(rope.get("rope_type", "default") == "default", f"{where}: rope_type", rope.get("rope_type"), rule)
+def _real(config: Mapping[str, Any], name: str, where: str) -> float:
+    value = config.get(name)
+    require(type(value) in (int, float), f"{where}: {name}", value, "is no number")
+    return float(value or 0)
+
+
+def _rope(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """What says the base of the rotary embedding: `rope_parameters` of Transformers 5, or else config.json itself."""
+    rope, rule = config.get("rope_parameters") or {}, "is not supported"
+    require(isinstance(rope, dict), f"{where}: rope_parameters", rope, rule)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    require(kind == "default", f"{where}: rope_type", kind, rule)
     require(rope.get("partial_rotary_factor", 1) == 1, f"{where}: partial_rotary_factor", rope, rule)
-    base = rope.get("rope_theta", config.get("rope_theta"))
-    require(type(base) in (int, float), f"{where}: rope_theta", base, "is no number")
-    return base
+    return rope if "rope_theta" in rope else config
 
 
 def plain_architecture(model: ModelConfig) -> str | None:

@@ -118,7 +118,7 @@ def _together(model: ModelConfig, layer: int, rows: slice, *, has_bias: bool) ->
     turned = {"rows": rows, "out": _transposed, "back": _transposed}
     yield Place(f"{name}gate.weight", (count, hidden), "params.experts.router_ND", rows)
     if has_bias:
-        yield Place(f"{name}gate.bias", (count,), "router_bias.bias_N", rows)
+        yield Place(f"model.layers.{layer}.{ARCHITECTURES[OWN].bias}", (count,), "router_bias.bias_N", rows)
     yield Place(f"{name}experts.gate_up_proj", (count, 2 * ffn, hidden), "params.experts.gate_up_NDG", **turned)
     yield Place(f"{name}experts.down_proj", (count, hidden, ffn), "params.experts.down_NFD", **turned)
 

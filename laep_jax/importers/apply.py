@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from laep_jax.errors import UserError, require
-from laep_jax.files import read_json
+from laep_jax.files import new_folder, read_json
 from laep_jax.importers.families import BIAS, COUNTS, FAMILIES, LAYER, NEVER, NUMBERED, ROUTER, TOGETHER, TOP_K
 from laep_jax.importers.safetensors_file import INDEX, Tensor, read_shards, read_tensors, write_tensors
 from laep_jax.laep.plan import Plan
@@ -113,23 +113,15 @@ def _same_groups(kept: Sequence[int], num_experts: int, groups: int) -> bool:
 
 def apply_plan(plan: Plan, model: Path, out: Path, *, pad: bool = False) -> tuple[int, ...]:
     """Writes the pruned model into a new folder; returns its experts by layer. `UserError` where they do not fit."""
-    require(not out.exists(), "--out", str(out), "exists")
-    config, shards = read_config(model), read_shards(model)
-    prune = plan_prune(plan, model, config, shards, pad=pad)
-    part = out.with_name(out.name + ".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        _write(plan, model, part, prune, config, shards)
-        part.rename(out)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"the tensors of {model} do not fit together: {error!r}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with new_folder(out, "--out") as folder:
+        config, shards = read_config(model), read_shards(model)
+        prune = plan_prune(plan, model, config, shards, pad=pad)
+        try:
+            _write(plan, model, folder, prune, config, shards)
+        except UserError:
+            raise
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"the tensors of {model} do not fit together: {error!r}") from error
     return tuple(prune.size(layer) for layer in sorted(prune.kept))
 
 

@@ -113,23 +113,32 @@ def changed_settings(run: RunData) -> Rows:
     defaults = {
         f"{type(part).__name__}.{name}": value for part in vars(Config()).values() for name, value in vars(part).items()
     }
-    shown = {name: _setting(value) for name, value in settings(run).items()}
-    usual = {name: _setting(value) for name, value in defaults.items()}
-    return [(name, value, usual.get(name, UNKNOWN)) for name, value in shown.items() if value != usual.get(name)]
+    return [
+        (name, _setting(value), _setting(defaults[name]) if name in defaults else UNKNOWN)
+        for name, value in settings(run).items()
+        if name not in defaults or _plain(value) != _plain(defaults[name])
+    ]
 
 
 def differing_settings(first: RunData, second: RunData) -> Rows:
     """(setting, value of the one, value of the other)."""
-    a, b = ({name: _setting(value) for name, value in settings(run).items()} for run in (first, second))
-    names = [*a, *(name for name in b if name not in a)]
-    return [(name, a.get(name, UNKNOWN), b.get(name, UNKNOWN)) for name in names if a.get(name) != b.get(name)]
+    a, b = settings(first), settings(second)
+    shown = [{name: _setting(value) for name, value in of.items()} for of in (a, b)]
+    names = [name for name in a | b if name not in a or name not in b or _plain(a[name]) != _plain(b[name])]
+    return [(name, *(of.get(name, UNKNOWN) for of in shown)) for name in names]
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it; a list whose entries are all the same is one of them, as num_experts of each layer."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    items = [_plain(item) for item in value]
+    return items[0] if items and all(item == items[0] for item in items) else items
 
 
 def _setting(value: Any) -> str:
-    """A list whose entries are all the same is one of them, as num_experts of each layer."""
-    if isinstance(value, (list, tuple)):
-        return text(value[0] if value and all(item == value[0] for item in value) else ", ".join(map(str, value)))
-    return text(value)
+    plain = _plain(value)
+    return text(", ".join(map(str, plain)) if isinstance(plain, list) else plain)
 
 
 def surroundings(run: RunData) -> Rows:

@@ -5,7 +5,6 @@ prefix, since one page has many figures.
 """
 
 import contextlib
-import html
 import io
 import re
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from laep_jax.report.drawing import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION
+from laep_jax.report.html import escaped
 
 INK, FAINT = "#222222", "#cccccc"
 VARIABLES = {
@@ -66,7 +66,7 @@ def to_svg(figure: Figure, name: str, title: str) -> str:
     box = re.search(r'viewBox="[\d. ]+"', text)
     assert box
     inner = re.sub(r"<[^>]+>", lambda tag: _of_page(tag[0], name, used), text[text.index(">") + 1 :])
-    return f'<svg {box[0]} role="img" aria-label="{html.escape(title)}">' + re.sub(r"\s*\n\s*", "\n", inner).strip()
+    return f'<svg {box[0]} role="img" aria-label="{escaped(title)}">' + re.sub(r"\s*\n\s*", "\n", inner).strip()
 
 
 def _of_page(tag: str, name: str, used: set[str]) -> str:

@@ -18,6 +18,7 @@ from laep_jax.tracking.tracker import scalars
 
 FILE = "trackers.json"
 PROJECT = "laep_jax"
+LOGIN_SECONDS = 60  # for a person who is asked for a key
 FINISH_SECONDS = 60  # until W&B must have sent the rest; later `wandb sync` sends it
 
 
@@ -28,6 +29,9 @@ def require_services(names: Sequence[str]) -> None:
             importlib.import_module(name)
         except ImportError as error:
             rule = f"needs the package {name}: pip install 'laep_jax[{name}]', or {name}"
+            raise UserError(f"TrainConfig.trackers={name!r} {rule}") from error
+        except Exception as error:  # as of a protobuf that does not fit
+            rule = f"does not import: {type(error).__name__}: {error}"
             raise UserError(f"TrainConfig.trackers={name!r} {rule}") from error
 
 
@@ -87,6 +91,7 @@ def open_service(
 
 def _open_wandb(run_dir: Path, run_name: str, id: str, config: dict[str, Any]) -> tuple[Any, int]:
     """W&B takes a step once, and knows the next one; offline every start has a file of its own, with all its steps."""
+    os.environ.setdefault("WANDB_LOGIN_TIMEOUT", str(LOGIN_SECONDS))
     wandb = importlib.import_module("wandb")
     run = wandb.init(
         project=None if os.environ.get("WANDB_PROJECT") else PROJECT,

@@ -43,6 +43,7 @@ def check(
             load_step(executable, current, make_mesh(current.mesh))
     what = "is complete" if run_state.is_complete(config) else f"resumes from step {newest}" if newest else "starts"
     lines = [f"{dataset.description}; {mesh_text(current)}", schedule_text(current), *damaged]
-    lines += [f"parameters from {source.description}"] if source else []
+    origin = source.description if source else run_state.summary.init_from
+    lines += [f"parameters from {origin}"] if origin else []
     lines += [f"changed since the checkpoint: {', '.join(changed)}"] if changed else []
     return [*lines, f"{run_dir}: the run {what}; nothing was trained"]

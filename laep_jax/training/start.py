@@ -29,6 +29,7 @@ from laep_jax.chips import chip_of
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
 from laep_jax.distributed import raise_on_all_processes
+from laep_jax.errors import require
 from laep_jax.files import refuse_links, replace_file
 from laep_jax.laep.layout import from_arrays
 from laep_jax.laep.load import LoadHistory
@@ -122,6 +123,8 @@ def train(
                     if source:
                         run_state.summary.init_from = source.description
                         console.event(f"parameters from {source.description}")
+                    elif init_from:
+                        console.event(f"--init-from is not read: parameters came from {run_state.summary.init_from}")
                     steps, folder = profile_steps if first else range(0), records / "profile"
                     traced = profiling(watch, steps, run_state.step, folder, console.event)
                     rest = (dataset, checkpoints, log, console, attempt.enter_context(traced))
@@ -158,7 +161,11 @@ def open_inputs(config: Config, run: Storage) -> tuple[Dataset, int]:
 
 def source_of(init_from: str | None, config: Config, run_state: RunState) -> Source | None:
     """What a new run begins with. `UserError` where it does not fit the model; a run that is resumed needs none."""
-    if init_from is None or run_state.step:
+    if init_from is None:
+        return None
+    if run_state.step:
+        rule = f"comes too late: the run has random parameters, and is at step {run_state.step}; use another workdir"
+        require(bool(run_state.summary.init_from), "--init-from", init_from, rule)
         return None
     source = open_source(init_from)
     require_same_architecture(source, config.model)

@@ -88,7 +88,7 @@ def test_a_missing_file_and_a_missing_package_are_refused(tmp_path, monkeypatch)
         load_tokenizer("byte")
     path = write_words(tmp_path / "tok.json", ["unk"])
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"pip install tokenizers$"):
+    with pytest.raises(UserError, match=r"pip install 'laep_jax\[tok\]', or tokenizers$"):
         load_tokenizer(path)
     assert load_tokenizer("bytes").vocab_size == 257
 

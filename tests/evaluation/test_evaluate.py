@@ -131,6 +131,7 @@ def test_what_cannot_be_read_is_refused(run, tmp_path):
         ([str(run), f"--tokenizer={other}"], "^--tokenizer='.*/other.json' is not the tokenizer of .*/run$"),
         ([str(run), "--tokenizer=none"], "^--tokenizer='none' is not a file$"),
         ([str(run), f"--data={tmp_path / 'none'}"], "^DataConfig.path='.*/none' is neither a file"),
+        ([str(run), "--source=jsonl"], "^--source='jsonl' needs --data$"),
         ([str(run), "--max-tokens=0"], "^--max-tokens=0 must be positive$"),
     ):
         with pytest.raises(UserError, match=message):

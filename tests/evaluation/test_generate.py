@@ -14,7 +14,7 @@ from laep_jax.checkpoint.checkpointer import Checkpoints
 from laep_jax.config import AuxLossConfig, ModelConfig
 from laep_jax.errors import UserError
 from laep_jax.evaluation.decoding import decode_step, generate, new_cache
-from laep_jax.evaluation.generate_command import main
+from laep_jax.evaluation.generate_command import _show, main
 from laep_jax.model.transformer import init_params, logits
 from laep_jax.sharding import make_mesh
 from laep_jax.state.tree import init_state, initial_layout
@@ -142,3 +142,10 @@ def test_the_command_prints_the_prompt_and_the_text_until_the_document_ends(tmp_
     assert capsys.readouterr().out == "xäb\n"
     assert main([str(tmp_path / "run"), "--prompt=x", "--max-tokens=1", "--cpu-devices=8"]) == 0
     assert capsys.readouterr().out == "x\ufffd\n"
+
+
+def test_what_a_tokenizer_changes_afterwards_is_printed_again(capsys):
+    shown = ""
+    for text in ("it", "it '", "it's", "it's r\ufffd", "it's raining"):
+        shown = _show(text, shown)
+    assert capsys.readouterr().out == "it '\nit's raining"

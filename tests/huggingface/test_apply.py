@@ -12,12 +12,13 @@ from safetensors.torch import load_file as torch_load_file
 from safetensors.torch import save_file as torch_save_file
 from torch import nn
 
-from laep_jax.config import LaepConfig
+from laep_jax.config import LaepConfig, ModelConfig
 from laep_jax.errors import UserError
 from laep_jax.importers.apply import LINEAGE
 from laep_jax.importers.apply_command import main
 from laep_jax.laep.plan import Plan, chosen_plan
 from laep_jax.laep.rule import PruneRule
+from laep_jax.training.initial import open_source, require_same_architecture
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 SIZES = {
@@ -166,6 +167,10 @@ def test_layers_of_different_widths_are_written_and_it_says_who_loads_them(tmp_p
     for layer, count in enumerate((6, 4, 8)):
         assert len(tensors[f"model.layers.{layer}.mlp.gate.weight"]) == count
         assert sum(f"layers.{layer}.mlp.experts" in name for name in tensors) == 3 * count
+    source = open_source(str(tmp_path / "cut"))  # a run of laep_jax begins with it
+    model = ModelConfig(**source.settings)
+    assert model.experts_per_layer == (6, 4, 8)
+    require_same_architecture(source, model)
 
 
 def test_fused_experts_are_cut_as_numbered_ones(tmp_path):

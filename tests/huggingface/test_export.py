@@ -284,7 +284,12 @@ def test_bfloat16_weights_are_the_rounded_ones_but_for_what_chooses_experts(runs
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     want = torch.tensor(np.asarray(runs("uniform").state.params["embedding_VD"])).bfloat16().float()
     assert torch.equal(model.get_input_embeddings().weight, want)
-    header = read_header(export(runs("bias"), tmp_path / "bias", "--dtype=bfloat16") / "model.safetensors")
+    header = read_header((biased := export(runs("bias"), tmp_path / "bias", "--dtype=bfloat16")) / "model.safetensors")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(biased, trust_remote_code=True)
+    router = loaded.model.layers[0].mlp.gate
+    assert (loaded.dtype, router.weight.dtype, router.bias.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    bias_N = np.asarray(runs("bias").state.router_bias["bias_N"])
+    assert torch.equal(router.bias, torch.tensor(bias_N[: UNEQUAL[0]]))
     dtypes = {name.rpartition(".mlp.")[2]: of["dtype"] for name, of in header.items() if ".mlp." in name}
     assert dtypes == {
         "gate.weight": "BF16",
@@ -300,6 +305,24 @@ def test_the_card_says_what_the_run_was(runs, tmp_path):
     assert "| experts by layer | 8, 4, 6 |" in card
     assert '"lfa_bias": true' in card
     assert "\n1: 0 1 2 3\n" in card
+    assert "pruned" not in card  # by this run
+    assert runs("lfa").root not in card  # nor where it was
+
+
+def test_an_export_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder, "write_one_by_one", full)
+    with pytest.raises(UserError, match=r"^--to=.*/out cannot be written: No space left on device$"):
+        export(runs("lfa"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_balancing_loss_of_transformers_is_refused_where_layers_differ(runs, tmp_path):
+    out = export(runs("lfa"), tmp_path / "out")
+    with pytest.raises(ValueError, match="needs layers of equal size"):
+        transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, output_router_logits=True)
 
 
 @pytest.mark.parametrize(
@@ -328,5 +351,7 @@ def test_damage_a_run_without_checkpoints_and_a_folder_in_the_way_are_refused(tm
         main([run.root, f"--to={tmp_path / 'a'}"])
     with pytest.raises(UserError, match=r"^there is no .*/none$"):
         main([f"{tmp_path}/none", f"--to={tmp_path / 'b'}"])
-    with pytest.raises(UserError, match=r"^--to=.*/a exists; name a new folder$"):
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match=r"^--to='.*/a' exists; name a new folder$"):
         main([f"{run.root}/checkpoints/3", f"--to={tmp_path / 'a'}"])

@@ -170,6 +170,7 @@ def test_a_published_model_is_trained_on_pruned_and_exported(published, tmp_path
     again = load_config([], [*bindings, f"DataConfig.tokenizer = '{tmp_path / 'gone' / 'tokenizer.json'}'"])
     again = dataclasses.replace(again, model=ModelConfig(**defaults(str(published), str(run_dir))["ModelConfig"]))
     assert train(again, run_dir, init_from=str(published))["init_from"] == f"{published} (qwen3_moe)"
+    assert f"parameters from {published} (qwen3_moe)" in check(again, run_dir, init_from=str(published))
 
 
 def test_the_first_loss_is_that_of_the_model_it_began_with(published, tmp_path):
@@ -179,6 +180,8 @@ def test_the_first_loss_is_that_of_the_model_it_began_with(published, tmp_path):
     train(config, tmp_path / "run", init_from=str(published))
     from_source = records(tmp_path / "run", "train")[0]["loss"]
     train(config, tmp_path / "random")
+    with pytest.raises(UserError, match=r"^--init-from='.*' comes too late: the run has random parameters"):
+        train(change(config, train={"num_steps": 2}), tmp_path / "random", init_from=str(published))
     assert from_source > 6  # of noise; a fresh model begins with the logarithm of its vocabulary
     assert records(tmp_path / "random", "train")[0]["loss"] == pytest.approx(np.log(384), abs=0.1)
 
@@ -202,10 +205,14 @@ def test_what_does_not_fit_is_refused_by_name(published, tmp_path):
     source = open_source(str(published))
     refusals = {
         "model_type": ("llama", "is unknown; there are mixtral, qwen3_moe, olmoe"),
-        "rope_parameters": ({"rope_type": "yarn", "rope_theta": 1e4}, "rope_type='yarn' is not supported"),
+        "rope_parameters": ({"type": "yarn", "rope_theta": 1e4}, "rope_type='yarn' is not supported"),
         "mlp_only_layers": ([0], r"mlp_only_layers=\[0\] is not supported"),
         "attention_bias": (True, "attention_bias=True is not supported"),
-        "num_attention_heads": (None, "num_attention_heads=None is no number"),
+        "num_attention_heads": (None, "num_attention_heads=None is no positive number"),
+        "num_key_value_heads": (0, "num_key_value_heads=0 is no positive number"),
+        "num_hidden_layers": (3.0, r"num_hidden_layers=3\.0 is no positive number"),
+        "rms_norm_eps": ("small", "rms_norm_eps='small' is no number"),
+        "experts_per_layer": (8, "experts_per_layer=8 is not a number for each layer"),
         "num_experts_per_tok": (1, "leaves the router without a gradient"),
     }
     for name, (value, message) in refusals.items():

@@ -166,6 +166,10 @@ def test_a_hostile_text_is_shown_and_does_nothing(make, tmp_path):
     assert any(HOSTILE[:19] in label for label in read.of("text"))  # the domain's name in a figure
 
 
+def test_a_name_that_is_no_unicode_is_escaped(run):
+    assert "caf\\udce9" in page([dataclasses.replace(run, name="caf\udce9")]).encode().decode()
+
+
 def test_a_run_without_a_prune_and_one_that_measured_nothing(unpruned_dir, tmp_path):
     text = page([read_run(unpruned_dir)])
     assert "Nothing is pruned" in text

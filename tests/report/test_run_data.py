@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -140,6 +141,15 @@ def test_any_damage_is_a_run_or_refused_and_what_is_read_draws(fuzz, make, tmp_p
                 facts.plan_by_layer(run, transition, [0])
 
     fuzz(check)
+
+
+def test_settings_that_differ_far_in_or_only_by_kind_of_list(make, tmp_path):
+    long, other = ([0.25, *[0.4] * 99, last] for last in (0.5, 0.75))
+    run = read_run(make(tmp_path / "run"))
+    configs = [{"laep": {"alpha": alpha}, "train": {"trackers": []}} for alpha in (long, other)]
+    runs = [dataclasses.replace(run, config=config) for config in configs]
+    assert [name for name, *_ in facts.differing_settings(*runs)] == ["LaepConfig.alpha"]
+    assert [name for name, *_ in facts.changed_settings(runs[0])] == ["LaepConfig.alpha"]
 
 
 @pytest.mark.parametrize("plan", ["/etc/passwd", "plans/../../x.json", "plans/180.json\n", "config.json"])

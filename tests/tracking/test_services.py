@@ -126,6 +126,11 @@ def test_a_missing_package_is_reported_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"^TrainConfig\.trackers='wandb' needs the package wandb: pip install 'laep_j"):
         check(config_with("wandb"), tmp_path / "run")  # which opens what `train` opens
+    (tmp_path / "trackio.py").write_text("raise TypeError('another protobuf')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    with pytest.raises(UserError, match=r"trackers='trackio' does not import: TypeError: another protobuf$"):
+        check(config_with("trackio"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -182,8 +182,11 @@ class LaepMixtralModel(MixtralModel):
 
 class LaepMixtralForCausalLM(MixtralForCausalLM):
     config_class = LaepMixtralConfig
+    _keep_in_fp32_modules_strict = ("gate.bias",)  # what chooses experts
 
     def __init__(self, config):
+        if config.output_router_logits and len({*config.experts_per_layer}) > 1:
+            raise ValueError("output_router_logits: the balancing loss of Transformers needs layers of equal size")
         super().__init__(config)
         self.model = LaepMixtralModel(config)
         self.post_init()
