@@ -71,6 +71,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[list[str], list[str], list[str
         argument = waiting.pop(0)
         name, equals, value = argument.partition("=")
         if name not in ("--gin_file", "--config") and not name.startswith("--gin."):
+            owner = next((cls for cls in CLASSES if _hint(f"{cls}.{name[2:]}")), None)
+            if owner and name.startswith("--"):
+                raise UserError(f"{name} is a setting: --gin.{owner}.{name[2:]}=VALUE")
             rest.append(argument)
             continue
         if not equals:

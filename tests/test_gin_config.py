@@ -150,6 +150,7 @@ def test_text_files_of_other_systems_are_read(tmp_path, encoding, end):
         (["--gin.LaepConfig", "0.2"], "LaepConfig is a class: write LaepConfig.FIELD"),
         (["--gin.ModelConfig=6"], "ModelConfig is a class: write ModelConfig.FIELD"),
         (["--gin.STEPS=6"], "STEPS is set but never used; a setting is CLASS.FIELD"),
+        (["--num_steps=3"], "--num_steps is a setting: --gin.TrainConfig.num_steps=VALUE"),
         (["--config=tiny.gin"], "--config='tiny.gin' does not come with laep_jax; did you mean tiny?"),
         (["--gin_file=file:///a.gin"], "--gin_file='file:///a.gin' must be mounted"),
     ],
