@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from laep_jax.__main__ import dispatch
+from laep_jax.commands import program
 from laep_jax.errors import run_main
 from laep_jax.training import command
 from tests.support.tiny_run import records
@@ -147,7 +148,7 @@ def test_the_tools_are_listed_and_an_unknown_one_is_refused(capsys):
         with pytest.raises(SystemExit) as helped:
             dispatch([name, "--help"])
         assert helped.value.code == 0
-        assert f"usage: laep-jax {name} " in capsys.readouterr().out
+        assert f"usage: {program(name)} " in capsys.readouterr().out
     unknown = start("pln", program=("-m", "laep_jax"))
     assert unknown.returncode == 2
     assert unknown.stderr.startswith("error: there is no command 'pln'; did you mean plan?")
