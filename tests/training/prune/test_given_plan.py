@@ -68,9 +68,7 @@ def test_a_plan_that_does_not_fit(config, plan_file, tmp_path):
         train(change(config, laep={"plan": str(tmp_path / "missing.json")}), tmp_path / "run")
     other = chosen_plan([np.ones(8)], [[0, 1, 2, 3]], dataclasses.replace(RULE, alpha=(0.4,)))
     plan_file.write_text(other.to_json())
-    with pytest.raises(
-        UserError, match=r"LaepConfig\.plan .*plan\.json: num_experts=\(8,\) is not the run's \(8, 8\)$"
-    ):
+    with pytest.raises(UserError, match=r"plan\.json: num_experts=\(8,\) is not the run's \(8, 8\)$"):
         train(change(config, laep={"plan": str(plan_file)}), tmp_path / "run")
     plan_file.write_text(identity_plan((8, 8), expert_parallel=4, top_k=2).to_json())
     with pytest.raises(UserError, match="prunes no experts"):
