@@ -15,12 +15,11 @@ from laep_jax.export.tokenizer import tokenizer_files
 from laep_jax.files import new_folder
 from laep_jax.huggingface.architectures import ERNIE, OWN, config_json, plain_architecture
 from laep_jax.huggingface.folder import DTYPES as NUMBERS
-from laep_jax.huggingface.places import Place, places
+from laep_jax.huggingface.places import BIAS, Place, places
 from laep_jax.importers.safetensors_file import INDEX, SINGLE, Described, write_one_by_one
 
 FORMS = ("auto", "hetero", "padded", "uniform")
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors calls them
-CHOOSING = ("gate.bias", "e_score_correction_bias")  # experts: in float32, whatever the weights have
 SHARD_BYTES = 5 * 10**9  # of a file of weights, unless a single tensor has more
 REMOTE_CODE = Path(__file__).parent / "remote_code" / "modeling_laep.py"
 
@@ -113,7 +112,7 @@ def _write_weights(saved: Saved, wanted: Sequence[Place], out: Path, dtype: str)
     by_name = {place.name: place for place in wanted}
     shards: list[dict[str, Described]] = [{}]
     for name, place in by_name.items():
-        of = "F32" if name.endswith(CHOOSING) else dtype
+        of = "F32" if place.leaf == BIAS else dtype
         tensor = Described(of, place.shape, math.prod(place.shape) * NUMBERS[of].itemsize)
         if shards[-1] and sum(of.size for of in shards[-1].values()) + tensor.size > SHARD_BYTES:
             shards.append({})

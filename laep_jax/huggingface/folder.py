@@ -17,7 +17,7 @@ from laep_jax.config import ModelConfig
 from laep_jax.errors import UserError, require, short
 from laep_jax.files import read_json
 from laep_jax.huggingface.architectures import ARCHITECTURES, ERNIE, model_settings
-from laep_jax.huggingface.places import Place, places
+from laep_jax.huggingface.places import BIAS, Place, places
 from laep_jax.importers.families import NEVER
 from laep_jax.importers.safetensors_file import Tensor, read_shards, read_tensors
 from laep_jax.state.surgery import leaf_key
@@ -78,7 +78,7 @@ class Folder:
             by_leaf.setdefault(place.leaf or "", []).append(place)
 
         def read_leaf(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            of_leaf, is_bias = by_leaf.get(leaf_key(path), []), leaf_key(path) == "router_bias.bias_N"
+            of_leaf, is_bias = by_leaf.get(leaf_key(path), []), leaf_key(path) == BIAS
             assert leaf.sharding is not None
             assert of_leaf or is_bias, f"no tensor of {self.where} is {leaf_key(path)}"
             return jax.make_array_from_callback(

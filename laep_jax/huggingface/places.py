@@ -16,6 +16,7 @@ from laep_jax.config import ModelConfig
 from laep_jax.huggingface.architectures import ARCHITECTURES, ERNIE, OWN
 from laep_jax.importers.families import NEVER
 
+BIAS = "router_bias.bias_N"  # the leaf that experts are chosen with
 Turn = Callable[[np.ndarray], np.ndarray]
 FILTERS = {
     "previous_in_DC": "previous_in.weight",
@@ -118,7 +119,7 @@ def _together(model: ModelConfig, layer: int, rows: slice, *, has_bias: bool) ->
     turned = {"rows": rows, "out": _transposed, "back": _transposed}
     yield Place(f"{name}gate.weight", (count, hidden), "params.experts.router_ND", rows)
     if has_bias:
-        yield Place(f"model.layers.{layer}.{ARCHITECTURES[OWN].bias}", (count,), "router_bias.bias_N", rows)
+        yield Place(f"model.layers.{layer}.{ARCHITECTURES[OWN].bias}", (count,), BIAS, rows)
     yield Place(f"{name}experts.gate_up_proj", (count, 2 * ffn, hidden), "params.experts.gate_up_NDG", **turned)
     yield Place(f"{name}experts.down_proj", (count, hidden, ffn), "params.experts.down_NFD", **turned)
 
@@ -138,7 +139,7 @@ def _numbered(model: ModelConfig, kind: str, layer: int, rows: slice) -> Iterato
     router = (f"{name}{of.router}", (width, hidden), "params.experts.router_ND", rows)
     yield Place(*router, out=filled, back=kept)
     if of.bias:
-        bias = (f"{name}{of.bias}", (1, width), "router_bias.bias_N", rows)
+        bias = (f"{name}{of.bias}", (1, width), BIAS, rows)
         yield Place(*bias, out=lambda bias_E: filled(bias_E, NEVER)[None], back=lambda bias: kept(bias[0]))
     up = {"gate": slice(0, ffn), "up": slice(ffn, 2 * ffn)}
     turned = {"out": _transposed, "back": _transposed}
