@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import stat
+import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -199,10 +200,9 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 @contextlib.contextmanager
 def new_folder(out: Path, option: str) -> Iterator[Path]:
     """A folder to fill, which is `out` at the end, or gone. `UserError` where that exists or cannot be written."""
-    require(not out.exists(), option, str(out), "exists; name a new folder")
-    part = out.with_name(f"{out.name}.part")
+    part = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     try:
-        shutil.rmtree(part, ignore_errors=True)
+        require(not os.path.lexists(out), option, str(out), "exists; name a new folder")
         part.mkdir(parents=True)
         yield part
         part.rename(out)

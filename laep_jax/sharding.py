@@ -47,6 +47,7 @@ def make_cpu_devices(number: int, *, processes: int = 1) -> None:
     not help where a collective lies free beside a loop with others; `transformer._after` sees to that.) One device of
     one process (of `processes` in the run) waits for nobody and keeps XLA's own number of threads.
     """
+    require(number >= 1, "emulated devices", number, "must be at least 1")
     forced = re.search(r"--xla_force_host_platform_device_count=(\S*)", os.environ.get("XLA_FLAGS", ""))
     rule = f"in XLA_FLAGS is not what MeshConfig.cpu_devices makes of it, {number} a process; unset it"
     require(

@@ -25,7 +25,9 @@ def set_repository(root: Path, address: str) -> None:
     """Writes `address` into the files of a checkout."""
     project = root / "pyproject.toml"
     text = re.sub(r"^Repository = .*\n", "", project.read_text(), flags=re.MULTILINE)
-    project.write_text(text.replace("[project.urls]\n", f'[project.urls]\nRepository = "{address}"\n'))
+    above, table, below = text.partition("[project.urls]\n")
+    assert table, project
+    project.write_text(f'{above}{table}Repository = "{address}"\n{below}')
     notebooks = sorted((root / "notebooks").glob("*.ipynb"))
     for path in notebooks:
         notebook = json.loads(path.read_text())
@@ -43,4 +45,4 @@ def set_repository(root: Path, address: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not re.fullmatch(rf"{GITHUB}[\w.-]+/[\w.-]+", sys.argv[1]):
         sys.exit(f"usage: python scripts/set_repository.py {GITHUB}OWNER/NAME")
-    set_repository(Path(__file__).parents[1], sys.argv[1])
+    set_repository(Path(__file__).parents[1], sys.argv[1].removesuffix(".git"))

@@ -37,7 +37,7 @@ def test_the_address_is_set_everywhere_and_replaced(tmp_path):
     for name in FILES:
         shutil.copy(ROOT / name, tmp_path / name)
     for address in ("https://github.com/someone/first", "https://github.com/a-b/laep.jax"):
-        subprocess.run([sys.executable, tmp_path / FILES[-1], address], check=True)
+        subprocess.run([sys.executable, tmp_path / FILES[-1], f"{address}.git"], check=True)
         assert addresses(tmp_path) == {address}
         assert (tmp_path / "README.md").read_text().count("Open in Colab") == 1
     before = (tmp_path / "README.md").read_text()

@@ -7,12 +7,11 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from laep_jax.errors import UnavailableError, UserError
 from laep_jax.files import MAX_JSON
-from laep_jax.laep.recorded_loads import METRICS_FILE
 from laep_jax.storage import Disk, Storage
 
 LOCK_FILE = "run.lock"
@@ -81,17 +80,6 @@ def require_directory(run_dir: Path) -> None:
     for path in ours:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is not a directory")
-
-
-def require_own(run: Storage, records: Sequence[str]) -> None:
-    """`UserError` where one of the files that a run would replace is there, and no run has been. records: their names.
-
-    A Hugging Face folder, for instance, has a config.json too.
-    """
-    names = run.entries()
-    found = [name for name in records if name in names]
-    if found and not {LOCK_FILE, CHECKPOINTS, METRICS_FILE} & {*names}:
-        raise UserError(f"{run.root} holds {found[0]}, but no run that wrote it; use another workdir")
 
 
 def require_savable(run: Storage) -> None:

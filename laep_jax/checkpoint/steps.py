@@ -13,7 +13,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable
 
-from laep_jax.checkpoint.lock import CHECKPOINTS
+from laep_jax.checkpoint.lock import CHECKPOINTS, LOCK_FILE
 from laep_jax.checkpoint.manifest import FOLDER, DamagedError, check_files, make_manifest, read_manifest
 from laep_jax.errors import UnavailableError, UserError
 from laep_jax.storage import Storage
@@ -126,13 +126,27 @@ class Steps:
         return [int(name) for name in self._storage.entries() if name.isdecimal() and str(int(name)) == name]
 
 
+def require_own(run: Storage, names: Iterable[str]) -> None:
+    """`UserError` where one of the files and folders that a run writes, `names`, is there, and no run has been.
+
+    A Hugging Face folder, for instance, has a config.json too, and other trainers have their metrics and checkpoints.
+    """
+    there = run.entries()
+    found = [name for name in names if name in there]
+    if found and not {LOCK_FILE, HAS_CHECKPOINTS} & {*there} and not _has_steps(run):
+        raise UserError(f"{run.root} holds {found[0]}, but no run that wrote it; use another workdir")
+
+
 def require_checkpoints(run: Storage, has_records: bool) -> None:
     """`UserError` where a run left records but its checkpoints are gone: a new run would erase the records."""
-    if not has_records or HAS_CHECKPOINTS not in run.entries():
-        return
-    names = [(step, name) for step in run.entries(CHECKPOINTS) for name in run.entries(f"{CHECKPOINTS}/{step}")]
-    if not any(step.isdecimal() and name in (MANIFEST, DAMAGED) for step, name in names):
+    if has_records and HAS_CHECKPOINTS in run.entries() and not _has_steps(run):
         raise UserError(
             f"{run.root} holds the records of a run, but its checkpoints are missing from {run.path(CHECKPOINTS)}: "
             "put them back, or use another workdir"
         )
+
+
+def _has_steps(run: Storage) -> bool:
+    """Whether a step was ever complete, be it damaged now."""
+    names = [(step, name) for step in run.entries(CHECKPOINTS) for name in run.entries(f"{CHECKPOINTS}/{step}")]
+    return any(step.isdecimal() and name in (MANIFEST, DAMAGED) for step, name in names)

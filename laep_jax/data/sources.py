@@ -111,6 +111,7 @@ def _open_zstd(file: BinaryIO) -> BinaryIO:
 
 
 UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"\x28\xb5\x2f\xfd": _open_zstd}
+UNPACK |= {bytes([byte]) + b"\x2a\x4d\x18": _open_zstd for byte in range(0x50, 0x60)}  # a frame to skip, as of pzstd
 
 
 @contextlib.contextmanager
@@ -239,14 +240,15 @@ def _arrow_errors(form: str, file: File, config: DataConfig) -> Iterator[None]:
     try:
         yield
     except (lib.ArrowException, UnicodeDecodeError, MemoryError) as error:  # of a length that no file has
-        problem = f"{corpus_text(config)} holds no {form} or a damaged one: {file.path}"
-        raise UserError(f"{problem}: {short(error)}") from error
+        problem = f"{corpus_text(config)} holds no {form} or a damaged one: {file.path}: {short(error)}"
+        raise UserError(f"{problem}; mend it, or leave it out by a glob") from error
 
 
 def _columns(names: list[str], file: File, config: DataConfig) -> list[str]:
     """Those that hold what is read."""
     for setting, field in _fields(config).items():
-        require(field in names, setting, field, f"is not in {file.path}, which has the columns {short(names)}")
+        rule = "is the name of several columns" if field in names else f"is not in {file.path}, which has the columns"
+        require(names.count(field) == 1, setting, field, f"{rule} {short(names)}")
     return [*_fields(config).values()]
 
 

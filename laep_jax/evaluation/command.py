@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
             plan.num_experts == counts, f"experts of {args.masked}", plan.num_experts, f"are not the run's {counts}"
         )
     tokenizer = saved.tokenizer(args.tokenizer)
-    if args.data:
+    if args.data is not None:
         corpora = [read_documents(DataConfig(args.source or "text", args.data, args.text_field or "text"))]
     else:
         corpora = validation_corpora(saved.config)

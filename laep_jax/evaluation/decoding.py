@@ -138,6 +138,7 @@ def generate(
     require(len(prompt) > 0, "prompt", prompt, "has no tokens")
     require(temperature >= 0, "temperature", temperature, "must not be negative")
     require(0 < top_p <= 1, "top_p", top_p, "must be above 0 and at most 1")
+    require(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
     cache, logits_V = new_cache(config, len(prompt) + max_tokens), None
     for position, token in enumerate(prompt):
         logits_V, cache = decode_step(params, bias_N, cache, jnp.int32(token), jnp.int32(position), config)

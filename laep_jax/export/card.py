@@ -1,6 +1,7 @@
 """The model card of an exported model: what the run was, and how to load what came of it."""
 
 import json
+import re
 from typing import Any
 
 import laep_jax
@@ -18,7 +19,7 @@ def model_card(saved: Saved, form: str, loads: str) -> str:
     length = base.data.sequence_length
     before, after = (model_size(config.model, sequence_length=length).total for config in (base, saved.config))
     rows = {
-        "parameters began as": summary.get("init_from") or "random ones",
+        "parameters began as": _origin(summary),
         "step, tokens": f"{saved.step:,}, {summary['tokens']:,}",
         "parameters": f"{after:,}" + (f", {before:,} before {_prunes(summary)}" if before != after else ""),
         "experts by layer": _short(saved.num_experts),
@@ -39,7 +40,7 @@ tags: [mixture-of-experts, laep]
 Form `{form}`: {loads}.
 
 ```python
-# pip install torch "transformers>=5"
+# pip install torch "transformers>=5.19"
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
@@ -64,6 +65,11 @@ Settings that differ from the defaults of laep_jax {laep_jax.__version__}:
 {settings}
 ```
 """
+
+
+def _origin(summary: dict[str, Any]) -> str:
+    """The last name of the path only, as in `_differences`."""
+    return re.sub(r"^(step \d+ of )?.*/", r"\1", summary.get("init_from") or "random ones")
 
 
 def _prunes(summary: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import tree_map_with_path
 
-from laep_jax.config import ModelConfig
+from laep_jax.config import Config, ModelConfig
 from laep_jax.errors import UserError, require, short
 from laep_jax.files import read_json
 from laep_jax.huggingface.architectures import ARCHITECTURES, ERNIE, model_settings
@@ -30,7 +30,7 @@ Box = Sequence[tuple[int, int]]  # [start, stop) of each dimension
 class Folder:
     """config.json and the weights of one. `UserError` where it is not there, or not one of ARCHITECTURES.
 
-    settings: `ModelConfig` fields. tokenizer: of `DataConfig.tokenizer`, None where there is no tokenizer.json.
+    settings: `ModelConfig` fields. tokenizer: of `DataConfig.tokenizer`, though it may not be there.
     """
 
     def __init__(self, path: Path):
@@ -50,23 +50,18 @@ class Folder:
             require(tensor.data.size == size, field, tensor.data.size, f"must have {size} bytes")
         if self.kind == ERNIE:
             self.settings["num_experts"] = self._that_can_be_chosen()
-        found = path / "tokenizer.json"
-        self.tokenizer = str(found) if found.exists() else None
+        self.tokenizer, self.description = str(path / "tokenizer.json"), f"{self.where} ({self.kind})"
 
-    @property
-    def description(self) -> str:
-        return f"{self.where} ({self.kind})"
-
-    def require_fits(self, model: ModelConfig) -> None:
+    def require_fits(self, config: Config) -> None:
         """`UserError` naming a tensor that is missing, of another shape, or that no parameter takes."""
-        wanted = {place.name: place for place in self._places(model)}
+        wanted = {place.name: place for place in self._places(config.model)}
         for name, place in wanted.items():
             require(name in self._tensors, self.where, name, "is not among its tensors")
             tensor = self._tensors[name]
             require(
                 tensor.shape == place.shape, f"{self.where}: {name}", tensor.shape, f"must have shape {place.shape}"
             )
-        known = {*wanted, *(["lm_head.weight"] if model.tie_embeddings else [])}
+        known = {*wanted, *(["lm_head.weight"] if config.model.tie_embeddings else [])}
         extra = [name for name in self._tensors if name not in known and not name.endswith(BUFFERS)]
         if extra:
             raise UserError(f"{self.where} has tensors that are no parameters of this model: {short(extra)}")

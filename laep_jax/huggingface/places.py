@@ -125,22 +125,24 @@ def _together(model: ModelConfig, layer: int, rows: slice, *, has_bias: bool) ->
 
 
 def _numbered(model: ModelConfig, kind: str, layer: int, rows: slice) -> Iterator[Place]:
-    """Expert by expert; ERNIE's filled up to the widest layer with zeros that a bias keeps from being chosen."""
+    """Expert by expert; ERNIE's filled up to the widest layer with zeros that a bias keeps from being chosen.
+
+    Their scores are those of the last expert: far above all others, they would leave these no share that divides well.
+    """
     of, name = ARCHITECTURES[kind], f"model.layers.{layer}."
     count, hidden, ffn = rows.stop - rows.start, model.hidden_size, model.ffn_size
     width = max(model.experts_per_layer) if kind == ERNIE else count
-
-    def filled(array: np.ndarray, value: float = 0.0) -> np.ndarray:
-        return np.pad(array, ((0, width - count), *((0, 0),) * (array.ndim - 1)), constant_values=value)
+    more = (0, width - count)
 
     def kept(array: np.ndarray) -> np.ndarray:
         return array[:count]
 
     router = (f"{name}{of.router}", (width, hidden), "params.experts.router_ND", rows)
-    yield Place(*router, out=filled, back=kept)
+    yield Place(*router, out=lambda router_ED: np.pad(router_ED, (more, (0, 0)), "edge"), back=kept)
     if of.bias:
         bias = (f"{name}{of.bias}", (1, width), BIAS, rows)
-        yield Place(*bias, out=lambda bias_E: filled(bias_E, NEVER)[None], back=lambda bias: kept(bias[0]))
+        turns = {"out": lambda bias_E: np.pad(bias_E, more, constant_values=NEVER)[None], "back": lambda b: kept(b[0])}
+        yield Place(*bias, **turns)
     up = {"gate": slice(0, ffn), "up": slice(ffn, 2 * ffn)}
     turned = {"out": _transposed, "back": _transposed}
     for expert in range(width):

@@ -29,12 +29,13 @@ BEST_OF_GROUP = 2  # experts by which a router judges a group
 class Prune:
     """kept: by layer number in the tensors' names, the old experts in new order. width: that layers are padded to.
 
-    num_layers: of the model; layers behind, for multi-token prediction, are left out.
+    num_layers: of the model; layers behind, for multi-token prediction, are left out. scores: of FAMILIES.
     """
 
     kept: dict[int, tuple[int, ...]]
     width: int | None
     num_layers: int
+    scores: str | None
 
     def size(self, layer: int) -> int:
         """Experts of a layer in the new folder, those that only fill it included."""
@@ -76,14 +77,15 @@ def plan_prune(plan: Plan, model: Path, config: Mapping[str, Any], shards: Mappi
     top_k = next((config[name] for name in TOP_K if name in config), 1)
     require(kept >= top_k, "experts kept", kept, f"are fewer than the {top_k} of a token")
     _check_groups(plan, config, counts, top_k, pad=pad)
+    scores = FAMILIES[config["model_type"]]
     require(
-        not pad or FAMILIES[config["model_type"]],
+        not pad or scores is not None,
         "--pad: model_type",
         config["model_type"],
         "chooses without a bias: it would not be exact",
     )
     width = max(plan.num_experts_after) if pad else None
-    return Prune(dict(zip(sorted(experts), plan.kept, strict=True)), width, num_layers)
+    return Prune(dict(zip(sorted(experts), plan.kept, strict=True)), width, num_layers, scores)
 
 
 def _check_groups(plan: Plan, config: Mapping[str, Any], counts: Sequence[int], top_k: int, *, pad: bool) -> None:
@@ -154,39 +156,46 @@ def _lineage(model: Path, prune: Prune) -> dict[str, list[int]]:
 
 
 def _prune_shard(tensors: Mapping[str, Tensor], prune: Prune) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a shard that stay, by their new names."""
+    """The tensors of a shard that stay, by their new names. What fills a layer up is its last expert again.
+
+    Its scores are then as large as the others': far larger ones would leave those no share that divides well.
+    """
     for name, tensor in tensors.items():
         if (of_layer := LAYER.fullmatch(name)) and int(of_layer["layer"]) >= prune.num_layers:
             continue
         if match := NUMBERED.fullmatch(name):
             expert, kept = int(match["expert"]), prune.kept[int(match["layer"])]
             numbers = [kept.index(expert)] if expert in kept else []
+            numbers += range(len(kept), prune.width or 0) if expert == kept[-1] else ()
             yield from ((f"{match['module']}.experts.{number}.{match['rest']}", tensor) for number in numbers)
-            if prune.width and expert == kept[0]:  # those that fill the layer are as large
-                zeros = dataclasses.replace(tensor, data=np.zeros_like(tensor.data))
-                numbers = range(len(kept), prune.width)
-                yield from ((f"{match['module']}.experts.{number}.{match['rest']}", zeros) for number in numbers)
         elif match := TOGETHER.fullmatch(name) or ROUTER.fullmatch(name):
-            yield name, _chosen(tensor, prune, int(match["layer"]), 0, 0.0)
+            yield name, _chosen(tensor, prune, int(match["layer"]), 0)
         elif match := BIAS.fullmatch(name):
-            yield name, _chosen(tensor, prune, int(match["layer"]), len(tensor.shape) - 1, NEVER)
+            yield name, _bias(tensor, prune, int(match["layer"]))
         else:
             yield name, tensor
 
 
-def _chosen(tensor: Tensor, prune: Prune, layer: int, dim: int, filling: float) -> Tensor:
+def _chosen(tensor: Tensor, prune: Prune, layer: int, dim: int) -> Tensor:
     """The kept experts of a tensor that has them in dimension `dim`; filled up to the width."""
     kept = list(prune.kept[layer])
+    kept += kept[-1:] * (prune.size(layer) - len(kept))
     chosen = np.take(tensor.data.reshape(*tensor.shape[: dim + 1], -1), kept, axis=dim)
-    if missing := prune.size(layer) - len(kept):
-        item = np.zeros(chosen.shape[dim + 1 :], np.uint8)
-        if filling:
-            require(tensor.dtype == "F32", f"dtype of the bias of layer {layer}", tensor.dtype, "is not F32")
-            item = np.frombuffer(np.float32(filling).tobytes(), np.uint8)
-        more = np.broadcast_to(item, (*chosen.shape[:dim], missing, *chosen.shape[dim + 1 :]))
-        chosen = np.concatenate([chosen, more], axis=dim)
-    shape = (*tensor.shape[:dim], prune.size(layer), *tensor.shape[dim + 1 :])
-    return Tensor(tensor.dtype, shape, chosen.reshape(-1))
+    return Tensor(tensor.dtype, (*tensor.shape[:dim], len(kept), *tensor.shape[dim + 1 :]), chosen.reshape(-1))
+
+
+def _bias(tensor: Tensor, prune: Prune, layer: int) -> Tensor:
+    """That of the kept experts, and `NEVER` for those that fill the layer."""
+    chosen, count = _chosen(tensor, prune, layer, len(tensor.shape) - 1), len(prune.kept[layer])
+    if count == prune.size(layer):
+        return chosen
+    require(tensor.dtype == "F32", f"dtype of the bias of layer {layer}", tensor.dtype, "is not F32")
+    bias_E = chosen.data.view(np.float32).reshape(-1)
+    exact = prune.scores == "sigmoid" or np.ptp(bias_E[:count]) == 0
+    rule = "differs between experts: beside the shares of a softmax, of which others have a part, it would weigh more"
+    require(bool(exact), f"--pad: the bias of layer {layer}", bias_E[:count].tolist(), rule)
+    bias_E[count:] = NEVER
+    return chosen
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

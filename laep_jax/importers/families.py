@@ -17,11 +17,11 @@ BIAS = re.compile(MODULE + r"(?:gate|moe_statics)\.e_score_correction_bias")
 NEVER = -1e9  # bias of an expert that is there to fill its layer
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # fields of config.json
 TOP_K = ("num_experts_per_tok", "moe_k")
-FAMILIES = {  # by model_type: whether experts are chosen with a bias, so that some can be there and never be chosen
-    "mixtral": False,
-    "olmoe": False,
-    "qwen3_moe": False,
-    "deepseek_v2": False,
-    "deepseek_v3": True,
-    "ernie4_5_moe": True,
+FAMILIES = {  # by model_type: the scores to which a bias is added, so that experts can be there and never be chosen
+    "mixtral": None,
+    "olmoe": None,
+    "qwen3_moe": None,
+    "deepseek_v2": None,
+    "deepseek_v3": "sigmoid",
+    "ernie4_5_moe": "softmax",
 }

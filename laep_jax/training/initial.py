@@ -28,20 +28,17 @@ ARCHITECTURE = tuple(  # fields that parameters have the shape and the meaning o
 
 
 class Source(Protocol):
-    """settings: the fields of ARCHITECTURE. tokenizer: of `DataConfig.tokenizer`, None where it is not known."""
+    """settings: the fields of ARCHITECTURE. tokenizer: of `DataConfig.tokenizer`, where it should be.
+
+    description: where the parameters are, and what they are of.
+    """
 
     settings: dict[str, Any]
+    tokenizer: str
+    description: str
 
-    @property
-    def tokenizer(self) -> str | None: ...
-
-    @property
-    def description(self) -> str:
-        """Where the parameters are, and what they are of."""
-        ...
-
-    def require_fits(self, model: ModelConfig) -> None:
-        """`UserError` where the parameters are not those of such a model."""
+    def require_fits(self, config: Config) -> None:
+        """`UserError` where the parameters are not those of such a model, or the tokenizer is not theirs any more."""
 
     def read(self, model: ModelConfig, abstract: dict) -> Any:
         """The "params" and "router_bias", like `abstract`. Every process must call it."""
@@ -57,7 +54,9 @@ class _Run:
         self.tokenizer = self._saved.config.data.tokenizer
         self.description = f"step {self._saved.step} of {self._saved.run}"
 
-    def require_fits(self, model: ModelConfig) -> None: ...
+    def require_fits(self, config: Config) -> None:
+        if config.data.tokenizer == self.tokenizer:
+            self._saved.tokenizer(None)
 
     def read(self, model: ModelConfig, abstract: dict) -> Any:
         with _refusing_damage():
@@ -101,17 +100,16 @@ def defaults(init_from: str, run_dir: str) -> dict[str, dict[str, Any]]:
         config = Config.from_dict(meta["config"])
         return {"ModelConfig": _architecture(config.model), "DataConfig": {"tokenizer": config.data.tokenizer}}
     source = open_source(init_from)
-    data = {"tokenizer": source.tokenizer} if source.tokenizer else {}
-    return {"ModelConfig": source.settings, "DataConfig": data}
+    return {"ModelConfig": source.settings, "DataConfig": {"tokenizer": source.tokenizer}}
 
 
-def require_same_architecture(source: Source, model: ModelConfig) -> None:
+def require_same_model(source: Source, config: Config) -> None:
     """`UserError` naming the first setting or tensor that does not fit."""
     theirs = ModelConfig(**source.settings)
     for name in ARCHITECTURE:
-        want, value = getattr(theirs, name), getattr(model, name)
+        want, value = getattr(theirs, name), getattr(config.model, name)
         require(value == want, f"ModelConfig.{name}", value, f"is not the {want} of {source.description}")
-    source.require_fits(model)
+    source.require_fits(config)
 
 
 def read_state(source: Source, config: Config, mesh: Mesh) -> TrainState:

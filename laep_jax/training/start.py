@@ -17,14 +17,13 @@ from laep_jax.checkpoint.lock import (
     CHECKPOINTS,
     exclusive,
     require_directory,
-    require_own,
     require_room,
     require_savable,
     require_writable,
 )
 from laep_jax.checkpoint.manifest import DamagedError
 from laep_jax.checkpoint.saved import peek
-from laep_jax.checkpoint.steps import require_checkpoints
+from laep_jax.checkpoint.steps import require_checkpoints, require_own
 from laep_jax.chips import chip_of
 from laep_jax.config import Config
 from laep_jax.data.dataset import Dataset, make_dataset
@@ -36,7 +35,7 @@ from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.recorded_loads import METRICS_FILE
 from laep_jax.laep.slots import SlotMap
 from laep_jax.laep.stability import history_capacity
-from laep_jax.mirror import RECORDS, local_records
+from laep_jax.mirror import FOLDERS, RECORDS, local_records
 from laep_jax.model.attention import attention_kernel
 from laep_jax.paths import require_path
 from laep_jax.sharding import make_mesh
@@ -48,7 +47,7 @@ from laep_jax.tracking.pause import Pause
 from laep_jax.tracking.run_log import NoLog, RunLog
 from laep_jax.tracking.services import require_services
 from laep_jax.training.executable import load_step
-from laep_jax.training.initial import Source, open_source, read_state, require_same_architecture
+from laep_jax.training.initial import Source, open_source, read_state, require_same_model
 from laep_jax.training.loop import train_to_end
 from laep_jax.training.preemption import PreemptionGuard
 from laep_jax.training.profile import profiling
@@ -105,6 +104,8 @@ def train(
                 saved = checkpoints.read_meta(newest) if newest else None
                 where = f"{checkpoints.directory}/{newest}"
                 run_state, changed = find_run_state(config, dataset.fingerprint, where, saved, jax.device_count())
+                with raise_on_all_processes():
+                    source = source_of(init_from, config, run_state)
                 if run_state.is_complete(config):
                     return _show_again(records, run_state, console)
                 checkpoints.settle()
@@ -115,7 +116,6 @@ def train(
                             _require_space(run, state_bytes)
                         make_controller(run_state.current(base), run_state, None)  # refuses a plan that does not fit
                         first_step = _first_step(executable, config, base, run_state)
-                        source = source_of(init_from, config, run_state)
                         log = attempt.enter_context(_open_log(records, base, run_state.step, console))
                     log.write_settings(config, Path(run_dir).absolute().name)
                     _announce(base, run_state, changed, dataset, log, console)
@@ -143,7 +143,7 @@ def open_inputs(config: Config, run: Storage) -> tuple[Dataset, int]:
             refuse_links(run.root)
         require_savable(run)
         if jax.process_index() == 0:
-            require_own(run, RECORDS)
+            require_own(run, (*RECORDS, *FOLDERS))
             require_services(config.train.tracker_names)
         resolved = config.resolve(jax.device_count())
         leaves = jax.tree.leaves(abstract_state(resolved, make_mesh(resolved.mesh)))
@@ -168,7 +168,7 @@ def source_of(init_from: str | None, config: Config, run_state: RunState) -> Sou
         require(bool(run_state.summary.init_from), "--init-from", init_from, rule)
         return None
     source = open_source(init_from)
-    require_same_architecture(source, config.model)
+    require_same_model(source, config)
     return source
 
 

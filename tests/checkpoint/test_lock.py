@@ -10,14 +10,13 @@ import pytest
 from laep_jax.checkpoint.lock import (
     TakenOverError,
     exclusive,
-    require_own,
     require_room,
     require_savable,
     require_writable,
 )
-from laep_jax.checkpoint.steps import Steps, require_checkpoints
+from laep_jax.checkpoint.steps import Steps, require_checkpoints, require_own
 from laep_jax.errors import UserError
-from laep_jax.mirror import RECORDS
+from laep_jax.mirror import FOLDERS, RECORDS
 from laep_jax.storage import Disk, open_storage
 from tests.support.emulator import new_folder
 
@@ -73,16 +72,20 @@ def test_a_path_that_orbax_reads_as_a_pattern_is_refused(tmp_path, name):
         require_savable(Disk(tmp_path / name))
 
 
-@pytest.mark.parametrize("of_a_run", ["metrics.jsonl", "run.lock", "checkpoints/3/manifest.json"])
+@pytest.mark.parametrize("of_a_run", [".has_checkpoints", "run.lock", "checkpoints/3/manifest.json"])
 def test_files_that_a_run_would_replace_are_refused_where_no_run_wrote_them(storage, of_a_run):
-    run = storage.parent()
+    run, names = storage.parent(), (*RECORDS, *FOLDERS)
     run.write("notes.txt", b"")
-    require_own(run, RECORDS)
-    run.write("config.json", b'{"model_type": "mixtral"}')
-    with pytest.raises(UserError, match=r" holds config\.json, but no run that wrote it; use another workdir$"):
-        require_own(run, RECORDS)
+    run.write("checkpoints/1000/model.pt", b"")  # of another trainer
+    require_own(run, names)
+    for name in ("loads/7.npy", "metrics.jsonl", "config.json"):
+        run.write(name, b"{}")
+        with pytest.raises(UserError, match=r" holds .*, but no run that wrote it; use another workdir$"):
+            require_own(run, names)
+        run.remove(name)
+    run.write("loads/7.npy", b"")
     run.write(of_a_run, b"")
-    require_own(run, RECORDS)
+    require_own(run, names)
 
 
 def test_records_without_their_checkpoints_are_not_wiped(storage):

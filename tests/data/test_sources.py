@@ -205,7 +205,12 @@ def test_json_lines_of_other_systems(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstd.compress])
+def pzstd(data: bytes) -> bytes:
+    """A frame that is to be skipped before each of those with data."""
+    return b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + bytes(4) + zstd.compress(data)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstd.compress, pzstd])
 @pytest.mark.parametrize("suffix", ["", ".gz", ".gzip", ".bz2", ".xz", ".zst"])
 def test_a_compressed_file_is_known_by_its_first_bytes(tmp_path, compress, suffix):
     (tmp_path / f"x.txt{suffix}").write_bytes(compress(codecs.BOM_UTF8 + b'{"text": "a"}'))
@@ -259,6 +264,12 @@ def test_parquet_that_has_no_such_texts_or_is_damaged_is_refused(tmp_path):
             documents("parquet", path, text_field=field)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"^DataConfig\.path='.*' holds no Parquet file or a damaged one: .*x\.parquet"):
+        documents("parquet", path)
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(
+        UserError, match=r"^DataConfig\.text_field='text' is the name of several columns \['text', 'text'\]$"
+    ):
         documents("parquet", path)
     bomb = write_parquet(tmp_path / "bomb.parquet", text=["a" * 10**6] * 500)
     assert bomb.stat().st_size < 10**6

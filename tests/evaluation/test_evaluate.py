@@ -132,7 +132,9 @@ def test_what_cannot_be_read_is_refused(run, tmp_path):
         ([str(run), "--tokenizer=none"], "^--tokenizer='none' is not a file$"),
         ([str(run), f"--data={tmp_path / 'none'}"], "^DataConfig.path='.*/none' is neither a file"),
         ([str(run), "--source=jsonl"], "^--source='jsonl' needs --data$"),
+        ([str(run), "--data="], "^DataConfig.path='' "),
         ([str(run), "--max-tokens=0"], "^--max-tokens=0 must be positive$"),
+        ([str(run), "--cpu-devices=0"], "^emulated devices=0 must be at least 1$"),
     ):
         with pytest.raises(UserError, match=message):
-            main([*arguments, "--cpu-devices=8"])
+            main(["--cpu-devices=8", *arguments])

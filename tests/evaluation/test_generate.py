@@ -109,6 +109,7 @@ def test_draws_are_by_temperature_from_the_nucleus_and_by_the_seed():
         ([], {}, r"^prompt=\[\] has no tokens$"),
         ([1], {"temperature": -1.0}, "^temperature=-1.0 must not be negative$"),
         ([1], {"top_p": 0.0}, "^top_p=0.0 must be above 0 and at most 1$"),
+        ([1], {"seed": 2**32}, r"^seed=4294967296 must be in \[0, 2\*\*32\)$"),
     ],
 )
 def test_what_makes_no_sense_is_refused(prompt, options, message):

@@ -12,13 +12,14 @@ from safetensors.torch import load_file as torch_load_file
 from safetensors.torch import save_file as torch_save_file
 from torch import nn
 
-from laep_jax.config import LaepConfig, ModelConfig
+from laep_jax.config import LaepConfig
 from laep_jax.errors import UserError
 from laep_jax.importers.apply import LINEAGE
 from laep_jax.importers.apply_command import main
 from laep_jax.laep.plan import Plan, chosen_plan
 from laep_jax.laep.rule import PruneRule
-from laep_jax.training.initial import open_source, require_same_architecture
+from laep_jax.training.initial import open_source, require_same_model
+from tests.huggingface.test_export import config_of
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 SIZES = {
@@ -145,11 +146,19 @@ def test_the_cut_model_has_the_logits_of_the_masked_one(family, tmp_path, monkey
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])
-def test_layers_of_different_widths_are_padded_exactly_where_there_is_a_bias(family, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(
-        FAMILIES, family, FAMILIES[family] | ({"n_group": 1, "topk_group": 1} if "deepseek" in family else {})
-    )
-    model, _, _ = saved(family, tmp_path, UNEQUAL)
+def test_layers_of_different_widths_are_padded_exactly_where_there_is_a_bias(family, tmp_path, monkeypatch):
+    """Also where all scores are low. Of a softmax the others have a part, beside which a bias must weigh nothing."""
+    groups = {"n_group": 1, "topk_group": 1} if "deepseek" in family else {}
+    monkeypatch.setitem(FAMILIES, family, FAMILIES[family] | groups)
+    model, whole, _ = saved(family, tmp_path, UNEQUAL)
+    if not groups:
+        with pytest.raises(UserError, match=r"^--pad: the bias of layer \d=\[0\..* would weigh more$"):
+            apply(tmp_path, "--pad")
+        with torch.no_grad():
+            for gate in gates(model):
+                gate.weight += 20 * torch.randn(32)  # of each token the same for all experts
+                gate.moe_statics.e_score_correction_bias.zero_()
+        model.save_pretrained(whole, max_shard_size="40KB")
     assert apply(tmp_path, "--pad") == 0
     expected = masked(model, UNEQUAL[: len(gates(model))], monkeypatch)
     torch.testing.assert_close(logits_of(tmp_path / "cut"), expected, rtol=0, atol=1e-5)
@@ -168,9 +177,9 @@ def test_layers_of_different_widths_are_written_and_it_says_who_loads_them(tmp_p
         assert len(tensors[f"model.layers.{layer}.mlp.gate.weight"]) == count
         assert sum(f"layers.{layer}.mlp.experts" in name for name in tensors) == 3 * count
     source = open_source(str(tmp_path / "cut"))  # a run of laep_jax begins with it
-    model = ModelConfig(**source.settings)
-    assert model.experts_per_layer == (6, 4, 8)
-    require_same_architecture(source, model)
+    config = config_of(source)
+    assert config.model.experts_per_layer == (6, 4, 8)
+    require_same_model(source, config)
 
 
 def test_fused_experts_are_cut_as_numbered_ones(tmp_path):

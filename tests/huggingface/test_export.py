@@ -60,9 +60,12 @@ BIASED = ("bias", "others", "equal_bias")
 
 
 class Run:
-    """A run's only checkpoint: random weights, large enough that every part matters."""
+    """A run's only checkpoint: random weights, large enough that every part matters.
 
-    def __init__(self, root, kind: str, **parts):
+    common: how large the router's weights are that all experts have in common.
+    """
+
+    def __init__(self, root, kind: str, common: float = 0, **parts):
         self.root, self.kind = str(root), kind
         model = {"num_layers": 3, "router_init": 0.7, **(KINDS | {"equal_bias": EQUAL_BIAS})[kind]}
         config = tiny_config(str(root / "tokens"), model=model, **parts)
@@ -71,6 +74,8 @@ class Run:
         state = init_state(self.config, self.mesh)
         keys = iter(jax.random.split(jax.random.key(1), 99))
         noisy = jax.tree.map(lambda x: x + 0.15 * jax.random.normal(next(keys), x.shape), state.params)
+        common_D = common * jax.random.normal(next(keys), (self.config.model.hidden_size,))
+        noisy["experts"]["router_ND"] += common_D[None]
         noise_N = 0.4 * jax.random.normal(next(keys), (sum(self.counts),)) * (kind in BIASED)
         bias_N = state.router_bias["bias_N"] + noise_N
         self.state: TrainState = dataclasses.replace(state, params=noisy, router_bias={"bias_N": bias_N})
@@ -122,7 +127,7 @@ def read(folder) -> tuple[Config, dict]:
     """The config of a folder's model, and the model."""
     source = Folder(folder)
     config = config_of(source)
-    source.require_fits(config.model)
+    source.require_fits(config)
     abstract = abstract_state(config, make_mesh(config.mesh))
     return config, source.read(config.model, {"params": abstract.params, "router_bias": abstract.router_bias})
 
@@ -164,12 +169,14 @@ def test_an_exported_model_comes_back_bit_for_bit(run, exported):
     assert_same(exported, run)
 
 
-def test_a_padded_model_is_exact_too(runs, tmp_path):
-    for kind in ("uniform", "hetero", "equal_bias"):
-        model = load(export(runs(kind), tmp_path / kind, "--form=padded"))
-        assert type(model).__name__ == "Ernie4_5_MoeForCausalLM"
-        np.testing.assert_allclose(logits_of(model), runs(kind).logits(), rtol=0, atol=1e-4)
-        assert_same(tmp_path / kind, runs(kind))
+@pytest.mark.parametrize(("kind", "common"), [("uniform", 0), ("hetero", 0), ("hetero", 20), ("equal_bias", 0)])
+def test_a_padded_model_is_exact_too(runs, tmp_path, kind, common):
+    """Also where a token's scores are all high or all low, which makes no difference to a softmax."""
+    run = Run(tmp_path / "run", kind, common=common) if common else runs(kind)
+    model = load(export(run, tmp_path / "out", "--form=padded"))
+    assert type(model).__name__ == "Ernie4_5_MoeForCausalLM"
+    np.testing.assert_allclose(logits_of(model), run.logits(), rtol=0, atol=1e-4)
+    assert_same(tmp_path / "out", run)
 
 
 def test_greedy_tokens_are_those_of_laep_jax_with_a_cache_and_with_padding(run, exported):
@@ -181,6 +188,9 @@ def test_greedy_tokens_are_those_of_laep_jax_with_a_cache_and_with_padding(run, 
     for row, length in enumerate(lengths):
         padded[row, -length:], mask[row, -length:] = TOKENS[row, :length], 1
     with torch.no_grad():
+        plain = model(torch.tensor(padded), attention_mask=torch.tensor(mask)).logits.numpy()
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(plain[row, -length:], want[row, :length], rtol=0, atol=1e-4)
         options = {"attention_mask": torch.tensor(mask), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
         together = model.generate(torch.tensor(padded), **options, eos_token_id=None)[:, TOKENS.shape[1] :]
         for row, length in enumerate(lengths):
@@ -286,6 +296,8 @@ def test_bfloat16_weights_are_the_rounded_ones_but_for_what_chooses_experts(runs
     assert torch.equal(model.get_input_embeddings().weight, want)
     header = read_header((biased := export(runs("bias"), tmp_path / "bias", "--dtype=bfloat16")) / "model.safetensors")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(biased, trust_remote_code=True)
+    inner = transformers.AutoModel.from_pretrained(biased, trust_remote_code=True)
+    assert inner.layers[0].mlp.gate.bias.dtype == torch.float32
     router = loaded.model.layers[0].mlp.gate
     assert (loaded.dtype, router.weight.dtype, router.bias.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     bias_N = np.asarray(runs("bias").state.router_bias["bias_N"])
@@ -314,9 +326,12 @@ def test_an_export_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(folder, "write_one_by_one", full)
+    (tmp_path / "out.part").mkdir()  # not ours
     with pytest.raises(UserError, match=r"^--to=.*/out cannot be written: No space left on device$"):
         export(runs("lfa"), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"^--to=.* cannot be written: File name too long$"):
+        export(runs("lfa"), tmp_path / ("x" * 300))
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.part"]
 
 
 def test_the_balancing_loss_of_transformers_is_refused_where_layers_differ(runs, tmp_path):

@@ -24,10 +24,11 @@ from laep_jax.model.transformer import logits
 from laep_jax.sharding import make_mesh
 from laep_jax.state.tree import abstract_state, initial_layout
 from laep_jax.training.check import check
-from laep_jax.training.initial import defaults, open_source, read_state, require_same_architecture
+from laep_jax.training.command import main
+from laep_jax.training.initial import defaults, open_source, read_state, require_same_model
 from laep_jax.training.start import train
 from tests.huggingface.test_export import TOKENS, Run, config_of, read
-from tests.support.tiny_run import change, records
+from tests.support.tiny_run import change, records, tiny_config
 
 SIZES = {
     "vocab_size": 384,
@@ -159,7 +160,7 @@ def test_a_published_model_is_trained_on_pruned_and_exported(published, tmp_path
     assert max(saved.num_experts) < 8 or min(saved.num_experts) < 8
     assert export([str(run_dir), f"--to={out}"]) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
-    assert "parameters began as" in (out / "README.md").read_text()
+    assert "| parameters began as | published (qwen3_moe) |" in (out / "README.md").read_text()
     config, restored = read(out)
     with torch.no_grad():
         want = model(torch.tensor(TOKENS)).logits.numpy()
@@ -181,7 +182,7 @@ def test_the_first_loss_is_that_of_the_model_it_began_with(published, tmp_path):
     from_source = records(tmp_path / "run", "train")[0]["loss"]
     train(config, tmp_path / "random")
     with pytest.raises(UserError, match=r"^--init-from='.*' comes too late: the run has random parameters"):
-        train(change(config, train={"num_steps": 2}), tmp_path / "random", init_from=str(published))
+        train(config, tmp_path / "random", init_from=str(published))
     assert from_source > 6  # of noise; a fresh model begins with the logarithm of its vocabulary
     assert records(tmp_path / "random", "train")[0]["loss"] == pytest.approx(np.log(384), abs=0.1)
 
@@ -190,7 +191,7 @@ def test_a_run_begins_with_the_parameters_of_another(tmp_path):
     run = Run(tmp_path / "run", "bias")
     source = open_source(f"{run.root}/checkpoints/3")
     config = change(config_of(source), mesh={"fsdp": 2, "expert": 4})
-    require_same_architecture(source, config.model)
+    require_same_model(source, config)
     state = read_state(source, config, make_mesh(config.mesh))
     jax.tree.map(np.testing.assert_array_equal, state.params, run.state.params)
     np.testing.assert_array_equal(state.router_bias["bias_N"], run.state.router_bias["bias_N"])
@@ -203,6 +204,10 @@ def test_a_run_begins_with_the_parameters_of_another(tmp_path):
 def test_what_does_not_fit_is_refused_by_name(published, tmp_path):
     path, original = published / "config.json", json.loads((published / "config.json").read_text())
     source = open_source(str(published))
+
+    def altered(**fields) -> Config:
+        return dataclasses.replace(config_of(source), model=ModelConfig(**source.settings | fields))
+
     refusals = {
         "model_type": ("llama", "is unknown; there are mixtral, qwen3_moe, olmoe"),
         "rope_parameters": ({"type": "yarn", "rope_theta": 1e4}, "rope_type='yarn' is not supported"),
@@ -221,16 +226,16 @@ def test_what_does_not_fit_is_refused_by_name(published, tmp_path):
             open_source(str(published))
     path.write_text(json.dumps(original))
     with pytest.raises(UserError, match=r"^ModelConfig\.top_k=3 is not the 2 of .* \(qwen3_moe\)$"):
-        require_same_architecture(source, ModelConfig(**source.settings | {"top_k": 3}))
+        require_same_model(source, altered(top_k=3))
     path.write_text(json.dumps(original | {"num_hidden_layers": 4}))
     with pytest.raises(UserError, match=r"'model\.layers\.3\.input_layernorm\.weight' is not among its tensors"):
-        require_same_architecture(open_source(str(published)), ModelConfig(**source.settings | {"num_layers": 4}))
+        require_same_model(open_source(str(published)), altered(num_layers=4))
     path.write_text(json.dumps(original | {"num_hidden_layers": 2}))
     with pytest.raises(UserError, match=r"that are no parameters of this model: \['model\.layers\.2\."):
-        require_same_architecture(open_source(str(published)), ModelConfig(**source.settings | {"num_layers": 2}))
+        require_same_model(open_source(str(published)), altered(num_layers=2))
     path.write_text(json.dumps(original | {"vocab_size": 128}))
     with pytest.raises(UserError, match=r"embed_tokens\.weight=\(384, 32\) must have shape \(128, 32\)"):
-        require_same_architecture(open_source(str(published)), ModelConfig(**source.settings | {"vocab_size": 128}))
+        require_same_model(open_source(str(published)), altered(vocab_size=128))
     header = read_header(weights := published / "model.safetensors")
     doubled = {name: of | {"shape": [2 * of["shape"][0], *of["shape"][1:]]} for name, of in header.items()}
     text = json.dumps(doubled).encode()
@@ -242,3 +247,20 @@ def test_what_does_not_fit_is_refused_by_name(published, tmp_path):
         open_source("Qwen/Qwen3-30B-A3B")
     with pytest.raises(UserError, match=r"is neither a run nor a Hugging Face folder, which has a config\.json$"):
         open_source(str(tmp_path))
+
+
+def test_parameters_come_with_their_tokenizer(published, tmp_path, capsys):
+    data = [f"--workdir={tmp_path / 'run'}", "--check", "--gin.DataConfig.source=synthetic"]
+    data += [f"--gin.DataConfig.cache_dir={tmp_path / 'tokens'}", "--gin.DataConfig.sequence_length=32"]
+    own = published / "tokenizer.json"
+    assert main([f"--init-from={published}", *data]) == 0
+    own.rename(moved := tmp_path / "moved.json")  # a model that was saved without one
+    with pytest.raises(UserError, match=r"^DataConfig\.tokenizer='.*/published/tokenizer\.json' is neither"):
+        main([f"--init-from={published}", *data])
+    assert main([f"--init-from={published}", *data, f"--gin.DataConfig.tokenizer={moved}"]) == 0
+    settings = {"tokenizer": str(moved), "cache_dir": str(tmp_path / "tokens"), "sequence_length": 32}
+    first = change(tiny_config("x"), model={"vocab_size": 384}, data=settings, train={"num_steps": 1})
+    train(first, tmp_path / "first")
+    moved.write_text(moved.read_text().replace("<|endoftext|>", "</s>"))
+    with pytest.raises(UserError, match=r"^DataConfig\.tokenizer='.*/moved\.json' is not the tokenizer of .*/first$"):
+        main([f"--init-from={tmp_path / 'first'}", *data])

@@ -168,6 +168,7 @@ class Attention(mixtral.MixtralAttention):
 
 class LaepMixtralModel(MixtralModel):
     config_class = LaepMixtralConfig
+    _keep_in_fp32_modules_strict = ("gate.bias",)  # what chooses experts
 
     def __init__(self, config):
         super().__init__(config)
@@ -179,10 +180,16 @@ class LaepMixtralModel(MixtralModel):
                 layer.self_attn = Attention(config, index)
         self.post_init()
 
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        """Positions count from where a text begins, behind what fills its row up on the left."""
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            new = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+        return super().forward(input_ids, attention_mask, position_ids, **kwargs)
+
 
 class LaepMixtralForCausalLM(MixtralForCausalLM):
     config_class = LaepMixtralConfig
-    _keep_in_fp32_modules_strict = ("gate.bias",)  # what chooses experts
 
     def __init__(self, config):
         if config.output_router_logits and len({*config.experts_per_layer}) > 1:
