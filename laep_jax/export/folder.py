@@ -20,6 +20,7 @@ from laep_jax.importers.safetensors_file import INDEX, SINGLE, Described, write_
 
 FORMS = ("auto", "hetero", "padded", "uniform")
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors calls them
+OLMOE_EPS = 1e-5  # of vLLM's class, whatever config.json says
 SHARD_BYTES = 5 * 10**9  # of a file of weights, unless a single tensor has more
 REMOTE_CODE = Path(__file__).parent / "remote_code" / "modeling_laep.py"
 
@@ -64,15 +65,16 @@ def _kind(saved: Saved, form: str) -> str:
 
 def loads_in(saved: Saved, form: str) -> str:
     """Which programs load a form, in words."""
+    model, kind = saved.config.model, _kind(saved, form)
+    if form == "uniform" and kind == "olmoe" and model.norm_eps != OLMOE_EPS:
+        return f"a plain olmoe: Transformers and llama.cpp load it; vLLM takes {OLMOE_EPS:g} for its norm_eps"
     if form == "uniform":
-        return f"a plain {_kind(saved, form)}: Transformers, vLLM, SGLang and llama.cpp load it"
+        return f"a plain {kind}: Transformers, vLLM, SGLang and llama.cpp load it"
     if form == "padded":
         return (
             "ERNIE-4.5-MoE with layers filled up: Transformers, and vLLM on GPU, load it; vLLM on CPU ignores the bias"
         )
-    model = saved.config.model
-    own = model.lfa or model.top_k == 1 or not model.norm_topk_prob or model.router_score != "softmax"
-    stock = "" if own or model.shared_ffn_size or saved.has_bias else " and vLLM with its Transformers backend"
+    stock = "" if model.lfa else " and vLLM with its Transformers backend"
     return f"a modelling file of its own: Transformers 5{stock}, with trust_remote_code=True"
 
 

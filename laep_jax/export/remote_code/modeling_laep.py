@@ -13,6 +13,7 @@ import copy
 import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, MixtralModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
 
@@ -123,12 +124,10 @@ class Filtered:
 
 
 class Attention(mixtral.MixtralAttention):
-    """Queries and keys of the filtered input, values of the input itself; queries and keys normalised."""
+    """Queries and keys normalised, each head or all together."""
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        if config.lfa:
-            self.lfa = LocalFilter(config)
         if config.qk_norm != "none":
             by_head = config.qk_norm == "head"
             sizes = [1, 1] if by_head else [config.num_attention_heads, config.num_key_value_heads]
@@ -136,9 +135,10 @@ class Attention(mixtral.MixtralAttention):
                 mixtral.MixtralRMSNorm(size * self.head_dim, eps=config.rms_norm_eps) for size in sizes
             )
 
-    def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, position_ids=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, filtered=None, **kwargs):
+        """filtered: what queries and keys are made from in the place of hidden_states."""
         cache = kwargs.pop("past_key_values", cache)  # as older versions call it
-        filtered = self._filter(hidden_states, cache, position_ids) if self.config.lfa else hidden_states
+        filtered = hidden_states if filtered is None else filtered
         query, key = self.q_proj(filtered), self.k_proj(filtered)
         if self.config.qk_norm == "whole":
             query, key = self.q_norm(query), self.k_norm(key)
@@ -153,17 +153,29 @@ class Attention(mixtral.MixtralAttention):
         query, key = mixtral.apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = mixtral.ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, mixtral.eager_attention_forward)
+        # vLLM looks for these two lines
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, mixtral.eager_attention_forward
+        )
         mixed, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
         return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
 
-    def _filter(self, hidden_states, cache, position_ids):
+
+class FilteredAttention(Attention):
+    """Queries and keys of the filtered input, values of the input itself. vLLM, which has no such state, refuses it."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.lfa = LocalFilter(config)
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, position_ids=None, **kwargs):
+        cache = kwargs.pop("past_key_values", cache)
         if cache is not None and not hasattr(cache, "laep_filtered"):
             cache.laep_filtered = Filtered(cache)
         last = {} if cache is None else cache.laep_filtered.last
         is_first = (position_ids == 0)[..., None]
         filtered, last[self.layer_idx] = self.lfa(hidden_states, is_first, last.get(self.layer_idx))
-        return filtered
+        return super().forward(hidden_states, position_embeddings, attention_mask, cache, filtered, **kwargs)
 
 
 class LaepMixtralModel(MixtralModel):
@@ -177,15 +189,15 @@ class LaepMixtralModel(MixtralModel):
             of_layer.num_local_experts = count
             layer.mlp = SparseMoeBlock(of_layer)
             if config.lfa or config.qk_norm != "none":
-                layer.self_attn = Attention(config, index)
+                layer.self_attn = (FilteredAttention if config.lfa else Attention)(config, index)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, *, inputs_embeds=None, **kwargs):
         """Positions count from where a text begins, behind what fills its row up on the left."""
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            new = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
+            new = (inputs_embeds if input_ids is None else input_ids).shape[1]
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
-        return super().forward(input_ids, attention_mask, position_ids, **kwargs)
+        return super().forward(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
 
 
 class LaepMixtralForCausalLM(MixtralForCausalLM):
