@@ -200,9 +200,9 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 @contextlib.contextmanager
 def new_folder(out: Path, option: str) -> Iterator[Path]:
     """A folder to fill, which is `out` at the end, or gone. `UserError` where that exists or cannot be written."""
-    part = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
+    require(not os.path.lexists(out), option, str(out), "exists; name a new folder")
+    part = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        require(not os.path.lexists(out), option, str(out), "exists; name a new folder")
         part.mkdir(parents=True)
         yield part
         part.rename(out)

@@ -127,7 +127,7 @@ class Steps:
 
 
 def require_own(run: Storage, names: Iterable[str]) -> None:
-    """`UserError` where one of the files and folders that a run writes, `names`, is there, and no run has been.
+    """`UserError` where one of the files and folders that a run replaces, `names`, is there, and no run has been.
 
     A Hugging Face folder, for instance, has a config.json too, and other trainers have their metrics and checkpoints.
     """

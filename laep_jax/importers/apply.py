@@ -202,14 +202,15 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def loads_in(model_type: str, counts: Sequence[int]) -> str:
+def loads_in(model_type: str, counts: Sequence[int], *, padded: bool) -> str:
     """Which programs load the result, in words."""
+    scores = FAMILIES[model_type]
     if len({*counts}) == 1:
-        return (
-            "all layers have as many experts: transformers, vLLM, SGLang and llama.cpp load it as any model of its kind"
-        )
+        alike = "transformers, vLLM, SGLang and llama.cpp load it as any model of its kind"
+        ignored = "; vLLM on CPU ignores the bias that keeps others from being chosen"
+        return f"all layers have as many experts: {alike}" + (ignored if padded and scores == "softmax" else "")
     return (
         f"layers of {min(counts)} to {max(counts)} experts, and one number in config.json: none of transformers, vLLM, "
         "SGLang and llama.cpp loads it as it is; plan with --min-experts and --max-experts alike"
-        + (", or use --pad" if FAMILIES[model_type] else "")
+        + (", or use --pad" if scores == "sigmoid" else "")
     )

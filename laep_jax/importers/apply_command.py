@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     plan = Plan.from_json(read_bytes(args.plan, str(args.plan), MAX_JSON).decode(errors="replace"))
     model_type = read_config(args.model)["model_type"]
     counts = apply_plan(plan, args.model, args.out, pad=args.pad)
-    kept = sum(plan.num_experts_after)
-    print(f"{kept:,} of {sum(plan.num_experts):,} experts in {len(counts)} layers; {loads_in(model_type, counts)}")
+    kept, loads = sum(plan.num_experts_after), loads_in(model_type, counts, padded=args.pad)
+    print(f"{kept:,} of {sum(plan.num_experts):,} experts in {len(counts)} layers; {loads}")
     print(f"wrote {args.out}")
     return 0

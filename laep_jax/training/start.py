@@ -35,7 +35,7 @@ from laep_jax.laep.load import LoadHistory
 from laep_jax.laep.recorded_loads import METRICS_FILE
 from laep_jax.laep.slots import SlotMap
 from laep_jax.laep.stability import history_capacity
-from laep_jax.mirror import FOLDERS, RECORDS, local_records
+from laep_jax.mirror import RECORDS, local_records
 from laep_jax.model.attention import attention_kernel
 from laep_jax.paths import require_path
 from laep_jax.sharding import make_mesh
@@ -87,7 +87,8 @@ def train(
     with contextlib.ExitStack() as stack:
         with raise_on_all_processes():
             if first:
-                require_ours = stack.enter_context(exclusive(run)) if _is_to_train(config, run, dataset) else _nothing
+                to_train = _is_to_train(config, run, dataset, init_from)
+                require_ours = stack.enter_context(exclusive(run)) if to_train else _nothing
                 records, publish = stack.enter_context(local_records(run, require_ours))
                 require_checkpoints(run, (records / METRICS_FILE).exists())
                 ended = (records / "summary.json").exists()  # perhaps it is only looked at
@@ -143,7 +144,7 @@ def open_inputs(config: Config, run: Storage) -> tuple[Dataset, int]:
             refuse_links(run.root)
         require_savable(run)
         if jax.process_index() == 0:
-            require_own(run, (*RECORDS, *FOLDERS))
+            require_own(run, (*RECORDS, "loads"))
             require_services(config.train.tracker_names)
         resolved = config.resolve(jax.device_count())
         leaves = jax.tree.leaves(abstract_state(resolved, make_mesh(resolved.mesh)))
@@ -175,7 +176,7 @@ def source_of(init_from: str | None, config: Config, run_state: RunState) -> Sou
 def _nothing() -> None: ...
 
 
-def _is_to_train(config: Config, run: Storage, dataset: Dataset) -> bool:
+def _is_to_train(config: Config, run: Storage, dataset: Dataset, init_from: str | None) -> bool:
     """Whether a start has anything to do in a bucket, where it takes the run over; always on a disk.
 
     `UserError` where the config does not continue the run, so that a slip does not end the one that trains.
@@ -188,6 +189,7 @@ def _is_to_train(config: Config, run: Storage, dataset: Dataset) -> bool:
         return True
     where = f"{run.path(CHECKPOINTS)}/{newest}"
     run_state, _ = find_run_state(config, dataset.fingerprint, where, meta, jax.device_count())
+    source_of(init_from, config, run_state)
     return not run_state.is_complete(config)
 
 

@@ -16,7 +16,7 @@ from laep_jax.checkpoint.lock import (
 )
 from laep_jax.checkpoint.steps import Steps, require_checkpoints, require_own
 from laep_jax.errors import UserError
-from laep_jax.mirror import FOLDERS, RECORDS
+from laep_jax.mirror import RECORDS
 from laep_jax.storage import Disk, open_storage
 from tests.support.emulator import new_folder
 
@@ -74,7 +74,7 @@ def test_a_path_that_orbax_reads_as_a_pattern_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("of_a_run", [".has_checkpoints", "run.lock", "checkpoints/3/manifest.json"])
 def test_files_that_a_run_would_replace_are_refused_where_no_run_wrote_them(storage, of_a_run):
-    run, names = storage.parent(), (*RECORDS, *FOLDERS)
+    run, names = storage.parent(), (*RECORDS, "loads")
     run.write("notes.txt", b"")
     run.write("checkpoints/1000/model.pt", b"")  # of another trainer
     require_own(run, names)

@@ -157,7 +157,7 @@ def test_layers_of_different_widths_are_padded_exactly_where_there_is_a_bias(fam
         with torch.no_grad():
             for gate in gates(model):
                 gate.weight += 20 * torch.randn(32)  # of each token the same for all experts
-                gate.moe_statics.e_score_correction_bias.zero_()
+                gate.moe_statics.e_score_correction_bias.fill_(0.25)
         model.save_pretrained(whole, max_shard_size="40KB")
     assert apply(tmp_path, "--pad") == 0
     expected = masked(model, UNEQUAL[: len(gates(model))], monkeypatch)
@@ -182,25 +182,32 @@ def test_layers_of_different_widths_are_written_and_it_says_who_loads_them(tmp_p
     require_same_model(source, config)
 
 
-def test_fused_experts_are_cut_as_numbered_ones(tmp_path):
+@pytest.mark.parametrize(("family", "options"), [("qwen3_moe", ()), ("deepseek_v3", ("--pad",))])
+def test_fused_experts_are_cut_as_numbered_ones(tmp_path, family, options):
     """As newer checkpoints have them: all experts of a layer in one tensor, here in bfloat16."""
     whole = tmp_path / "whole"
     whole.mkdir()
-    (whole / "config.json").write_text(
-        json.dumps({"model_type": "qwen3_moe", "num_experts": EXPERTS, "num_experts_per_tok": 2})
-    )
+    config = {"model_type": family, "num_experts": EXPERTS, "num_experts_per_tok": 2}
+    (whole / "config.json").write_text(json.dumps(config))
     names = {"experts.gate_up_proj": (EXPERTS, 6, 4), "experts.down_proj": (EXPERTS, 4, 3), "gate.weight": (EXPERTS, 4)}
-    tensors = {f"model.layers.0.mlp.{name}": torch.randn(shape).bfloat16() for name, shape in names.items()}
+    tensors = {
+        f"model.layers.{layer}.mlp.{name}": torch.randn(shape).bfloat16()
+        for layer in (0, 1)
+        for name, shape in names.items()
+    }
     tensors["lm_head.weight"] = torch.randn(5, 4).bfloat16()
     torch_save_file(tensors, whole / "model.safetensors")
-    rule = PruneRule.from_settings(LaepConfig(), 1, top_k=TOP_K, expert_parallel=2)
-    plan = chosen_plan([np.arange(EXPERTS)], [(0, 5)], rule)
+    rule = PruneRule.from_settings(LaepConfig(), 2, top_k=TOP_K, expert_parallel=2)
+    plan = chosen_plan([np.arange(EXPERTS)] * 2, [(0, 5), ()], rule)
     (tmp_path / "plan.json").write_text(plan.to_json())
-    assert apply(tmp_path) == 0
+    assert apply(tmp_path, *options) == 0
     cut = torch_load_file(tmp_path / "cut" / "model.safetensors")
     assert cut.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(cut[name], tensor[list(plan.kept[0])] if "mlp" in name else tensor)
+    assert torch.equal(cut["lm_head.weight"], tensors["lm_head.weight"])
+    for layer, kept in enumerate(plan.kept):
+        rows = [*kept, *[kept[-1]] * (EXPERTS - len(kept))] if options else list(kept)
+        for name in (f"model.layers.{layer}.mlp.{name}" for name in names):
+            assert torch.equal(cut[name], tensors[name][rows])
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):

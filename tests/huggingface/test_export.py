@@ -312,6 +312,8 @@ def test_an_export_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
     (tmp_path / "out.part").mkdir()  # not ours
     with pytest.raises(UserError, match=r"^--to=.*/out cannot be written: No space left on device$"):
         export(runs("lfa"), tmp_path / "out")
+    with pytest.raises(UserError, match=r"^--to='\.' exists; name a new folder$"):
+        export(runs("lfa"), ".")
     with pytest.raises(UserError, match=r"^--to=.* cannot be written: File name too long$"):
         export(runs("lfa"), tmp_path / ("x" * 300))
     assert list(tmp_path.iterdir()) == [tmp_path / "out.part"]

@@ -138,6 +138,9 @@ def test_a_start_that_is_refused_or_only_looks_does_not_take_a_run_over(config, 
     before = bucket.files("")
     with pytest.raises(UserError, match=r"another run than that of checkpoint .*seed 0 -> 1; use another workdir"):
         train(change(config, train={"seed": 1}), in_bucket)
+    longer = change(config, train={"num_steps": NUM_STEPS + 2})
+    with pytest.raises(UserError, match=r"^--init-from='elsewhere' comes too late"):
+        train(longer, in_bucket, init_from="elsewhere")
     train(config, in_bucket)  # it is complete
     assert bucket.read("run.lock", 99) == b"process 7 on another 0123\n"
     assert bucket.files("") == before

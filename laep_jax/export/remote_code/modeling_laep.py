@@ -153,7 +153,7 @@ class Attention(mixtral.MixtralAttention):
         query, key = mixtral.apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        # vLLM looks for these two lines
+        # vLLM looks for a call of what this name has
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, mixtral.eager_attention_forward
         )
@@ -193,7 +193,7 @@ class LaepMixtralModel(MixtralModel):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, *, inputs_embeds=None, **kwargs):
-        """Positions count from where a text begins, behind what fills its row up on the left."""
+        """Positions count from where a text begins, after left padding."""
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             new = (inputs_embeds if input_ids is None else input_ids).shape[1]
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
