@@ -16,6 +16,7 @@ from laep_jax.__main__ import COMMANDS, dispatch
 from laep_jax.chips import find_chip
 from laep_jax.config import Config
 from tests.fault_injection.__main__ import FAULTS
+from tests.huggingface.vllm_losses import STEPS
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
@@ -26,6 +27,7 @@ PROGRAMS = {
     "benchmarks": BENCHMARKS,
     "experiments": {*EXPERIMENTS, "tables"},
     "tests.fault_injection": FAULTS,
+    "tests.huggingface.vllm_losses": STEPS,
 }
 NAMED = "\n".join([PAGE, *(script.read_text() for script in SCRIPTS)])
 TPU = {"NAME": "laep", "ZONE": "us-west4-a", "TYPE": "v5litepod-16"}

@@ -48,5 +48,6 @@ def compare(folder: Path) -> None:
     print(f"{folder.name}: {worst:.1e}, {alike} of {len(answers)} go on alike")
 
 
+STEPS = {"make": make, "compare": compare}
 if __name__ == "__main__":
-    {"make": make, "compare": compare}[sys.argv[1]](Path(sys.argv[2]))
+    STEPS[sys.argv[1]](Path(sys.argv[2]))
