@@ -125,9 +125,10 @@ def _together(model: ModelConfig, layer: int, rows: slice, *, has_bias: bool) ->
 
 
 def _numbered(model: ModelConfig, kind: str, layer: int, rows: slice) -> Iterator[Place]:
-    """Expert by expert; ERNIE's filled up to the widest layer with zeros that a bias keeps from being chosen.
+    """Expert by expert; ERNIE's padded to the widest layer with experts of zeros that a bias keeps from being chosen.
 
-    Their scores are those of the last expert: far above all others, they would leave these no share that divides well.
+    They have the last expert's router row: a row of zeros can score so far above the others that the softmax leaves
+    them nothing to renormalise.
     """
     of, name = ARCHITECTURES[kind], f"model.layers.{layer}."
     count, hidden, ffn = rows.stop - rows.start, model.hidden_size, model.ffn_size

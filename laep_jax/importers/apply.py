@@ -156,9 +156,10 @@ def _lineage(model: Path, prune: Prune) -> dict[str, list[int]]:
 
 
 def _prune_shard(tensors: Mapping[str, Tensor], prune: Prune) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a shard that stay, by their new names. What fills a layer up is its last expert again.
+    """The tensors of a shard that stay, by their new names. Layers are padded with copies of their last expert.
 
-    Its scores are then as large as the others': far larger ones would leave those no share that divides well.
+    Its router row comes along: a row of zeros can score so far above the others that the softmax leaves them nothing to
+    renormalise.
     """
     for name, tensor in tensors.items():
         if (of_layer := LAYER.fullmatch(name)) and int(of_layer["layer"]) >= prune.num_layers:
@@ -185,14 +186,14 @@ def _chosen(tensor: Tensor, prune: Prune, layer: int, dim: int) -> Tensor:
 
 
 def _bias(tensor: Tensor, prune: Prune, layer: int) -> Tensor:
-    """That of the kept experts, and `NEVER` for those that fill the layer."""
+    """That of the kept experts, and `NEVER` for the copies that pad the layer."""
     chosen, count = _chosen(tensor, prune, layer, len(tensor.shape) - 1), len(prune.kept[layer])
     if count == prune.size(layer):
         return chosen
     require(tensor.dtype == "F32", f"dtype of the bias of layer {layer}", tensor.dtype, "is not F32")
     bias_E = chosen.data.view(np.float32).reshape(-1)
     exact = prune.scores == "sigmoid" or np.ptp(bias_E[:count]) == 0
-    rule = "differs between experts: beside the shares of a softmax, of which others have a part, it would weigh more"
+    rule = "differs between experts: the padding takes part in the softmax, beside which the bias would weigh more"
     require(bool(exact), f"--pad: the bias of layer {layer}", bias_E[:count].tolist(), rule)
     bias_E[count:] = NEVER
     return chosen

@@ -31,7 +31,7 @@ def make(folder: Path) -> None:
 
 
 def compare(folder: Path) -> None:
-    """Prints the largest difference of a token's loss, and how many texts go on alike."""
+    """Prints the largest difference of a token's loss, and how many texts get the same next token."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
     kept = np.load(folder / "logits.npz")
@@ -45,7 +45,7 @@ def compare(folder: Path) -> None:
         got = [found[token].logprob for found, token in zip(answer.prompt_logprobs[1:], row[1:].tolist(), strict=True)]
         worst = max(worst, np.abs(got - share_SV[range(len(got)), row[1:]]).max())
         alike += answer.outputs[0].token_ids[0] == share_SV[-1].argmax()
-    print(f"{folder.name}: {worst:.1e}, {alike} of {len(answers)} go on alike")
+    print(f"{folder.name}: {worst:.1e}, {alike} of {len(answers)} get the same next token")
 
 
 STEPS = {"make": make, "compare": compare}

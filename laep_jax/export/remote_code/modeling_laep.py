@@ -153,7 +153,7 @@ class Attention(mixtral.MixtralAttention):
         query, key = mixtral.apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        # vLLM looks for a call of what this name has
+        # vLLM recognises attention by this lookup and call
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, mixtral.eager_attention_forward
         )
